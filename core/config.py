@@ -1,0 +1,253 @@
+"""Strict configs: dataclasses filled by TRL's `TrlParser` from a YAML file and the command line.
+
+Over TrlParser this adds what a user of a recipe needs: an unknown key is refused with the nearest known one, a value of the
+wrong type is refused before any work starts, dotted options reach into nested values (`--stages.0.args.max_steps 5`), and
+`command` turns every sidtune error into one sentence on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from sidtune.core.errors import ConfigError, SidtuneError, nearest
+
+T = TypeVar("T")
+ERROR_FILE_VARIABLE = "SIDTUNE_ERROR_FILE"
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key written twice, which plain YAML resolves silently to the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, typing.Hashable) and key in seen:
+                raise ConfigError(f"The key '{key}' stands twice (line {key_node.start_mark.line + 1}); keep one of them.")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """Reads a YAML mapping. Raises ConfigError with file and reason when it is missing, damaged or no mapping."""
+    path = Path(path)
+    try:
+        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except FileNotFoundError:
+        raise ConfigError(f"The config file {path} does not exist; check the path.") from None
+    except IsADirectoryError:
+        raise ConfigError(f"The config {path} is a folder; name the YAML file in it.") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"The config file {path} is not valid YAML ({' '.join(str(error).split())}).") from None
+    except ConfigError as error:
+        raise ConfigError(f"The config file {path} is ambiguous: {error}") from None
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"The config file {path} holds a {type(value).__name__}; it must be a mapping of key: value.")
+    return value
+
+
+def check_keys(values: dict[str, Any], known: Sequence[str], where: str) -> None:
+    """Refuses every key of `values` that is not in `known`, all in one ConfigError, each with its nearest known key."""
+    unknown = [key for key in values if key not in known]
+    if unknown:
+        parts = [f"unknown key '{key}' ({nearest(str(key), known)})" for key in unknown]
+        raise ConfigError(f"{where}: " + "; ".join(parts))
+
+
+def build(cls: type[T], values: Any, where: str) -> T:
+    """Makes a (nested) dataclass from a mapping, strictly.
+
+    Args:
+        cls: the dataclass.
+        values: mapping of its fields.
+        where: how messages call this place, for example `stages[1]`.
+
+    Raises:
+        ConfigError: not a mapping, unknown key, missing required key, or a value of the wrong type.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: expected a mapping of key: value, got {values!r}.")
+    names = [f.name for f in dataclasses.fields(cls) if f.init]
+    check_keys(values, names, where)
+    check_types(cls, values, where)
+    missing = [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.init
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+        and f.name not in values
+    ]
+    if missing:
+        raise ConfigError(f"{where}: the required key '{missing[0]}' is missing; set it.")
+    return cls(**values)
+
+
+def check_types(cls: type, values: dict[str, Any], where: str) -> None:
+    """Compares plain values with the field types of `cls`; raises ConfigError naming key, expected type and value."""
+    hints = typing.get_type_hints(cls)
+    for key, value in values.items():
+        hint = hints.get(key)
+        if hint is not None and not _fits(value, hint):
+            raise ConfigError(f"{where}: '{key}' must be {_describe(hint)}, got {value!r}.")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in inner)
+    if hint is type(None):
+        return value is None
+    if origin is typing.Literal:
+        return value in inner
+    if origin in (list, tuple, Sequence):
+        if not isinstance(value, (list, tuple)):
+            return False
+        return not inner or all(_fits(v, inner[0]) for v in value)
+    if origin is dict or hint is dict:
+        return isinstance(value, dict)
+    if hint is bool:
+        return isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is str:
+        return isinstance(value, (str, Path))
+    return not isinstance(hint, type) or isinstance(value, hint) or dataclasses.is_dataclass(hint)
+
+
+def _describe(hint: Any) -> str:
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(option) for option in inner)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(repr(option) for option in inner)
+    if hint is type(None):
+        return "null"
+    if origin is list:
+        return "a list" + (f" of {_describe(inner[0])}" if inner else "")
+    plain = {int: "an integer", float: "a number", str: "a text", bool: "true or false", dict: "a mapping"}
+    return plain.get(hint, plain.get(origin, getattr(hint, "__name__", str(hint))))
+
+
+def _assign(target: Any, path: list[str], value: Any, option: str) -> None:
+    for place, key in enumerate(path):
+        last = place == len(path) - 1
+        if isinstance(target, list):
+            if not key.isdigit() or int(key) >= len(target):
+                raise ConfigError(f"The option --{option} names element '{key}' of a list of {len(target)}; count from 0.")
+            key = int(key)  # type: ignore[assignment]
+        elif not isinstance(target, dict):
+            raise ConfigError(f"The option --{option} reaches into '{path[place - 1]}', which holds no nested keys.")
+        if last:
+            target[key] = value
+        elif isinstance(target, dict) and key not in target:
+            target[key] = {}
+        target = target[key]
+
+
+def _split_options(argv: Sequence[str]) -> tuple[str | None, dict[str, Any], list[str]]:
+    """Splits argv into the config path, `--key value` pairs (YAML values), and flags such as `--help`."""
+    config, options, flags = None, {}, []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if word in ("-h", "--help"):
+            flags.append(word)
+            continue
+        if not word.startswith("--"):
+            raise ConfigError(f"Expected an option such as --key value, got '{word}'.")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            if words and not words[0].startswith("--"):
+                text = words.pop(0)
+            else:
+                text = "true"
+        if key == "config":
+            config = text
+        else:
+            try:
+                options[key] = yaml.load(text, Loader=_UniqueKeyLoader) if text != "" else ""
+            except yaml.YAMLError:
+                options[key] = text
+    return config, options, flags
+
+
+def parse(cls: type[T], argv: Sequence[str] | None = None) -> T:
+    """Fills the dataclass `cls` from `--config FILE` and command-line options, which win.
+
+    Args:
+        cls: dataclass of a recipe script. A field named `config` is reserved for the YAML path.
+        argv: words of the command line, default `sys.argv[1:]`.
+
+    Raises:
+        ConfigError: unknown key, wrong type, missing required key, unreadable file.
+    """
+    from trl import TrlParser
+
+    config_path, options, flags = _split_options(sys.argv[1:] if argv is None else argv)
+    if flags:
+        TrlParser(cls).parse_args_and_config(flags)  # prints the help and exits
+    values = load_yaml(config_path) if config_path else {}
+    names = [f.name for f in dataclasses.fields(cls) if f.init]
+    where = f"In {config_path}" if config_path else "On the command line"
+    check_keys(values, names, where)
+    check_keys({key.split(".")[0]: None for key in options}, names, "On the command line")
+    for key, value in options.items():
+        _assign(values, key.split("."), value, key)
+    return build(cls, values, where)
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as JSON-ready values (paths become text)."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, dict):
+            return {str(k): plain(v) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(v) for v in value]
+        if isinstance(value, Path):
+            return str(value)
+        return value
+
+    return plain(config)
+
+
+def command(main: Callable[[T], Any], cls: type[T], argv: Sequence[str] | None = None) -> None:
+    """Runs `main(config)` as a command: errors of the input become one sentence on stderr and exit code 2.
+
+    When the environment variable SIDTUNE_ERROR_FILE is set (the pipeline runner sets it), the sentence is written there too,
+    because `accelerate launch` replaces the exit code of its child.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for chatty in ("httpx", "httpcore", "faiss", "faiss.loader", "matplotlib", "bm25s", "absl"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        main(parse(cls, argv))
+    except SidtuneError as error:
+        report_error(error)
+        sys.exit(2)
+
+
+def report_error(error: SidtuneError) -> None:
+    """Writes the sentence of `error` to stderr and to the runner's error file, if there is one."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    if path := os.environ.get(ERROR_FILE_VARIABLE):
+        Path(path).write_text(str(error), encoding="utf-8")

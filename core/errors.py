@@ -1,0 +1,77 @@
+"""Errors a person reads: one full sentence that says what was expected, what came, and what to do.
+
+Every command of sidtune ends with exit code 2 and such a sentence when its input is wrong; a stack trace means a defect of
+sidtune itself. `nearest` builds the "did you mean" part that all messages about names share.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+class SidtuneError(Exception):
+    """Base of all errors caused by input. Its text is shown as is, without a stack trace."""
+
+
+class ConfigError(SidtuneError):
+    """A YAML file or a command-line option is wrong."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong in a data folder.
+
+    Attributes:
+        where: file or table name, for example `items.parquet`.
+        row: zero-based row number, or None when the whole table is meant.
+        column: column name, or None.
+        what: what is wrong, with the value that was found.
+        fix: what to do about it.
+    """
+
+    where: str
+    row: int | None
+    column: str | None
+    what: str
+    fix: str
+
+    def __str__(self) -> str:
+        place = self.where
+        if self.row is not None:
+            place += f", row {self.row}"
+        if self.column is not None:
+            place += f", column '{self.column}'"
+        return f"{place}: {self.what}; {self.fix}."
+
+
+class DataError(SidtuneError):
+    """Input data is wrong. Carries *all* problems that were found.
+
+    Args:
+        problems: the problems, or a single ready sentence.
+        shown: how many problems the text lists; the rest is counted.
+    """
+
+    def __init__(self, problems: list[Problem] | str, shown: int = 20) -> None:
+        if isinstance(problems, str):
+            self.problems: list[Problem] = []
+            super().__init__(problems)
+            return
+        self.problems = list(problems)
+        lines = [f"  {n}. {problem}" for n, problem in enumerate(self.problems[:shown], 1)]
+        if len(self.problems) > shown:
+            lines.append(f"  ... and {len(self.problems) - shown} more.")
+        noun = "problem" if len(self.problems) == 1 else "problems"
+        super().__init__(f"The data has {len(self.problems)} {noun}:\n" + "\n".join(lines))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The "did you mean" half-sentence: names the closest of `known`, or lists them when none is close."""
+    choices = sorted(known)
+    match = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    if match:
+        return f"did you mean '{match[0]}'?"
+    listed = ", ".join(choices[:12]) + (", ..." if len(choices) > 12 else "")
+    return f"known are: {listed}." if choices else "nothing is known under such a name."

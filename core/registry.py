@@ -1,0 +1,52 @@
+"""Registries: a name in a YAML file → a class or function, imported only when it is asked for.
+
+Each room keeps one registry file with one line per method. A wrong line fails at import of the registry test, an unknown
+name fails with the nearest known one.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+from sidtune.core.errors import ConfigError, nearest
+
+
+class Registry:
+    """Named methods of one kind.
+
+    Args:
+        kind: what is registered, in the singular, as shown in messages ("quantizer").
+        entries: name → `"package.module:attribute"`.
+    """
+
+    def __init__(self, kind: str, entries: dict[str, str]) -> None:
+        self.kind = kind
+        self._entries: dict[str, Any] = dict(entries)
+
+    def register(self, name: str, target: Any) -> None:
+        """Adds a method at run time: `target` is the object itself or `"package.module:attribute"`.
+
+        Raises:
+            ConfigError: the name is taken.
+        """
+        if name in self._entries:
+            raise ConfigError(f"A {self.kind} named '{name}' is registered already; choose another name.")
+        self._entries[name] = target
+
+    def get(self, name: str) -> Any:
+        """The object registered as `name`. Raises ConfigError that names the nearest known one."""
+        if name not in self._entries:
+            raise ConfigError(f"There is no {self.kind} named '{name}': {nearest(name, self._entries)}")
+        target = self._entries[name]
+        if isinstance(target, str):
+            module, _, attribute = target.partition(":")
+            target = getattr(importlib.import_module(module), attribute)
+        return target
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
