@@ -1,0 +1,53 @@
+# Two commands: `make quickstart` runs the whole main job on the embedded shop, `make test` passes the tests.
+# Each makes the environment it needs in $(VENV). Set PYTHON, VENV or PIP_ARGS to change where things come from.
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= runs/quickstart
+PIP_ARGS ?=
+BIN := $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
+export OMP_NUM_THREADS ?= 2
+export TOKENIZERS_PARALLELISM ?= false
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+
+.PHONY: quickstart test lint bench clean help
+
+help:
+	@echo "make quickstart  install, then build data, SIDs and model, train, evaluate and report on the embedded shop"
+	@echo "make test        install, then run the tests"
+	@echo "make lint        install ruff, then check style"
+	@echo "make bench       install, then run every benchmark in its quick form"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: sidtune needs Python 3.11 or newer; set PYTHON=/path/to/python3.11."; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.base: $(BIN)/python pyproject.toml constraints.txt
+	$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt
+	$(INSTALL) -e ".[test]"
+	@touch $@ $(VENV)/.base
+
+$(VENV)/.lint: $(BIN)/python pyproject.toml constraints.txt
+	$(INSTALL) "ruff"
+	@touch $@
+
+quickstart: $(VENV)/.base
+	$(BIN)/python -m sidtune.recipes.run --config recipes/quickstart/pipeline.yaml --output_dir $(OUT)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/.test
+	@mkdir -p runs/benchmarks
+	@for file in benchmarks/*.py; do name=$$(basename $$file .py); echo "== $$name"; \
+	  $(BIN)/python $$file --quick --json runs/benchmarks/$$name.json || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs

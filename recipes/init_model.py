@@ -1,0 +1,107 @@
+"""Makes the start model: a base LLM (from the hub, from a folder, or built from scratch) whose vocabulary holds the SIDs.
+
+    python -m sidtune.recipes.init_model --config recipes/quickstart/init_model.yaml \\
+        --data_dir runs/quickstart/data --sids_dir runs/quickstart/sids --output_dir runs/quickstart/model
+
+With `base: null` a byte-level BPE is trained on the catalogue and the training queries, and a small model is built from
+`scratch`; nothing is downloaded. With `base: Qwen/Qwen3-0.6B` the model and its tokenizer are loaded instead.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sidtune.core.config import as_dict, command
+from sidtune.core.folders import write_folder, write_run
+from sidtune.data_builders.store import DataFolder, load_folder
+from sidtune.tokenizers.encoders import item_texts
+from sidtune.tokenizers.semantic_ids import SemanticIds
+
+
+@dataclass
+class Arguments:
+    """Options of init_model.
+
+    Attributes:
+        data_dir: folder written by build_data.
+        sids_dir: folder written by learn_sids.
+        output_dir: model folder to write.
+        base: model id or folder; null builds one from scratch.
+        revision: revision of `base` on the hub.
+        scratch: config of the model built from scratch: `model_type` and fields of its transformers config.
+        text_vocab_size: size of the byte-level BPE trained for a model built from scratch.
+        init: start values of SID rows: `codebook`, `text` or `mean`.
+        pad_to_multiple_of: rows of the embedding are padded to a multiple of this.
+        dtype: `float32`, `bfloat16`, ... the weights are stored in.
+        seed: seed of weights and row noise.
+    """
+
+    data_dir: str
+    sids_dir: str
+    output_dir: str
+    base: str | None = None
+    revision: str | None = None
+    scratch: dict = field(default_factory=lambda: {"model_type": "qwen3"})
+    text_vocab_size: int = 4096
+    init: str = "codebook"
+    pad_to_multiple_of: int = 64
+    dtype: str = "float32"
+    seed: int = 0
+
+
+def main(arguments: Arguments) -> None:
+    """Builds or loads the model, extends it and saves it."""
+    from sidtune.tokenizers.lm_tokenizer import build_model, train_lm_tokenizer
+    from sidtune.tokenizers.residual_kmeans import load_quantizer
+    from sidtune.tokenizers.vocabulary import extend_vocabulary, load_base
+
+    started = time.time()
+    data = load_folder(arguments.data_dir)
+    sids = SemanticIds.from_pretrained(Path(arguments.sids_dir) / "sids")
+    if arguments.base is None:
+        tokenizer = train_lm_tokenizer(_texts(data), vocab_size=arguments.text_vocab_size)
+        model = build_model(arguments.scratch, tokenizer, seed=arguments.seed)
+    else:
+        model, tokenizer = load_base(arguments.base, revision=arguments.revision, dtype=arguments.dtype)
+    quantizer = load_quantizer(Path(arguments.sids_dir) / "quantizer")
+    titles = dict(zip(data.items["item_id"].to_pylist(), (t or "" for t in data.items["title"].to_pylist()), strict=True))
+    vocabulary = extend_vocabulary(
+        model,
+        tokenizer,
+        sids,
+        init=arguments.init,
+        codebooks=quantizer.codebooks,
+        item_texts=titles,
+        pad_to_multiple_of=arguments.pad_to_multiple_of,
+        seed=arguments.seed,
+    )
+    parameters = sum(p.numel() for p in model.parameters())
+    with write_folder(arguments.output_dir) as scratch:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        vocabulary.save_pretrained(scratch)
+        write_run(
+            scratch,
+            step="init_model",
+            config=as_dict(arguments),
+            inputs={"data_dir": arguments.data_dir, "sids_dir": arguments.sids_dir},
+            metrics={"parameters": parameters, "vocabulary": len(tokenizer), "sid_tokens": len(vocabulary.sid_token_ids)},
+            started=started,
+        )
+    print(
+        f"{arguments.output_dir}: {model.config.model_type} with {parameters:,} parameters, "
+        f"{len(tokenizer):,} tokens of which {len(vocabulary.sid_token_ids):,} are SID tokens"
+    )
+
+
+def _texts(data: DataFolder) -> Iterator[str]:
+    """What the BPE is trained on: item texts, category names and training queries."""
+    yield from item_texts(data.items)
+    yield from (query for query in data.requests["train"]["query"].to_pylist() if query)
+
+
+if __name__ == "__main__":
+    command(main, Arguments)

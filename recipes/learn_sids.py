@@ -1,0 +1,93 @@
+"""Learns semantic IDs: item text → vectors → codes → `SemanticIds`, with a quality report beside the codes.
+
+    python -m sidtune.recipes.learn_sids --config recipes/quickstart/learn_sids.yaml \\
+        --data_dir runs/quickstart/data --output_dir runs/quickstart/sids
+
+The output folder holds `encoder/`, `quantizer/`, `vectors.safetensors`, `sids/` and `quality.json`.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import safetensors.numpy
+
+from sidtune.core.config import as_dict, build, command
+from sidtune.core.errors import ConfigError
+from sidtune.core.folders import write_folder, write_json, write_run
+from sidtune.data_builders.store import load_folder
+from sidtune.tokenizers.encoders import item_texts
+from sidtune.tokenizers.quality import sid_quality
+from sidtune.tokenizers.registry import ENCODERS, QUANTIZERS
+from sidtune.tokenizers.semantic_ids import SemanticIds
+
+
+@dataclass
+class Arguments:
+    """Options of learn_sids.
+
+    Attributes:
+        data_dir: folder written by build_data.
+        output_dir: folder to write.
+        encoder: `name` of an encoder in `tokenizers/registry.py` and its options.
+        quantizer: `name` of a quantizer in `tokenizers/registry.py` and its options.
+        suffix: add a last level that makes every SID unique.
+        seed: seed of encoder and quantizer.
+    """
+
+    data_dir: str
+    output_dir: str
+    encoder: dict = field(default_factory=lambda: {"name": "tfidf_svd"})
+    quantizer: dict = field(default_factory=lambda: {"name": "residual_kmeans"})
+    suffix: bool = False
+    seed: int = 0
+
+
+def main(arguments: Arguments) -> None:
+    """Learns the SIDs; prints the quality table and its warnings."""
+    started = time.time()
+    encoder = _make(ENCODERS, arguments.encoder, arguments.seed, "encoder")
+    quantizer = _make(QUANTIZERS, arguments.quantizer, arguments.seed, "quantizer")
+    data = load_folder(arguments.data_dir)
+    vectors = encoder.fit_encode(item_texts(data.items))
+    codes = quantizer.fit(vectors).encode(vectors)
+    popularity = np.nan_to_num(data.items.column("clicks").to_numpy(zero_copy_only=False).astype(np.float64))
+    sids = SemanticIds(data.items.column("item_id").to_pylist(), codes, tuple(quantizer.level_sizes), popularity)
+    quality = sid_quality(sids, vectors=vectors, quantizer=quantizer, seed=arguments.seed)
+    if arguments.suffix:
+        sids = sids.with_suffix()
+    with write_folder(arguments.output_dir) as scratch:
+        encoder.save_pretrained(scratch / "encoder")
+        quantizer.save_pretrained(scratch / "quantizer")
+        sids.save_pretrained(scratch / "sids")
+        safetensors.numpy.save_file({"vectors": np.ascontiguousarray(vectors)}, scratch / "vectors.safetensors")
+        write_json(scratch / "quality.json", quality.to_dict())
+        write_run(
+            scratch,
+            step="learn_sids",
+            config=as_dict(arguments),
+            inputs={"data_dir": arguments.data_dir},
+            metrics=quality.to_dict(),
+            started=started,
+        )
+    print(quality.to_markdown())
+    for warning in quality.warnings:
+        print(f"warning: {warning}")
+
+
+def _make(registry, spec: dict, seed: int, what: str):
+    options = dict(spec)
+    name = options.pop("name", None)
+    if name is None:
+        raise ConfigError(f"{what}: the required key 'name' is missing; known are: {', '.join(registry)}.")
+    cls = registry.get(name)
+    config_class = cls.config_class
+    if "seed" in config_class.__dataclass_fields__:
+        options.setdefault("seed", seed)
+    return cls(build(config_class, options, what))
+
+
+if __name__ == "__main__":
+    command(main, Arguments)
