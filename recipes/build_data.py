@@ -5,37 +5,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sidtune.core.config import as_dict, build, command
-from sidtune.core.errors import ConfigError
+from sidtune.core.config import as_dict, check_keys, command
 from sidtune.core.folders import write_folder, write_run
 from sidtune.data_builders import splits
 from sidtune.data_builders.registry import READERS
 from sidtune.data_builders.schema import Tables
-from sidtune.data_builders.store import save_tables
+from sidtune.data_builders.store import save_tables, split_names
 from sidtune.data_builders.validate import check_folder
 
 
-@dataclass
-class SplitConfig:
-    """How requests become train, valid and test.
-
-    Attributes:
-        kind: `global_time` (default), `leave_one_out` (a published protocol), or `source` (the reader prescribes it).
-        valid_share: share of the requests, by time, between train and test (global_time).
-        test_share: share of the latest requests (global_time).
-    """
-
-    kind: str = "global_time"
-    valid_share: float = 0.05
-    test_share: float = 0.1
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("global_time", "leave_one_out", "source"):
-            raise ConfigError(f"split.kind must be global_time, leave_one_out or source, got '{self.kind}'.")
+SPLIT_OPTIONS = [name for name in inspect.signature(splits.apply_split).parameters if name != "tables"]
 
 
 @dataclass
@@ -47,7 +32,8 @@ class Arguments:
         reader: name of a reader in `data_builders/registry.py`.
         path: folder or id the reader reads; null for the embedded shop.
         options: options of the reader.
-        split: see `SplitConfig`.
+        split: `kind` (`global_time` by default, `leave_one_out` for a published protocol, `source` if the reader prescribes it) and
+            the options of `splits.apply_split`.
         seed: seed of the reader, where it draws anything and `options` does not set one.
     """
 
@@ -62,20 +48,21 @@ class Arguments:
 def main(arguments: Arguments) -> None:
     """Builds the folder; prints what was read, what was mended, and rows per second."""
     started = time.time()
-    split = build(SplitConfig, arguments.split, "split")
+    check_keys(arguments.split, SPLIT_OPTIONS, "split")
     read = READERS.get(arguments.reader)
     options = dict(arguments.options)
     if arguments.reader == "shop_world":
         options.setdefault("seed", arguments.seed)
     tables: Tables = read(arguments.path, **options)
     rows = tables.requests.num_rows + tables.events.num_rows
-    splitting = splits.assign(tables, as_dict(split))
+    tables, split = splits.apply_split(tables, **arguments.split)
+    tables, until = _with_statistics(tables, split)
     with write_folder(arguments.output_dir) as scratch:
         save_tables(
             tables,
             scratch,
-            split=splitting,
-            meta={"reader": arguments.reader, "path": arguments.path, "options": options},
+            split=split,
+            meta={"reader": arguments.reader, "options": options, "statistics_until": until},
         )
         check_folder(scratch)
         seconds = time.time() - started
@@ -92,6 +79,13 @@ def main(arguments: Arguments) -> None:
             scratch, step="build_data", config=as_dict(arguments), inputs=source, metrics=metrics, started=started
         )
     _print(arguments, metrics, tables)
+
+
+def _with_statistics(tables: Tables, split: dict) -> tuple[Tables, int | None]:
+    """Counts of the items from what training may see, and the moment they end (null where each user has an own one)."""
+    cut = splits.training_cut(tables.requests, split_names(tables), split)
+    items = splits.item_statistics(tables.items, tables.requests, tables.events, cut)
+    return dataclasses.replace(tables, items=items), split["train_until"]
 
 
 def _print(arguments: Arguments, metrics: dict, tables: Tables) -> None:

@@ -55,7 +55,7 @@ class Arguments:
 def main(arguments: Arguments) -> None:
     """Builds or loads the model, extends it and saves it."""
     from sidtune.tokenizers.lm_tokenizer import build_model, train_lm_tokenizer
-    from sidtune.tokenizers.residual_kmeans import load_quantizer
+    from sidtune.tokenizers.registry import load_quantizer
     from sidtune.tokenizers.vocabulary import extend_vocabulary, load_base
 
     started = time.time()

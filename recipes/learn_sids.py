@@ -8,8 +8,11 @@ The output folder holds `encoder/`, `quantizer/`, `vectors.safetensors`, `sids/`
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -17,10 +20,11 @@ import safetensors.numpy
 from sidtune.core.config import as_dict, build, command
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import write_folder, write_json, write_run
+from sidtune.core.registry import Registry
 from sidtune.data_builders.store import load_folder
 from sidtune.tokenizers.encoders import item_texts
 from sidtune.tokenizers.quality import sid_quality
-from sidtune.tokenizers.registry import ENCODERS, QUANTIZERS
+from sidtune.tokenizers.registry import ENCODERS, QUANTIZERS, make_encoder, make_quantizer
 from sidtune.tokenizers.semantic_ids import SemanticIds
 
 
@@ -48,13 +52,14 @@ class Arguments:
 def main(arguments: Arguments) -> None:
     """Learns the SIDs; prints the quality table and its warnings."""
     started = time.time()
-    encoder = _make(ENCODERS, arguments.encoder, arguments.seed, "encoder")
-    quantizer = _make(QUANTIZERS, arguments.quantizer, arguments.seed, "quantizer")
+    encoder = _make(make_encoder, ENCODERS, arguments.encoder, arguments.seed, "encoder")
+    quantizer = _make(make_quantizer, QUANTIZERS, arguments.quantizer, arguments.seed, "quantizer")
     data = load_folder(arguments.data_dir)
-    vectors = encoder.fit_encode(item_texts(data.items))
+    texts, ids = item_texts(data.items), data.items["item_id"].to_pylist()
+    vectors = encoder.fit(texts).encode(texts, ids)
     codes = quantizer.fit(vectors).encode(vectors)
     popularity = np.nan_to_num(data.items.column("clicks").to_numpy(zero_copy_only=False).astype(np.float64))
-    sids = SemanticIds(data.items.column("item_id").to_pylist(), codes, tuple(quantizer.level_sizes), popularity)
+    sids = SemanticIds(ids, codes, tuple(quantizer.level_sizes), popularity)
     quality = sid_quality(sids, vectors=vectors, quantizer=quantizer, seed=arguments.seed)
     if arguments.suffix:
         sids = sids.with_suffix()
@@ -77,16 +82,14 @@ def main(arguments: Arguments) -> None:
         print(f"warning: {warning}")
 
 
-def _make(registry, spec: dict, seed: int, what: str):
+def _make(make: Callable[..., Any], registry: Registry, spec: dict, seed: int, what: str) -> Any:
     options = dict(spec)
     name = options.pop("name", None)
     if name is None:
         raise ConfigError(f"{what}: the required key 'name' is missing; known are: {', '.join(registry)}.")
-    cls = registry.get(name)
-    config_class = cls.config_class
-    if "seed" in config_class.__dataclass_fields__:
+    if "seed" in {field.name for field in dataclasses.fields(registry.get(name).config_class)}:
         options.setdefault("seed", seed)
-    return cls(build(config_class, options, what))
+    return make(name, options)
 
 
 if __name__ == "__main__":

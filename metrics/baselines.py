@@ -1,0 +1,250 @@
+"""What every baseline shares, and the simplest one: popularity.
+
+A baseline is fitted on training data only and ranks the whole catalogue:
+
+    ItemKNN().fit(folder.items, training_events(folder)).rank(requests, k=10)  # (R, 10) item rows
+
+Ranking is deterministic. Items are ordered by score; equal scores are ordered by popularity, then by item id; items
+without a score follow by popularity. So each list is full unless the catalogue (less the excluded items) is smaller
+than k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import scipy.sparse as sp
+
+from sidtune.core.errors import ConfigError, DataError
+from sidtune.metrics.ranking import RaggedRows, Relevance
+from sidtune.metrics.tables import action_weights, event_counts, item_rows, popularity_order
+
+_BLOCK = 1 << 23  # scores held at once
+
+
+@dataclass(frozen=True)
+class BaselineRequests:
+    """Requests as a baseline sees them.
+
+    Attributes:
+        queries: R texts; None is a recommendation without a query.
+        history: item rows of each user before the request, oldest first; anything with `offsets` (R + 1,) and `rows`.
+    """
+
+    queries: Sequence[str | None]
+    history: RaggedRows
+
+    @classmethod
+    def from_events(cls, queries: Any, history: RaggedRows, events: pa.Table, items: pa.Table) -> BaselineRequests:
+        """From a history of event rows (`History.before`) to one of item rows.
+
+        Args:
+            queries: R queries; an Arrow column or a list.
+            history: ragged rows of the `events` table.
+            events, items: tables of the data folder.
+        """
+        queries = queries.to_pylist() if hasattr(queries, "to_pylist") else list(queries)
+        wanted = np.asarray(history.rows, dtype=np.int64)
+        used, place = np.unique(wanted, return_inverse=True)
+        rows = item_rows(events["item_id"].take(pa.array(used)), items, "the history")
+        return cls(queries, Relevance(np.asarray(history.offsets, dtype=np.int64), rows[place.reshape(-1)]))
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+
+class Baseline:
+    """Base of the baselines: fitting of the popularity order, checks, chunking, and filling of short lists.
+
+    A subclass sets up its model in `_fit` and returns sparse scores in `_scores`.
+
+    Args:
+        exclude_seen: never rank an item of the user's history; false by default, as the model may rank it too.
+    """
+
+    def __init__(self, exclude_seen: bool = False) -> None:
+        self.exclude_seen = exclude_seen
+
+    def fit(self, items: pa.Table, events: pa.Table, requests: pa.Table | None = None) -> Baseline:
+        """Learns from training data.
+
+        Args:
+            items: items table; its row order numbers the items.
+            events: *training* events (see `tables.training_events`).
+            requests: training requests; no baseline here needs them.
+
+        Returns:
+            self.
+
+        Raises:
+            DataError: an empty catalogue, or an event with an item outside it.
+        """
+        if not items.num_rows:
+            raise DataError("The catalogue is empty; a baseline needs at least one item.")
+        self.items = items.num_rows
+        self.counts = self._popularity(items, events)
+        self.order = popularity_order(self.counts, items)
+        self.place = np.empty(self.items, dtype=np.int64)
+        self.place[self.order] = np.arange(self.items)
+        self._fit(items, events, requests)
+        return self
+
+    def rank(self, requests: BaselineRequests, k: int) -> np.ndarray:
+        """(R, k) int64 item rows, best first; -1 only where nothing is left to rank.
+
+        Raises:
+            SidtuneError: not fitted, k below 1, history rows outside the catalogue, lengths that differ.
+        """
+        if not hasattr(self, "order"):
+            raise ConfigError("This baseline is not fitted; call fit(items, events) before rank.")
+        if not isinstance(k, int) or k < 1:
+            raise ConfigError(f"k must be a positive integer, got {k!r}.")
+        history = _check_requests(requests, self.items)
+        ranked = np.full((len(requests), k), -1, dtype=np.int64)
+        # Both the ragged scores and the fill list (k + longest history) are bounded by the catalogue.
+        step = max(1, min(_BLOCK // self.items, 4096))
+        for start in range(0, len(requests), step):
+            stop = min(start + step, len(requests))
+            part = _part(history, start, stop)
+            scores, banned = self._scores(requests.queries[start:stop], part)
+            if self.exclude_seen:
+                banned = _binary(part, self.items)
+            ranked[start:stop] = top_rows(scores, banned, self.order, self.place, k)
+        return ranked
+
+    def _popularity(self, items: pa.Table, events: pa.Table) -> np.ndarray:
+        return event_counts(events, items)
+
+    def _fit(self, items: pa.Table, events: pa.Table, requests: pa.Table | None) -> None:
+        pass
+
+    def _scores(
+        self, queries: Sequence[str | None], history: Relevance
+    ) -> tuple[sp.csr_matrix | None, sp.csr_matrix | None]:
+        """Scores (r, N) of a chunk, absent = no score, and the items not to rank, (r, N) non-zero; None for none."""
+        return None, None
+
+
+class Popularity(Baseline):
+    """Ranks all items by training events, the same list for everyone.
+
+    Args:
+        actions: action → weight, for example `{"order": 1.0}`; None counts every event as 1.
+        half_life: the weight of an event halves with each such span (unit of `events.time`) before the last training
+            event; None for no decay.
+        exclude_seen: as in `Baseline`.
+    """
+
+    def __init__(
+        self, actions: Mapping[str, float] | None = None, half_life: float | None = None, exclude_seen: bool = False
+    ) -> None:
+        super().__init__(exclude_seen)
+        if half_life is not None and not half_life > 0:
+            raise ConfigError(f"The half life of popularity must be above 0 or null, got {half_life}.")
+        self.actions, self.half_life = actions, half_life
+
+    def _popularity(self, items: pa.Table, events: pa.Table) -> np.ndarray:
+        weights = action_weights(events, self.actions)
+        if self.half_life is not None and events.num_rows:
+            times = events["time"].to_numpy()
+            weights = weights * 0.5 ** ((times.max() - times) / self.half_life)
+        rows = item_rows(events["item_id"], items, "the events")
+        return np.bincount(rows, weights=weights, minlength=items.num_rows)
+
+
+def top_rows(
+    scores: sp.csr_matrix | None, banned: sp.csr_matrix | None, order: np.ndarray, place: np.ndarray, k: int
+) -> np.ndarray:
+    """Best k items of each row of sparse scores, filled up by popularity.
+
+    Args:
+        scores: (r, N) positive scores; None when there are none.
+        banned: (r, N) items that may not be ranked; None for none.
+        order: (N,) item rows by popularity. place: (N,) its inverse. k: places.
+
+    Returns:
+        (r, k) item rows; -1 where the catalogue is used up.
+    """
+    matrix = scores if scores is not None else banned
+    if matrix is None:
+        return _padded(order[None, :k], k)
+    count = matrix.shape[0]
+    ranked = np.full((count, k), -1, dtype=np.int64)
+    used = np.zeros(count, dtype=np.int64)
+    if scores is not None:
+        if banned is not None:
+            scores = scores - scores.multiply(banned != 0)
+        owner, item, rank, _ = _sorted_entries(scores, place, k)
+        ranked[owner, rank] = item
+        used = np.bincount(owner, minlength=count)
+    if (used < k).any():
+        _fill(ranked, used, banned, order, k)
+    return ranked
+
+
+def _sorted_entries(
+    scores: sp.csr_matrix, place: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Owner row, item, rank and score of the k best positive entries of each row, by score, then popularity."""
+    entries = scores.tocoo()
+    positive = entries.data > 0
+    owner, item, score = entries.row[positive].astype(np.int64), entries.col[positive], entries.data[positive]
+    chosen = np.lexsort((place[item], -score, owner))
+    owner = owner[chosen]
+    starts = np.searchsorted(owner, np.arange(scores.shape[0]))
+    rank = np.arange(len(owner)) - starts[owner]
+    keep = rank < k
+    return owner[keep], item[chosen][keep].astype(np.int64), rank[keep], score[chosen][keep]
+
+
+def _fill(ranked: np.ndarray, used: np.ndarray, banned: sp.csr_matrix | None, order: np.ndarray, k: int) -> None:
+    """Appends popular items that are neither ranked yet nor banned, in place."""
+    most_banned = int(np.diff(banned.tocsr().indptr).max(initial=0)) if banned is not None else 0
+    width = min(len(order), k + int(used.max(initial=0)) + most_banned)
+    slot = np.full(len(order), -1, dtype=np.int64)
+    slot[order[:width]] = np.arange(width)
+    taken = np.zeros((len(ranked), width), dtype=bool)
+    rows, columns = np.nonzero(ranked >= 0)
+    slots = slot[ranked[rows, columns]]
+    taken[rows[slots >= 0], slots[slots >= 0]] = True
+    if banned is not None:
+        entries = banned.tocoo()
+        slots = slot[entries.col]
+        taken[entries.row[slots >= 0], slots[slots >= 0]] = True
+    target = used[:, None] + np.cumsum(~taken, axis=1) - 1
+    rows, columns = np.nonzero(~taken & (target < k))
+    ranked[rows, target[rows, columns]] = order[columns]
+
+
+def _padded(rows: np.ndarray, k: int) -> np.ndarray:
+    return np.pad(rows, ((0, 0), (0, k - rows.shape[1])), constant_values=-1)
+
+
+def _check_requests(requests: BaselineRequests, items: int) -> Relevance:
+    offsets = np.asarray(requests.history.offsets, dtype=np.int64)
+    rows = np.asarray(requests.history.rows, dtype=np.int64)
+    if len(offsets) != len(requests) + 1 or offsets[0] != 0 or offsets[-1] != len(rows) or (np.diff(offsets) < 0).any():
+        raise DataError(
+            f"The history of {len(requests)} requests needs {len(requests) + 1} offsets rising from 0 to {len(rows)}, "
+            f"got {len(offsets)}; build it for the same requests."
+        )
+    if len(rows) and (rows.min() < 0 or rows.max() >= items):
+        raise DataError(f"The history names item rows outside 0 to {items - 1}; leave out unknown items.")
+    return Relevance(offsets, rows)
+
+
+def _part(history: Relevance, start: int, stop: int) -> Relevance:
+    offsets = history.offsets[start : stop + 1]
+    return Relevance(offsets - offsets[0], history.rows[offsets[0] : offsets[-1]])
+
+
+def _binary(history: Relevance, items: int) -> sp.csr_matrix:
+    """(r, N) with 1 where the item is in the history, however often."""
+    matrix = sp.csr_matrix((np.ones(len(history.rows)), history.rows, history.offsets), shape=(len(history), items))
+    matrix.sum_duplicates()
+    matrix.data[:] = 1.0
+    return matrix

@@ -1,0 +1,88 @@
+"""What several recipes load: a retriever from step folders, prompts of requests, and the serializer of a training run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from sidtune.core.errors import DataError
+from sidtune.core.folders import read_json, write_json
+from sidtune.data_builders.examples import prompt_for_requests
+from sidtune.data_builders.serializer import Serializer
+from sidtune.data_builders.store import DataFolder
+from sidtune.data_builders.task_input import TaskInput
+from sidtune.decoding.retriever import (
+    SERIALIZER_FILE,
+    TEMPLATES_FOLDER,
+    PromptSettings,
+    SidRetriever,
+    make_serializer,
+)
+from sidtune.tokenizers.semantic_ids import SemanticIds
+
+# Prompts without a limit on turns still need a number for the history builder.
+ALL_TURNS = 1_000_000
+
+
+def final_model(folder: str | Path) -> Path:
+    """The model folder itself, or the last stage below a folder of `sft`. Raises DataError when there is neither."""
+    folder = Path(folder)
+    if (folder / "config.json").exists():
+        return folder
+    if (folder / "run.json").exists():
+        final = read_json(folder / "run.json").get("metrics", {}).get("final")
+        if final and (folder / final).is_dir():
+            return folder / final
+    raise DataError(f"{folder} holds no model (no config.json) and no finished training; run the step that writes it.")
+
+
+def save_serializer(folder: str | Path, serializer: Serializer, settings: PromptSettings) -> None:
+    """Writes what a model's prompts look like, for evaluation and serving."""
+    serializer.save_templates(Path(folder) / TEMPLATES_FOLDER)
+    write_json(Path(folder) / SERIALIZER_FILE, dataclasses.asdict(settings))
+
+
+def load_serializer(model_folder: str | Path, tokenizer: Any) -> tuple[Serializer, PromptSettings]:
+    """The serializer saved beside a model or beside its stage folder; the built-in plain templates where there is none."""
+    for folder in (Path(model_folder), Path(model_folder).parent):
+        if (folder / SERIALIZER_FILE).exists():
+            settings = PromptSettings(**read_json(folder / SERIALIZER_FILE))
+            return make_serializer(tokenizer, folder / TEMPLATES_FOLDER, settings), settings
+    settings = PromptSettings()
+    return make_serializer(tokenizer, "plain", settings), settings
+
+
+def load_retriever(model_folder: str | Path, sids_dir: str | Path) -> SidRetriever:
+    """A retriever from a model folder and the folder of learn_sids."""
+    from sidtune.tokenizers.trained_model import load_model
+
+    model, tokenizer, vocabulary = load_model(model_folder)
+    serializer, settings = load_serializer(model_folder, tokenizer)
+    sids = SemanticIds.from_pretrained(Path(sids_dir) / "sids")
+    return SidRetriever(model, tokenizer, vocabulary, sids, serializer, settings)
+
+
+def task_input(data: DataFolder, serializer: Serializer, sids: SemanticIds, split: str, max_history: int | None, seed: int):
+    """`TaskInput` of one split: its requests as targets, all requests to explain past turns."""
+    shown = pa.concat_tables([table for table in data.requests.values() if table.num_rows])
+    return TaskInput(
+        items=data.items,
+        users=data.users,
+        events=data.events,
+        requests=data.requests[split],
+        sids=sids.texts(),
+        serializer=serializer,
+        max_history=ALL_TURNS if max_history is None else max_history,
+        seed=seed,
+        context_requests=shown,
+    )
+
+
+def prompts_of(retriever: SidRetriever, data: DataFolder, requests: pa.Table) -> list[list[str]]:
+    """Prompts (pieces) of requests, rendered by the code and the settings of training."""
+    limit = retriever.settings.max_history
+    source = task_input(data, retriever.serializer, retriever.sids, "train", limit, seed=0)
+    return prompt_for_requests(source, requests)

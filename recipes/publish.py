@@ -1,0 +1,151 @@
+"""Makes a bundle that stands alone (model, tokenizer, SIDs, item map, trie, metrics, card) and pushes it to the hub if asked.
+
+    python -m sidtune.recipes.publish --config recipes/quickstart/publish.yaml --data_dir runs/quickstart/data \\
+        --sids_dir runs/quickstart/sids --model_dir runs/quickstart/sft --eval_dir runs/quickstart/eval \\
+        --output_dir runs/quickstart/bundle --push_to_hub true --hub_model_id me/my-search-model
+
+Without `push_to_hub: true` nothing leaves the machine.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from sidtune.core.config import as_dict, command
+from sidtune.core.errors import ConfigError
+from sidtune.core.folders import fingerprint, read_json, versions, write_folder, write_run
+
+
+@dataclass
+class Arguments:
+    """Options of publish.
+
+    Attributes:
+        data_dir, sids_dir, model_dir, eval_dir: folders of the earlier steps.
+        output_dir: bundle folder to write.
+        push_to_hub: upload the bundle; false by default.
+        hub_model_id: repository, `owner/name`; needed for the upload.
+        hub_private: make a new repository private.
+        model_name: name on the card; default the last part of hub_model_id, or the folder's name.
+        dataset_name: how the card calls the data; default the reader's name.
+        license: licence of the model on the card.
+        command: how to run the whole again, shown on the card.
+    """
+
+    data_dir: str
+    sids_dir: str
+    model_dir: str
+    eval_dir: str
+    output_dir: str
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_private: bool = True
+    model_name: str | None = None
+    dataset_name: str | None = None
+    license: str = "apache-2.0"
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        if self.push_to_hub and not self.hub_model_id:
+            raise ConfigError("push_to_hub is true but hub_model_id is missing; set it to owner/name.")
+
+
+def main(arguments: Arguments) -> None:
+    """Writes the bundle and, if asked, uploads it."""
+    from sidtune.metrics.model_card import write_card
+
+    started = time.time()
+    with write_folder(arguments.output_dir) as scratch:
+        _copy_model(arguments, scratch)
+        _write_catalogue(arguments, scratch)
+        shutil.copy(Path(arguments.eval_dir) / "metrics.json", scratch / "metrics.json")
+        write_card(scratch / "README.md", card_data(arguments))
+        inputs = {name: getattr(arguments, name) for name in ("data_dir", "sids_dir", "model_dir", "eval_dir")}
+        write_run(scratch, step="publish", config=as_dict(arguments), inputs=inputs, started=started)
+    print(f"{arguments.output_dir}: bundle ready")
+    if arguments.push_to_hub:
+        from sidtune.tokenizers.hub import push_folder
+
+        url = push_folder(arguments.output_dir, arguments.hub_model_id, private=arguments.hub_private)
+        print(f"Pushed to {url}")
+
+
+def _copy_model(arguments: Arguments, scratch: Path) -> None:
+    from sidtune.recipes.loading import final_model, load_serializer, save_serializer
+    from sidtune.tokenizers.trained_model import load_model
+
+    source = final_model(arguments.model_dir)
+    model, tokenizer, vocabulary = load_model(source)
+    model.save_pretrained(scratch)
+    tokenizer.save_pretrained(scratch)
+    vocabulary.save_pretrained(scratch)
+    serializer, settings = load_serializer(source, tokenizer)
+    save_serializer(scratch, serializer, settings)
+
+
+def _write_catalogue(arguments: Arguments, scratch: Path) -> None:
+    from sidtune.data_builders.store import load_folder
+    from sidtune.decoding.retriever import catalogue_table
+    from sidtune.decoding.trie import SidTrie
+    from sidtune.tokenizers.semantic_ids import SemanticIds
+
+    sids = SemanticIds.from_pretrained(Path(arguments.sids_dir) / "sids")
+    sids.save_pretrained(scratch / "sids")
+    SidTrie.from_semantic_ids(sids).save_pretrained(scratch / "trie")
+    pq.write_table(catalogue_table(load_folder(arguments.data_dir).items), scratch / "catalogue.parquet")
+
+
+def card_data(arguments: Arguments) -> Any:
+    """Collects `CardData` from the step folders."""
+    from sidtune.metrics.compare import SystemRow
+    from sidtune.metrics.model_card import CardData
+    from sidtune.metrics.report import markdown_table
+    from sidtune.recipes.loading import final_model
+
+    metrics = read_json(Path(arguments.eval_dir) / "metrics.json")
+    quality = read_json(Path(arguments.sids_dir) / "quality.json")
+    trained = read_json(Path(arguments.model_dir) / "run.json")
+    built = read_json(Path(arguments.data_dir) / "run.json")
+    systems = [SystemRow.from_dict(row) for row in metrics["systems"]]
+    own = next(system for system in systems if system.kind == "model")
+    name = arguments.model_name or (arguments.hub_model_id or Path(arguments.output_dir).resolve().name).split("/")[-1]
+    start = read_json(Path(arguments.model_dir).parent / "model" / "run.json") if _has_start(arguments) else {}
+    queries = [s["query"] for s in read_json(Path(arguments.eval_dir) / "samples.json") if s["query"]]
+    return CardData(
+        name=name,
+        repo_id=arguments.hub_model_id or name,
+        table=markdown_table(systems),
+        index_rows=[{"metric": metric, "value": round(e.value, 6)} for metric, e in own.metrics.items()],
+        catalogue=metrics["catalogue"],
+        requests=metrics["requests"],
+        split=metrics["split"],
+        level=metrics["level"],
+        invalid=metrics["decoding"]["invalid_share"],
+        command=arguments.command or f"python -m sidtune.recipes.publish --model_dir {final_model(arguments.model_dir).name}",
+        data_revision=fingerprint(arguments.data_dir),
+        dataset_name=arguments.dataset_name or built["config"]["reader"],
+        dataset_type=built["config"]["reader"],
+        stages=[stage["name"] for stage in trained["metrics"].get("stages", [])] or ["none"],
+        level_sizes=[level["size"] for level in quality["levels"]],
+        icr=quality["icr"],
+        collision_rate=quality["sharing_rate"],
+        versions=versions(),
+        seed=trained["config"].get("seed", 0),
+        license=arguments.license,
+        base_model=start.get("config", {}).get("base"),
+        sample_query=queries[0] if queries else "",
+    )
+
+
+def _has_start(arguments: Arguments) -> bool:
+    return (Path(arguments.model_dir).parent / "model" / "run.json").exists()
+
+
+if __name__ == "__main__":
+    command(main, Arguments)

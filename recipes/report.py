@@ -1,0 +1,145 @@
+"""Writes one HTML file from the step folders: metrics with intervals and slices, SID quality, curves, sample requests.
+
+    python -m sidtune.recipes.report --config recipes/quickstart/report.yaml --data_dir runs/quickstart/data \\
+        --sids_dir runs/quickstart/sids --model_dir runs/quickstart/sft --eval_dir runs/quickstart/eval \\
+        --output_dir runs/quickstart/report
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sidtune.core.config import as_dict, command
+from sidtune.core.folders import read_json, write_folder, write_run
+
+
+@dataclass
+class Arguments:
+    """Options of report.
+
+    Attributes:
+        data_dir, sids_dir, model_dir, eval_dir: folders of the earlier steps.
+        output_dir: folder that receives `report.html` and `table.md`.
+        title: heading of the page.
+        command: how to run the whole again, shown on the page.
+    """
+
+    data_dir: str
+    sids_dir: str
+    model_dir: str
+    eval_dir: str
+    output_dir: str
+    title: str = "sidtune report"
+    command: str = ""
+
+
+def main(arguments: Arguments) -> None:
+    """Writes the report and prints where it lies."""
+    from sidtune.metrics.report import markdown_table, write_report
+
+    started = time.time()
+    data = report_data(arguments)
+    with write_folder(arguments.output_dir) as scratch:
+        write_report(scratch / "report.html", data)
+        (scratch / "table.md").write_text(markdown_table(data.systems), encoding="utf-8")
+        inputs = {name: getattr(arguments, name) for name in ("data_dir", "sids_dir", "model_dir", "eval_dir")}
+        write_run(scratch, step="report", config=as_dict(arguments), inputs=inputs, started=started)
+    print(f"The report is {Path(arguments.output_dir) / 'report.html'}")
+
+
+def report_data(arguments: Arguments) -> Any:
+    """Collects `ReportData` from the step folders."""
+    from sidtune.metrics.compare import SystemRow
+    from sidtune.metrics.report_data import ReportData, SampleItem, SampleRequest
+    from sidtune.metrics.slices import SliceRow
+
+    runs = {
+        name: read_json(Path(folder) / "run.json")
+        for name, folder in (
+            ("data", arguments.data_dir),
+            ("sids", arguments.sids_dir),
+            ("sft", arguments.model_dir),
+            ("eval", arguments.eval_dir),
+        )
+    }
+    metrics = read_json(Path(arguments.eval_dir) / "metrics.json")
+    samples = read_json(Path(arguments.eval_dir) / "samples.json")
+    quality = read_json(Path(arguments.sids_dir) / "quality.json")
+    stages = runs["sft"]["metrics"].get("stages", [])
+    built, decoding = runs["data"]["metrics"], metrics["decoding"]
+    return ReportData(
+        title=arguments.title,
+        summary=(
+            f"{metrics['requests']:,} {metrics['split']} requests, each ranked against the whole catalogue of "
+            f"{metrics['catalogue']:,} items by {decoding['num_beams']} constrained beams."
+        ),
+        command=arguments.command,
+        created=runs["eval"]["finished"],
+        facts={
+            **{name: built[name] for name in ("items", "users", "requests", "events")},
+            "evaluated requests": metrics["requests"],
+            "training seconds": round(sum(stage["seconds"] or 0 for stage in stages)),
+            "requests per second": decoding["requests_per_second"],
+        },
+        versions=runs["eval"]["versions"],
+        warnings=quality.get("warnings", []),
+        systems=[SystemRow.from_dict(row) for row in metrics["systems"]],
+        level=metrics["level"],
+        primary=metrics["primary"],
+        evaluation_notes=_notes(metrics),
+        slices={name: [SliceRow(**row) for row in rows] for name, rows in metrics["slices"].items()},
+        slice_metric=metrics["primary"],
+        sid_quality=quality,
+        curves=_curves(Path(arguments.model_dir), stages),
+        samples=[
+            SampleRequest(
+                query=s["query"],
+                items=[SampleItem(i["title"] or "", i["sid"], i["hit"], i["score"], i["item_id"]) for i in s["items"]],
+                context=[tuple(pair) for pair in s["context"]],
+                history=s["history"],
+                targets=s["targets"],
+                request_id=s["request_id"],
+            )
+            for s in samples
+        ],
+        stages=[_stage_line(stage) for stage in stages],
+        config={name: run["config"] for name, run in runs.items()},
+    )
+
+
+def _notes(metrics: dict[str, Any]) -> list[str]:
+    return [
+        f"{metrics['requests_without_feedback']:,} requests of the split have no positive feedback and are left out.",
+        f"{100 * metrics['decoding']['invalid_share']:.1f} % of the decoded SIDs are outside the catalogue.",
+        "Metrics are on items after expansion of shared SIDs; ties are broken by item order, so a rerun gives the same numbers.",
+    ]
+
+
+def _curves(folder: Path, stages: list[dict[str, Any]]) -> list[Any]:
+    from sidtune.metrics.report_data import StageCurve
+
+    return [
+        StageCurve.from_log_history(stage["name"], read_json(folder / stage["name"] / "log_history.json"))
+        for stage in stages
+        if (folder / stage["name"] / "log_history.json").exists()
+    ]
+
+
+def _stage_line(stage: dict[str, Any]) -> dict[str, Any]:
+    train = stage.get("examples", {}).get("train", {})
+    return {
+        "stage": stage["name"],
+        "tasks": ", ".join(train),
+        "examples": sum(task["examples"] for task in train.values()),
+        "learned tokens": sum(task["targets"] for task in train.values()),
+        "steps": stage.get("steps"),
+        "train loss": (stage.get("train") or {}).get("train_loss"),
+        "seconds": stage.get("seconds"),
+    }
+
+
+if __name__ == "__main__":
+    command(main, Arguments)

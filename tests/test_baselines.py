@@ -1,0 +1,282 @@
+"""Baselines against brute force: Counter, dense numpy and the BM25 formula written out."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from sidtune.core.errors import ConfigError, DataError
+from sidtune.data_builders.schema import table_from_columns, table_from_rows
+from sidtune.metrics import baselines, item_knn
+from sidtune.metrics.baselines import BaselineRequests, Popularity
+from sidtune.metrics.bm25 import BM25, item_text, tokenise
+from sidtune.metrics.item_knn import ItemKNN, last_of_each
+from sidtune.metrics.ranking import Relevance
+from sidtune.metrics.registry import BASELINES
+
+WORDS = ["red", "blue", "green", "shoe", "boot", "sock", "lace", "wool", "silk", "手机", "手機殼", "مرحبا", "हिन्दी"]
+
+
+def catalogue(count: int, seed: int = 0) -> pa.Table:
+    rng = np.random.default_rng(seed)
+    ids = [f"i{n:03d}" for n in rng.permutation(count)]
+    titles = [" ".join(rng.choice(WORDS, size=rng.integers(0, 7))) for _ in range(count)]
+    return table_from_columns("items", {"item_id": ids, "title": titles}, count)
+
+
+def log(items: pa.Table, count: int, seed: int = 1, users: int = 25) -> pa.Table:
+    rng = np.random.default_rng(seed)
+    share = rng.dirichlet(np.full(items.num_rows, 0.3))
+    columns = {
+        "user_id": [f"u{n}" for n in rng.integers(0, users, count)],
+        "item_id": [items["item_id"][int(n)].as_py() for n in rng.choice(items.num_rows, size=count, p=share)],
+        "time": np.sort(rng.integers(0, 1000, count)),
+        "action": rng.choice(["click", "order"], size=count, p=[0.8, 0.2]).tolist(),
+    }
+    return table_from_columns("events", columns, count)
+
+
+def asks(items: int, count: int, seed: int = 2) -> BaselineRequests:
+    rng = np.random.default_rng(seed)
+    history = [rng.integers(0, items, size=rng.integers(0, 6)).tolist() for _ in range(count)]
+    queries = [
+        None if rng.random() < 0.4 else " ".join(rng.choice([*WORDS, "zzz"], size=rng.integers(0, 4)))
+        for _ in range(count)
+    ]
+    return BaselineRequests(queries, Relevance.from_lists(history))
+
+
+def history_of(requests: BaselineRequests, place: int) -> list[int]:
+    offsets = requests.history.offsets
+    return requests.history.rows[offsets[place] : offsets[place + 1]].tolist()
+
+
+def slow_order(scores, counts, ids, banned, k):
+    """Positive scores first, then popularity, then item id; -1 at the end."""
+    rows = [n for n in range(len(ids)) if n not in banned]
+    rows.sort(key=lambda n: (-max(scores[n], 0.0), -counts[n], ids[n]))
+    return (rows + [-1] * k)[:k]
+
+
+@pytest.mark.parametrize("exclude", [False, True])
+def test_popularity_equals_a_counter(exclude):
+    items, requests = catalogue(30), asks(30, 40)
+    events = log(items, 200)
+    ids, counts = items["item_id"].to_pylist(), Counter(events["item_id"].to_pylist())
+    got = Popularity(exclude_seen=exclude).fit(items, events).rank(requests, 12)
+    for place in range(40):
+        banned = set(history_of(requests, place)) if exclude else set()
+        assert got[place].tolist() == slow_order([0] * 30, [counts[i] for i in ids], ids, banned, 12)
+
+
+def test_popularity_weights_and_half_life():
+    items = table_from_columns("items", {"item_id": ["a", "b", "c"]}, 3)
+    rows = [("a", 0, "click"), ("a", 0, "click"), ("a", 0, "click"), ("b", 100, "click"), ("c", 50, "order")]
+    events = table_from_rows("events", [dict(zip(("item_id", "time", "action"), r, strict=True)) for r in rows])
+    requests = BaselineRequests([None], Relevance.from_lists([[]]))
+    assert Popularity().fit(items, events).rank(requests, 3).tolist() == [[0, 1, 2]]
+    assert Popularity(actions={"order": 1.0}).fit(items, events).rank(requests, 3).tolist() == [[2, 0, 1]]
+    recent = Popularity(half_life=50).fit(items, events)
+    assert recent.counts.tolist() == [0.75, 1.0, 0.5] and recent.rank(requests, 2).tolist() == [[1, 0]]
+
+
+@pytest.mark.parametrize("neighbours", [None, 4])
+@pytest.mark.parametrize("exclude", [False, True])
+def test_item_knn_equals_dense_numpy(neighbours, exclude, monkeypatch):
+    monkeypatch.setattr(baselines, "_BLOCK", 200)  # several chunks
+    monkeypatch.setattr(item_knn, "_BLOCK", 200)
+    items, requests = catalogue(40, 3), asks(40, 60, 4)
+    events = log(items, 300, 5)
+    ids = items["item_id"].to_pylist()
+    seen = np.zeros((25, 40))
+    for user, item in zip(events["user_id"].to_pylist(), events["item_id"].to_pylist(), strict=True):
+        seen[int(user[1:]), ids.index(item)] = 1
+    together = seen.T @ seen
+    norm = np.sqrt(np.diag(together))
+    similar = together / (np.outer(norm, norm) + 3.0)
+    np.fill_diagonal(similar, 0)
+    counts = [Counter(events["item_id"].to_pylist())[i] for i in ids]
+    if neighbours:
+        for row in range(40):
+            kept = slow_order(similar[row], counts, ids, set(), neighbours)
+            similar[row, [n for n in range(40) if n not in kept]] = 0
+    got = ItemKNN(neighbours, shrinkage=3.0, exclude_seen=exclude).fit(items, events).rank(requests, 15)
+    for place in range(60):
+        history = sorted(set(history_of(requests, place)))
+        scores = similar[history].sum(axis=0).round(12)
+        banned = set(history) if exclude else set()
+        slow = slow_order(scores, counts, ids, banned, 15)
+        # Sums in another order may differ in the last bit, so scores are compared, and the items of the fill.
+        np.testing.assert_allclose(scores[got[place]], scores[slow], atol=1e-12)
+        assert [n for n in got[place] if scores[n] == 0] == [n for n in slow if scores[n] == 0]
+        assert len(set(got[place].tolist()) - banned) == 15
+
+
+def test_item_knn_uses_the_latest_events_only_when_asked():
+    history = Relevance.from_lists([[1, 2, 3], [], [4]])
+    last = last_of_each(history, 2)
+    assert last.offsets.tolist() == [0, 2, 2, 3] and last.rows.tolist() == [2, 3, 4]
+    items = table_from_columns("items", {"item_id": ["a", "b", "c", "d"]}, 4)
+    pairs = [("u", "a"), ("u", "b"), ("v", "c"), ("v", "d")]
+    events = table_from_columns("events", {"user_id": [p[0] for p in pairs], "item_id": [p[1] for p in pairs]}, 4)
+    requests = BaselineRequests([None], Relevance.from_lists([[0, 2]]))
+    assert ItemKNN(max_history=1).fit(items, events).rank(requests, 1).tolist() == [[3]]
+    assert sorted(ItemKNN().fit(items, events).rank(requests, 2)[0].tolist()) == [1, 3]
+
+
+def bm25_by_hand(documents: list[list[str]], query: list[str], k1: float, b: float) -> np.ndarray:
+    mean = sum(map(len, documents)) / len(documents)
+    scores = np.zeros(len(documents))
+    for term in query:
+        having = sum(term in document for document in documents)
+        idf = math.log(1 + (len(documents) - having + 0.5) / (having + 0.5))
+        for place, document in enumerate(documents):
+            tf = document.count(term)
+            scores[place] += idf * tf / (tf + k1 * (1 - b + b * len(document) / mean)) if tf else 0.0
+    return scores
+
+
+@pytest.mark.parametrize("options", [{}, {"k1": 0.9, "b": 0.4, "history_items": 2}, {"exclude_query_items": False}])
+def test_bm25_equals_the_formula(options, monkeypatch):
+    monkeypatch.setattr(baselines, "_BLOCK", 300)
+    items, requests = catalogue(35, 6), asks(35, 80, 7)
+    events = log(items, 150, 8)
+    ids = items["item_id"].to_pylist()
+    documents = [tokenise(title) for title in items["title"].to_pylist()]
+    counts = [Counter(events["item_id"].to_pylist())[i] for i in ids]
+    got = BM25(**options).fit(items, events).rank(requests, 35)
+    scored = 0
+    for place, query in enumerate(requests.queries):
+        words, banned = tokenise(query or ""), set()
+        if not (query or "").strip():
+            last = set(history_of(requests, place)[-options.get("history_items", 1) :])
+            words = [word for item in last for word in documents[item]]
+            banned = last if options.get("exclude_query_items", True) else set()
+        scores = bm25_by_hand(documents, words, options.get("k1", 1.5), options.get("b", 0.75)).round(12)
+        slow = [n for n in slow_order(scores, counts, ids, banned, 35) if n >= 0]
+        ranked = [n for n in got[place].tolist() if n >= 0]
+        assert sorted(ranked) == sorted(slow)
+        np.testing.assert_allclose(scores[ranked], scores[slow], atol=1e-9)
+        assert [n for n in ranked if scores[n] == 0] == [n for n in slow if scores[n] == 0]
+        scored += scores.max() > 0
+    assert scored > 40
+
+
+def test_bm25_scores_equal_the_library():
+    import bm25s
+
+    items = catalogue(30, 9)
+    documents = [tokenise(title) for title in items["title"].to_pylist()]
+    library = bm25s.BM25(method="lucene", dtype="float64")
+    library.index(documents, show_progress=False)
+    ours = BM25(fields=["title"]).fit(items, log(items, 20))
+    query = "red red 手机 shoe"
+    scores, _ = ours._scores([query], Relevance.from_lists([[]]))
+    np.testing.assert_allclose(scores.toarray()[0], library.get_scores(tokenise(query)), atol=1e-12)
+
+
+def test_bm25_ties_break_by_popularity_then_id_and_unknown_words_fall_back_to_popularity():
+    items = table_from_columns("items", {"item_id": ["d", "c", "b", "a"], "title": ["red", "red", "red", "blue"]}, 4)
+    events = table_from_columns("events", {"item_id": ["c", "a", "a"]}, 3)
+    requests = BaselineRequests(["RED", "unknown", "", "  "], Relevance.from_lists([[3], [3], [], []]))
+    got = BM25().fit(items, events).rank(requests, 4)
+    assert got.tolist() == [[1, 2, 0, 3], [3, 1, 2, 0], [3, 1, 2, 0], [3, 1, 2, 0]]
+
+
+def test_lists_are_full_or_the_catalogue_is_used_up():
+    items = catalogue(5)
+    events = log(items, 20)
+    requests = BaselineRequests(["red"], Relevance.from_lists([[0, 1, 1]]))
+    for name in BASELINES:
+        got = BASELINES.get(name)(exclude_seen=True).fit(items, events).rank(requests, 7)
+        assert sorted(got[0].tolist()) == [-1, -1, -1, -1, 2, 3, 4] and got[0, 3] == -1
+
+
+@pytest.mark.parametrize("name", list(BASELINES))
+def test_ranking_does_not_depend_on_row_order_or_chunks(name, monkeypatch):
+    items, events = catalogue(40, 10), log(catalogue(40, 10), 250, 11)
+    requests = asks(40, 50, 12)
+    first = BASELINES.get(name)().fit(items, events).rank(requests, 9)
+    monkeypatch.setattr(baselines, "_BLOCK", 40)
+    monkeypatch.setattr(item_knn, "_BLOCK", 40)
+    shuffled = events.take(pa.array(np.random.default_rng(0).permutation(250)))
+    assert (BASELINES.get(name)().fit(items, shuffled).rank(requests, 9) == first).all()
+
+
+def test_item_text_and_tokens():
+    items = table_from_rows(
+        "items",
+        [
+            {
+                "item_id": "a",
+                "title": "Red Shoe",
+                "brand": None,
+                "category": ["Shoes", "Sport"],
+                "attributes": [{"name": "size", "value": "42"}, {"name": "x", "value": None}],
+                "description": "",
+            },
+            {"item_id": "b"},
+        ],
+    )
+    assert item_text(items) == ["Red Shoe\nShoes Sport\n42 ", ""]
+    assert tokenise("Ｒed-Shoe_x 42, Straße Café") == ["red", "shoe", "x", "42", "strasse", "café"]
+    assert tokenise("华为手机壳 iPhone15手机 机") == ["华为", "为手", "手机", "机壳", "iphone15", "手机", "机"]
+    assert tokenise("हिन्दी مُحَمَّد") == ["हिन्दी", "مُحَمَّد"]
+    assert tokenise("コーヒー・豆") == ["コー", "ーヒ", "ヒー", "豆"]
+    assert tokenise("<b>—!? \u200b") == ["b"] and tokenise("") == []
+
+
+def test_history_of_events_becomes_item_rows():
+    items = table_from_columns("items", {"item_id": ["a", "b"]}, 2)
+    events = table_from_columns("events", {"item_id": ["b", "x", "a"]}, 3)
+    requests = BaselineRequests.from_events(
+        pa.chunked_array([["q", None]]), Relevance.from_lists([[2, 0], [0]]), events, items
+    )
+    assert requests.history.rows.tolist() == [0, 1, 1] and requests.queries == ["q", None]
+    with pytest.raises(DataError, match="1 item ids of the history"):
+        BaselineRequests.from_events([None], Relevance.from_lists([[1]]), events, items)
+    nothing = BaselineRequests.from_events([None], Relevance.from_lists([[]]), events, items)
+    assert Popularity().fit(items, events.slice(0, 1)).rank(nothing, 2).tolist() == [[1, 0]]
+
+
+def test_empty_texts_and_no_events():
+    items = table_from_columns("items", {"item_id": ["b", "a"]}, 2)
+    events = table_from_columns("events", {"item_id": []}, 0)
+    requests = BaselineRequests(["red", None], Relevance.from_lists([[], [0]]))
+    for name in BASELINES:
+        got = BASELINES.get(name)().fit(items, events).rank(requests, 2)
+        assert got[0].tolist() == [1, 0] and got[1, 0] == 1
+    assert Popularity().fit(items, events).rank(BaselineRequests([], Relevance.from_lists([])), 2).shape == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Popularity().rank(BaselineRequests([], Relevance.from_lists([])), 1), "not fitted"),
+        (lambda: Popularity().fit(catalogue(0), log(catalogue(3), 3)), "catalogue is empty"),
+        (lambda: Popularity().fit(catalogue(2), log(catalogue(30), 99)), "not in the catalogue"),
+        (lambda: Popularity(half_life=0), "half life"),
+        (lambda: ItemKNN(neighbours=0), "neighbours of item_knn"),
+        (lambda: ItemKNN(shrinkage=-1), "shrinkage"),
+        (lambda: ItemKNN(max_history=1.5), "max_history"),
+        (lambda: BM25(b=2), "b between 0 and 1"),
+        (lambda: BM25(history_items=0), "history_items"),
+        (lambda: BM25(fields=["tilte"]), "fields of bm25"),
+        (lambda: BM25().fit(pa.table({"item_id": ["a"]}), log(catalogue(1), 0)), "no column 'title'"),
+        (lambda: Popularity().fit(catalogue(3), log(catalogue(3), 3)).rank(asks(3, 2), 0), "k must be"),
+        (lambda: Popularity().fit(catalogue(3), log(catalogue(3), 3)).rank(asks(30, 9), 1), "outside 0 to 2"),
+        (
+            lambda: (
+                Popularity()
+                .fit(catalogue(3), log(catalogue(3), 3))
+                .rank(BaselineRequests([None], Relevance.from_lists([])), 1)
+            ),
+            "needs 2 offsets",
+        ),
+    ],
+)
+def test_bad_input_is_one_sentence(call, message):
+    with pytest.raises((DataError, ConfigError), match=message):
+        call()

@@ -1,0 +1,129 @@
+"""Tokenizers built on the spot for the text tests: small, offline, each with its own way to let a text become a token."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+TEXT = (
+    "red running shoes for men size 10, blue cotton t-shirt, stainless steel water bottle 500ml, hp 74 black & tri-color ink",
+    "user place=paris device=phone search: wireless mouse title of category office / paper age=25-34 gender=f",
+    "hot dog hotdog grill, user: c++ primer, brand new in box [2 pack] (large) 5 < 6 > 4 | deal {a} item: recommend",
+    "abcdefghijklmnopqrstuvwxyz 0123456789 ABCDEFGHIJKLMNOPQRSTUVWXYZ .,:;-/=&%+'\"()[]{}<>|_#@!?*",
+)
+CHATML = ("<|im_start|>", "<|im_end|>")
+LEVELS = (16, 16, 16)
+
+
+def sid_tokens() -> list[str]:
+    return [f"<{letter}_{code}>" for letter, size in zip("abc", LEVELS, strict=True) for code in range(size)]
+
+
+def _wrap(core: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **special)
+    tokenizer.add_tokens(sid_tokens())
+    return tokenizer
+
+
+@cache
+def byte_bpe(chatml: bool = True) -> PreTrainedTokenizerFast:
+    """Byte-level BPE as of GPT-2 and Qwen: NFC, no unknown token."""
+    core = Tokenizer(models.BPE())
+    core.normalizer = normalizers.NFC()
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", *(CHATML if chatml else ())]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    core.train_from_iterator(
+        TEXT * 5, trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, special_tokens=special, show_progress=False)
+    )
+    return _wrap(core, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+
+
+@cache
+def metaspace() -> PreTrainedTokenizerFast:
+    """Unigram with spaces as `▁` and an NFKC normaliser, as of T5: unknown characters become `<unk>`."""
+    core = Tokenizer(models.Unigram())
+    core.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("  ", " ")])
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    core.decoder = decoders.Metaspace()
+    special = ["<pad>", "</s>", "<unk>", *(f"<extra_id_{n}>" for n in range(4))]
+    core.train_from_iterator(
+        TEXT * 5, trainers.UnigramTrainer(vocab_size=300, unk_token="<unk>", special_tokens=special, show_progress=False)
+    )
+    return _wrap(core, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+
+
+@cache
+def wordpiece() -> PreTrainedTokenizerFast:
+    """WordPiece that lower-cases and strips accents, as of BERT."""
+    core = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    core.normalizer = normalizers.BertNormalizer(lowercase=True)
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    core.train_from_iterator(
+        TEXT * 5, trainers.WordPieceTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    )
+    return _wrap(core, eos_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
+
+
+ODD = (
+    "hotdog", "C++", "user:", "é", "日本", "q", "<b>", "</b>", "[@X@]", "\n\n", "  ", "\t\t", "▁▁", "<|x|>", "<|x|>y", "<<", "-",
+    "ＦＵＬＬ", "big red", " <sp>", "don't", "…", "‹z›",
+)  # fmt: skip
+
+
+@cache
+def odd() -> PreTrainedTokenizerFast:
+    """Byte-level BPE that folds case and width, with the strangest added tokens people put into vocabularies."""
+    core = Tokenizer(models.BPE())
+    core.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    core.train_from_iterator(
+        TEXT * 5,
+        trainers.BpeTrainer(
+            vocab_size=500, initial_alphabet=alphabet, special_tokens=["<s>", "</s>", *CHATML], show_progress=False
+        ),
+    )
+    tokenizer = _wrap(core, bos_token="<s>", eos_token="</s>")
+    tokenizer.add_tokens([AddedToken(text, normalized=True, special=False) for text in ODD])
+    tokenizer.add_tokens(
+        [
+            AddedToken("Blue", single_word=True, normalized=False),
+            AddedToken("green", lstrip=True, rstrip=True, normalized=True),
+            AddedToken("{mask}", lstrip=True, normalized=False, special=True),
+        ]
+    )
+    return tokenizer
+
+
+class SlowTokenizer:
+    """A tokenizer without offsets, as the Python ones of transformers: words and added tokens, unknown words one by one."""
+
+    is_fast = False
+    eos_token, eos_token_id, unk_token_id, bos_token_id = "<eos>", 0, None, None
+
+    def __init__(self) -> None:
+        import re
+
+        self.added = ["<eos>", "hotdog", *sid_tokens()]
+        self._split = re.compile("(" + "|".join(re.escape(token) for token in sorted(self.added, key=len, reverse=True)) + ")")
+        self.added_tokens_decoder = dict(enumerate(self.added))
+        self.all_special_ids, self.all_special_tokens = [0], ["<eos>"]
+
+    def __len__(self) -> int:
+        return len(self.added) + 0x110000
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        parts = [part for part in self._split.split(text) if part]
+        return [i for p in parts for i in ([self.added.index(p)] if p in self.added else [100 + ord(c) for c in p])]
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        return [self.added[i] if i < len(self.added) else chr(i - 100) for i in ids]
+
+
+ALL = {"byte_bpe": byte_bpe, "metaspace": metaspace, "wordpiece": wordpiece, "odd": odd, "slow": cache(SlowTokenizer)}

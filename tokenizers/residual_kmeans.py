@@ -1,0 +1,274 @@
+"""Residual k-means: level by level, k-means on what the levels before left over (OneSearch, section 3.1.3).
+
+Level l: `a_l = argmin_j ||r_{l-1} - C_l[j]||²`, `r_l = r_{l-1} - C_l[a_l]`, `r_0` = the item vector; 25 Lloyd
+iterations of `faiss.Kmeans` per level, as in the released code.
+
+Where it differs from the paper and its code (our choices):
+- Repeated residuals are merged into one weighted point before training. The objective is the same, but a pile of equal
+  points (duplicate items, residuals that became zero) can no longer take several centroids.
+- A level with at least as many codes as distinct residuals needs no k-means: every distinct residual is its own
+  centroid, the remaining codes repeat centroid 0 and are never assigned. One warning says so.
+- Assignment is exact: faiss proposes, rows whose two nearest centroids lie within float32 rounding are decided again in
+  float64, ties go to the lowest index. Codes therefore depend neither on batch, thread count nor on saving and loading.
+- New vectors are encoded with the frozen codebooks, which the released code cannot do.
+- The paper's third-level balancing and OPQ levels are other quantizers, not part of this one.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from sidtune.core.errors import ConfigError, DataError
+from sidtune.tokenizers.quantizer import Quantizer, check_vectors
+
+_PAIRS_PER_BLOCK = 1 << 24  # float64 distances held at once when near-ties are decided: 128 MiB
+
+
+@dataclass
+class ResidualKMeansConfig:
+    """Options of `ResidualKMeans`.
+
+    Attributes:
+        level_sizes: codes per level. Default (256, 256, 256), the size of most published SIDs.
+        iterations: Lloyd iterations per level (paper code: 25).
+        seed: seed of every level; the same seed, vectors and thread count give the same codebooks.
+        normalize_residuals: scale every residual to length 1 before the next level (an option of the paper's code,
+            off). Decoding then uses the mean residual lengths of the training vectors, so it is worse than without.
+        max_points_per_centroid: at most this many training vectors per centroid are drawn (paper code: 10000).
+        restarts: best of this many k-means runs per level (faiss `nredo`).
+        chunk_size: rows per block when encoding; memory only, codes do not depend on it.
+    """
+
+    level_sizes: Sequence[int] = (256, 256, 256)
+    iterations: int = 25
+    seed: int = 0
+    normalize_residuals: bool = False
+    max_points_per_centroid: int = 10_000
+    restarts: int = 1
+    chunk_size: int = 65_536
+
+    def __post_init__(self) -> None:
+        self.level_sizes = tuple(self.level_sizes)
+        sizes = self.level_sizes
+        if not sizes or any(not isinstance(k, int) or isinstance(k, bool) or k < 1 for k in sizes):
+            raise ConfigError(f"level_sizes must be one positive integer per level, got {list(sizes)}.")
+        for key in ("iterations", "max_points_per_centroid", "restarts", "chunk_size"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"{key} of the residual k-means must be at least 1, got {getattr(self, key)}.")
+        if not 0 <= self.seed < 2**31 - len(self.level_sizes):
+            raise ConfigError(f"seed of the residual k-means must lie in [0, 2^31 - levels), got {self.seed}.")
+
+
+def nearest_centroids(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+    """Index of the nearest centroid of each point under the exact squared distance; ties go to the lowest index.
+
+    Args:
+        points: (n, d) float32.
+        centroids: (k, d) float32.
+
+    Returns:
+        (n,) int64.
+    """
+    import faiss
+
+    count, dims = points.shape
+    if len(centroids) == 1:
+        return np.zeros(count, dtype=np.int64)
+    index = faiss.IndexFlatL2(dims)
+    index.add(centroids)
+    distances, found = index.search(points, 2)
+    best = found[:, 0].copy()
+    # faiss expands ||x-c||² into float32 products; its error grows with the lengths, not with the distance itself.
+    lengths = np.linalg.norm(points, axis=1) + np.linalg.norm(centroids, axis=1).max()
+    rounding = 4 * (dims + 8) * np.finfo(np.float32).eps * lengths**2
+    doubt = np.flatnonzero(~(distances[:, 1] - distances[:, 0] > rounding))
+    block = max(1, _PAIRS_PER_BLOCK // len(centroids))
+    for start in range(0, len(doubt), block):
+        rows = doubt[start : start + block]
+        best[rows] = _exact(points[rows], centroids)
+    return best
+
+
+def _exact(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+    from scipy.spatial.distance import cdist
+
+    # cdist sums the squared differences themselves, in one fixed order, so equal centroids get equal distances.
+    return cdist(points.astype(np.float64), centroids.astype(np.float64), "sqeuclidean").argmin(axis=1)
+
+
+def _unit_rows(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    lengths = np.linalg.norm(points, axis=1, keepdims=True)
+    lengths[lengths == 0] = 1.0
+    return points / lengths, lengths
+
+
+class ResidualKMeans(Quantizer):
+    """Residual k-means quantizer.
+
+    Args:
+        config: options, default `ResidualKMeansConfig()`.
+
+    Attributes:
+        notes: after `fit`, one sentence per level that was larger than its number of distinct residuals.
+    """
+
+    name: ClassVar[str] = "residual_kmeans"
+    config_class: ClassVar[type] = ResidualKMeansConfig
+
+    def __init__(self, config: ResidualKMeansConfig | None = None) -> None:
+        super().__init__(config)
+        self.notes: list[str] = []
+        self._codebooks: list[np.ndarray] = []
+        self._scales = np.ones(self.depth, dtype=np.float32)
+
+    @property
+    def level_sizes(self) -> tuple[int, ...]:
+        return tuple(self.config.level_sizes)
+
+    @property
+    def dims(self) -> int | None:
+        return self._codebooks[0].shape[1] if self._codebooks else None
+
+    @property
+    def codebooks(self) -> list[np.ndarray]:
+        self._require_fit()
+        return self._codebooks
+
+    def _require_fit(self) -> None:
+        if not self._codebooks:
+            raise DataError("This residual k-means has no codebooks yet; call fit(vectors) or load a saved one.")
+
+    def fit(self, vectors: np.ndarray) -> Self:
+        """Learns the codebooks.
+
+        Args:
+            vectors: (n, d) finite numbers; kept as float32.
+
+        Raises:
+            DataError: wrong shape, NaN, infinite or huge entries.
+        """
+        residual = check_vectors(vectors)
+        self.notes, codebooks = [], []
+        lengths = np.ones((len(residual), 1), dtype=np.float64)
+        scales = np.ones(self.depth, dtype=np.float32)
+        for level, size in enumerate(self.level_sizes):
+            scales[level] = lengths.mean()
+            centroids = self._train_level(residual, level, size)
+            codebooks.append(centroids)
+            codes = self._assign(residual, centroids)
+            residual = residual - centroids[codes]
+            if self.config.normalize_residuals:
+                residual, step = _unit_rows(residual)
+                lengths *= step
+        self._codebooks, self._scales = codebooks, scales
+        if self.notes:
+            warnings.warn(" ".join(self.notes), stacklevel=2)
+        return self
+
+    def _train_level(self, residual: np.ndarray, level: int, size: int) -> np.ndarray:
+        import faiss
+
+        points, counts = np.unique(residual, axis=0, return_counts=True)
+        if len(points) <= size:
+            if len(points) < size:
+                self.notes.append(
+                    f"Level {level + 1} of the residual k-means has {size} codes but only {len(points)} distinct "
+                    f"vectors to cover, so {size - len(points)} codes stay unused; lower level_sizes[{level}]."
+                )
+            return np.concatenate([points, np.repeat(points[:1], size - len(points), axis=0)])
+        repeated = len(points) < len(residual)
+        kmeans = faiss.Kmeans(
+            residual.shape[1],
+            size,
+            niter=self.config.iterations,
+            nredo=self.config.restarts,
+            seed=self.config.seed + level,
+            max_points_per_centroid=self.config.max_points_per_centroid,
+            min_points_per_centroid=1,
+        )
+        kmeans.train(points if repeated else residual, weights=counts.astype(np.float32) if repeated else None)
+        centroids = np.ascontiguousarray(kmeans.centroids, dtype=np.float32)
+        dead = ~np.isfinite(centroids).all(axis=1)
+        centroids[dead] = points[:1]
+        return centroids
+
+    def _assign(self, residual: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+        step = self.config.chunk_size
+        parts = [nearest_centroids(residual[i : i + step], centroids) for i in range(0, len(residual), step)]
+        return np.concatenate(parts)
+
+    def encode(self, vectors: np.ndarray) -> np.ndarray:
+        """Codes (n, depth) int32 under the frozen codebooks.
+
+        Raises:
+            DataError: not fitted, another width than the training vectors, NaN, infinite or huge entries.
+        """
+        return self._walk(vectors)[0]
+
+    def residual(self, vectors: np.ndarray, depth: int | None = None) -> np.ndarray:
+        """What is left of vectors (n, d) after `depth` levels (default: all), float32 (n, d).
+
+        Without `normalize_residuals`, vectors = decode(encode(vectors)) + residual(vectors) up to float32 rounding.
+        """
+        return self._walk(vectors, depth)[1]
+
+    def _walk(self, vectors: np.ndarray, depth: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        self._require_fit()
+        residual = check_vectors(vectors, self.dims)
+        depth = self.depth if depth is None else depth
+        if not 0 <= depth <= self.depth:
+            raise ConfigError(f"depth must lie in [0, {self.depth}], got {depth}.")
+        codes = np.empty((len(residual), depth), dtype=np.int32)
+        for level in range(depth):
+            chosen = self._assign(residual, self._codebooks[level])
+            codes[:, level] = chosen
+            residual = residual - self._codebooks[level][chosen]
+            if self.config.normalize_residuals:
+                residual = _unit_rows(residual)[0]
+        return codes, residual
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """Sum of the chosen centroids, float32 (n, d); codes (n, l) with l < depth give the prefix's reconstruction.
+
+        Raises:
+            DataError: not fitted, more columns than levels, or a code outside its level.
+        """
+        self._require_fit()
+        codes = np.asarray(codes)
+        if codes.ndim != 2 or codes.dtype.kind not in "iu" or not 1 <= codes.shape[1] <= self.depth:
+            raise DataError(
+                f"Expected integer codes of shape (n, 1..{self.depth}) to decode, got {codes.dtype} {codes.shape}."
+            )
+        for level, size in enumerate(self.level_sizes[: codes.shape[1]]):
+            column = codes[:, level]
+            if len(column) and (column.min() < 0 or column.max() >= size):
+                raise DataError(
+                    f"A code of level {level + 1} lies outside 0..{size - 1}; these codes are of another codebook."
+                )
+        total = np.zeros((len(codes), self.dims or 0), dtype=np.float32)
+        for level in range(codes.shape[1]):
+            total += self._scales[level] * self._codebooks[level][codes[:, level]]
+        return total
+
+    def _tensors(self) -> dict[str, np.ndarray]:
+        self._require_fit()
+        return {f"level_{n}": book for n, book in enumerate(self._codebooks)} | {"scales": self._scales}
+
+    def _set_tensors(self, tensors: dict[str, Any]) -> None:
+        names = [f"level_{n}" for n in range(self.depth)]
+        missing = [name for name in (*names, "scales") if name not in tensors]
+        if missing:
+            raise DataError(f"The saved codebooks lack the tensor '{missing[0]}'; write the quantizer folder again.")
+        books = [check_vectors(tensors[name], what=f"centroids of {name}") for name in names]
+        for name, book, size in zip(names, books, self.level_sizes, strict=True):
+            if len(book) != size or book.shape[1] != books[0].shape[1]:
+                raise DataError(
+                    f"The saved tensor '{name}' has shape {book.shape}, expected ({size}, {books[0].shape[1]}) from "
+                    "the config beside it; write the quantizer folder again."
+                )
+        self._codebooks, self._scales = books, np.asarray(tensors["scales"], dtype=np.float32)
