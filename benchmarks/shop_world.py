@@ -317,7 +317,7 @@ def taste_lifts(world: ShopWorld, rows: np.ndarray, until: int) -> np.ndarray:
 
 
 def reference_rankers(world: ShopWorld, rows: np.ndarray, until: int) -> dict[str, np.ndarray]:
-    """Name → (n, 10) item rows, from worst informed to the truth; the first four know only the log and the asked words."""
+    """Name → (n, 10) item rows, from the log alone (and the asked words) to the truth."""
     c = world.catalogue
     scope = world.requests.scope[rows]
     clicks = past_clicks(world, until)

@@ -154,11 +154,11 @@ def _turns_to_drop(
     count = np.diff(offsets)
     place = np.arange(offsets[-1]) - np.repeat(offsets[:-1], count)
     fits = np.concatenate([[0], np.cumsum(sid != ((place % 2 == 0) & (place > 0)))])
-    turns = (fits[offsets[1:]] == fits[offsets[:-1]]) & (last_learned >= 2)
+    turns = fits[offsets[1:]] == fits[offsets[:-1]]
     first = np.minimum(offsets[:-1] + 1, offsets[-1])
     dropped = np.searchsorted(ends, ends[first] + need, side="left") - first
     dropped += dropped % 2
-    possible = turns & (dropped <= last_learned - 2)
+    possible = turns & (dropped <= (last_learned - 1) // 2 * 2)
     return np.where(need <= 0, 0, np.where(possible, dropped, -1))
 
 

@@ -26,6 +26,22 @@ _PIECES_AT_A_TIME = 2_000_000
 
 
 @dataclass(frozen=True)
+class _Sequences:
+    """The turns of users in order: `offsets` (U+1,) per user; `text`, `sid`, `learn` (T,) per turn; `head` (U,) per user.
+
+    `head`, `text` and `sid` are entries of `texts`.
+    """
+
+    users: pa.Array
+    offsets: np.ndarray
+    texts: pa.Array
+    head: np.ndarray
+    text: np.ndarray
+    sid: np.ndarray
+    learn: np.ndarray
+
+
+@dataclass(frozen=True)
 class _Pool:
     """Distinct texts of several kinds in one array; `first` is where each kind begins."""
 
@@ -226,12 +242,11 @@ def _chunks(
             if stop > first:
                 chunks.append(np.array([[user, start, first, stop]]))
                 first, start = stop, max(start, stop - overlap)
-            elif start < first:
-                start = first
+            elif (fits := int(np.searchsorted(ends, ends[first + 1] - room[user]))) <= first:
+                start = fits  # a shorter overlap leaves room for one more turn
             else:
                 too_long.append(first)
-                first += 1
-                start = first
+                first = start = first + 1
     table = np.concatenate(chunks)
     return table[np.lexsort((table[:, 1], table[:, 0]))], np.array(too_long, np.int64)
 
@@ -244,6 +259,8 @@ def whole_history(
     max_tokens: int | None = None,
 ) -> Dataset:
     """One pass over each user: head and all turns up to `data.until`, learning every SID that is a fair target.
+
+    The key of an example is the user id, a slash, and the number of its first turn in the user's history.
 
     Args:
         limit: at most so many users, drawn at random.
@@ -263,20 +280,32 @@ def whole_history(
             "whole_history needs a serializer with history_context: true, because each turn is target and history at "
             "once; set it, or train on request_to_sid."
         )
+    sequences = _sequences(data, limit)
+    cost, room = np.zeros(len(sequences.text), np.int64), np.ones(len(sequences.users), np.int64)
+    if max_tokens is not None:
+        encoder = encoder_of(data.serializer.tokenizer)
+        size = encoder.lengths[encoder.codes(sequences.texts.to_pylist())]
+        cost, room = size[sequences.text] + size[sequences.sid], max_tokens - 1 - size[sequences.head]
+    chunks, too_long = _chunks(sequences.offsets, cost, room, max_turns, overlap)
+    return _whole_examples(data, sequences, chunks, too_long)
+
+
+def _sequences(data: TaskInput, limit: int | None) -> _Sequences:
     turns = data.turns
     users = one_array(turns.events["user_id"]).unique()
     users = users.take(pa.array(data.choose("whole_history", np.arange(len(users)), limit)))
     found = turns.history.before(users, _cut(data, users), None)
-    learn = _fair(turns, found.rows, found.offsets)
     head, head_texts = heads(data, users)
     pool = _Pool.of(head_texts, turns.texts, data.sid_texts)
-    text, sid = pool.first[1] + turns.text[found.rows], pool.first[2] + turns.item[found.rows]
-    cost, room = np.zeros(len(text), np.int64), np.full(len(users), 1, np.int64)
-    if max_tokens is not None:
-        size = _sizes(data, pool.texts)
-        cost, room = size[text] + size[sid], max_tokens - 1 - size[head]
-    chunks, too_long = _chunks(found.offsets, cost, room, max_turns, overlap)
-    return _whole_examples(data, pool, users, head, text, sid, learn, chunks, too_long)
+    return _Sequences(
+        users,
+        found.offsets,
+        pool.texts,
+        pool.first[0] + head,
+        pool.first[1] + turns.text[found.rows],
+        pool.first[2] + turns.item[found.rows],
+        _fair(turns, found.rows, found.offsets),
+    )
 
 
 def _fair(turns: Turns, rows: np.ndarray, offsets: np.ndarray) -> np.ndarray:
@@ -288,48 +317,30 @@ def _fair(turns: Turns, rows: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     return turns.trains[rows] & (before < asked) & (asked <= time)
 
 
-def _sizes(data: TaskInput, texts: pa.Array) -> np.ndarray:
-    encoder = encoder_of(data.serializer.tokenizer)
-    codes = encoder.codes(texts.to_pylist())
-    return encoder.lengths[codes]
-
-
-def _whole_examples(
-    data: TaskInput,
-    pool: _Pool,
-    users: pa.Array,
-    head: np.ndarray,
-    text: np.ndarray,
-    sid: np.ndarray,
-    learn: np.ndarray,
-    chunks: np.ndarray,
-    too_long: np.ndarray,
-) -> Dataset:
+def _whole_examples(data: TaskInput, sequences: _Sequences, chunks: np.ndarray, too_long: np.ndarray) -> Dataset:
     user, begin, first, end = chunks.T
+    learn = sequences.learn
     # Turns after the last learned one teach nothing; a chunk that learns nothing goes altogether.
     learned_at = np.where(learn, np.arange(len(learn)), -1)
     last = np.maximum.accumulate(learned_at)[end - 1] if len(learn) else end - 1
     keep = last >= first
     user, begin, first, end = user[keep], begin[keep], first[keep], last[keep] + 1
+    if not len(user):
+        raise DataError("whole_history finds no target; check `until`, and that events carry the ids of train requests.")
     span = np.concatenate([[0], np.cumsum(end - begin)])
     place = np.repeat(begin - span[:-1], end - begin) + np.arange(span[-1])
-    offsets, codes = _interleave(span, text[place], sid[place], 0)
-    codes[offsets[:-1]] = pool.first[0] + head[user]
-    _, flags = _interleave(
-        span, np.zeros(len(place), np.int64), learn[place] & (place >= np.repeat(first, end - begin)), 0
-    )
+    offsets, codes = _interleave(span, sequences.text[place], sequences.sid[place], 0)
+    codes[offsets[:-1]] = sequences.head[user]
+    fresh = place >= np.repeat(first, end - begin)
+    _, flags = _interleave(span, np.zeros(len(place), np.int64), learn[place] & fresh, 0)
     flags[offsets[:-1]] = 0
-    if not flags.any():
-        raise DataError(
-            "whole_history finds no target; check `until`, and that events carry the ids of train requests."
-        )
     data.count(
         "whole_history",
         turns_as_context_only=int((~learn).sum()),
         turns_longer_than_max_tokens=int(learn[too_long].sum()),
         targets=int(flags.sum()),
     )
-    number = np.arange(len(user)) - np.searchsorted(user, user)
-    names = users.take(pa.array(user)).to_pylist()
-    keys = pa.array([f"{name}/{part}" for name, part in zip(names, number.tolist(), strict=True)], pa.string())
-    return to_dataset("whole_history", pool.texts, offsets, codes, flags.astype(bool), keys)
+    numbers = (begin - sequences.offsets[user]).tolist()
+    names = sequences.users.take(pa.array(user)).to_pylist()
+    keys = pa.array([f"{name}/{number}" for name, number in zip(names, numbers, strict=True)], pa.string())
+    return to_dataset("whole_history", sequences.texts, offsets, codes, flags.astype(bool), keys)

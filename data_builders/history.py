@@ -112,8 +112,8 @@ class History:
         users = pc.index_in(_as_array(user_ids), value_set=self.user_ids).to_numpy(zero_copy_only=False)
         if times.shape != (len(users),) or (len(times) and not np.issubdtype(times.dtype, np.integer)):
             raise DataError(
-                f"History needs one integer time for each of {len(users)} users, got times of shape {times.shape} "
-                f"and type {times.dtype}."
+                f"History needs one integer time for each of {len(users)} users, got times of shape "
+                f"{times.shape} and type {times.dtype}."
             )
         if max_len is not None and max_len < 0:
             raise ConfigError(f"max_len of a history must be 0 or more, got {max_len}.")

@@ -10,7 +10,7 @@ ID, no chat marker, no bos/eos/pad, no `[SEP]`, no word somebody added. Two laye
 2. *By the tokenizer.* Where the characters alone prove nothing (added plain words, unusual normalisers, a vocabulary
    with an unknown token), each text is encoded and every added token found is broken up, until there is none.
 
-Characters the tokenizer has no token for (`[UNK]`) are dropped, because they tell the model nothing. Our choice, no
+Characters the tokenizer has no token for (`[UNK]`) lose their accents or are dropped: they tell the model nothing. Our choice, no
 paper.
 """
 
@@ -258,9 +258,14 @@ class Sanitizer:
         words = " ".join(word for word in text.split() if not self._dirty(word))
         return "" if self._dirty(words) else words
 
+    def _base(self, char: str) -> str:
+        """The letter below an accent where the tokenizer knows only that; otherwise nothing."""
+        base = "".join(c for c in unicodedata.normalize("NFKD", char) if not unicodedata.combining(c))
+        return base if base and not self._dirty(base) else ""
+
     def _break(self, token: int, found: str, separator: str) -> str:
         if token == self._unknown and separator:
-            known = "".join(char for char in found if char.isspace() or not self._dirty(char))
+            known = "".join(char if char.isspace() or not self._dirty(char) else self._base(char) for char in found)
             if known != found:
                 return known
             step = max(1, min(_WORD_PART, len(found) // 2))

@@ -320,7 +320,8 @@ class Serializer:
                     )
             return self._environment.get_template(name)
         except jinja2.TemplateSyntaxError as error:
-            raise self._error(error.name or name, error.lineno, f"is no valid Jinja2 ({error.message})") from None
+            known = error.name if error.name in TEMPLATES else name
+            raise self._error(known, error.lineno, f"is no valid Jinja2 ({error.message})") from None
 
     def _error(self, name: str, line: int | None, what: str) -> ConfigError:
         place = f"{self._paths[name]}, line {line}" if line else f"{self._paths[name]}"
@@ -336,16 +337,10 @@ class Serializer:
                     f"The chatml templates need the token {missing[0]}, which this tokenizer does not have; use "
                     "templates: plain, or add the token to the tokenizer."
                 )
-        pair = [{"name": "a", "value": "b"}]
-        full = {
-            "title": "a",
-            "brand": "b",
-            "category": ["c", "d"],
-            "attributes": pair,
-            "price": 1.0,
-            "description": "e",
-        }
-        for item, pairs, query in ((full, pair, "q"), ({}, None, None)):
+        word = "some words"
+        pair = [{"name": word, "value": word}]
+        full = {key: word for key in ITEM_FIELDS} | {"category": [word, word], "attributes": pair, "price": 1.0}
+        for item, pairs, query in ((full, pair, word), ({}, None, None)):
             self.turn(query, pairs)
             self.item(item)
             for name, known in TEMPLATES.items():

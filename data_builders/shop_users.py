@@ -69,7 +69,7 @@ def make_users(config: ShopWorldConfig, catalogue: Catalogue) -> Users:
     )
     taste = _latent(rng, config, profile, len(scale), config.taste_drift) * scale
     stated = taste[:, 0, -1] + 0.4 * rng.standard_normal(U)
-    profile[:, 3] = np.digitize(stated, np.array([-0.43, 0.43]) * np.sqrt(1.16))
+    profile[:, 3] = np.digitize(stated, np.quantile(stated, [1 / 3, 2 / 3]))
 
     late = rng.random(U) < config.late_user_share
     start = np.where(late, rng.uniform(0.6, 0.95, U), 0.0)

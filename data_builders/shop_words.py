@@ -118,12 +118,12 @@ DEPARTMENTS: tuple[Department, ...] = (
         (
             ("training", ("dumbbell", "kettlebell", "barbell")),
             ("outdoor sports", ("tent", "bivouac", "wigwam")),
-            ("ball sports", ("racket", "paddle", "bat")),
+            ("team sports", ("racket", "paddle", "bat")),
             ("training", ("mat", "tatami", "gym pad")),
             ("training", ("rope", "skipping cord", "battle line")),
             ("outdoor sports", ("bicycle", "bike", "tandem")),
             ("outdoor sports", ("helmet", "headgear", "headguard")),
-            ("ball sports", ("ball", "football", "volleyball")),
+            ("team sports", ("ball", "football", "volleyball")),
         ),
     ),
     Department(
@@ -181,7 +181,7 @@ TITLES = (
 )
 CATEGORY_SENTENCES = (
     "This {style} {canonical} belongs to our {group} in {department}.",
-    "A {canonical} with a {style} look, from the {group} shelf of the {department} department.",
+    "A {canonical} with a {style} look, from the {group} range of the {department} department.",
     "Shop {group} in {department}: a {style} {canonical}.",
 )
 MATERIAL_SENTENCES = (

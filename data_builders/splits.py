@@ -234,6 +234,8 @@ def apply_split(
     """
     if kind not in KINDS:
         raise ConfigError(f"There is no split named '{kind}': {nearest(kind, KINDS)}")
+    need(tables.requests, "requests", ("request_id", "user_id", "time"))
+    need(tables.events, "events", ("user_id", "time"))
     times = tables.requests["time"].to_numpy()
     counts = dict(tables.counts)
     requests = tables.requests
@@ -257,6 +259,16 @@ def apply_split(
     made = dataclasses.replace(tables, requests=requests, split_of_request=names.tolist(), counts=counts)
     assert_no_leak(made, split)
     return made, split
+
+
+def need(table: pa.Table, name: str, columns: tuple[str, ...]) -> None:
+    """Raises DataError when a column holds a null; `validate.check_tables` says in which rows."""
+    for column in columns:
+        if table[column].null_count:
+            raise DataError(
+                f"The {name} have {table[column].null_count} rows without '{column}'; correct them, "
+                "validate.check_tables lists them."
+            )
 
 
 def _bounds_of(times: np.ndarray, names: np.ndarray) -> dict[str, int | None]:
@@ -314,8 +326,8 @@ def assert_no_leak(tables: Tables, split: dict[str, Any]) -> None:
     if early.any():
         row = int(np.flatnonzero(early)[0])
         raise DataError(
-            f"The split leaks: {int(early.sum())} events of held-out requests lie in the training time, the first is row "
-            f"{row} of events; an event must not be earlier than the request it belongs to."
+            f"The split leaks: {int(early.sum())} events of held-out requests lie in the training time, the first is "
+            f"row {row} of events; an event must not be earlier than the request it belongs to."
         )
 
 

@@ -102,7 +102,7 @@ def save_tables(tables: Tables, folder: str | Path, split: dict[str, Any], meta:
     record["rows"] = {name: getattr(tables, name).num_rows for name in SCHEMAS}
     record["rows"]["requests_by_split"] = {part: int((names == part).sum()) for part in SPLITS}
     write_json(folder / META_FILE, record)
-    (folder / "README.md").write_text(_CARD, encoding="utf-8")
+    (folder / "README.md").write_text(_card(names), encoding="utf-8")
 
 
 def split_names(tables: Tables) -> np.ndarray:
@@ -128,7 +128,9 @@ def last_time(requests: pa.Table, events: pa.Table) -> int | None:
 
 
 def _write(table: pa.Table, path: Path) -> None:
-    pq.write_table(table, path, compression="zstd", row_group_size=_ROW_GROUP)
+    with pq.ParquetWriter(path, table.schema, compression="zstd") as writer:
+        if table.num_rows:  # datasets cannot read a row group of no rows
+            writer.write_table(table, row_group_size=_ROW_GROUP)
 
 
 def load_folder(folder: str | Path) -> DataFolder:
@@ -232,25 +234,18 @@ def read_meta(folder: Path, findings: Findings, *, needed: bool) -> dict[str, An
     return value
 
 
-_CARD = """---
-configs:
-- config_name: requests
-  default: true
-  data_files:
-  - split: train
-    path: requests/train.parquet
-  - split: validation
-    path: requests/valid.parquet
-  - split: test
-    path: requests/test.parquet
-- config_name: items
-  data_files: items.parquet
-- config_name: users
-  data_files: users.parquet
-- config_name: events
-  data_files: events.parquet
----
+def _card(names: np.ndarray) -> str:
+    """Dataset card: the configurations `load_dataset` offers. It cannot load a split without rows, so those are left
+    out."""
+    lines = ["---", "configs:", "- config_name: requests", "  default: true", "  data_files:"]
+    for part, hub_name in (("train", "train"), ("valid", "validation"), ("test", "test")):
+        if (names == part).any():
+            lines += [f"  - split: {hub_name}", f"    path: requests/{part}.parquet"]
+    for name in ("items", "users", "events"):
+        lines += [f"- config_name: {name}", f"  data_files: {name}.parquet"]
+    return "\n".join([*lines, "---", "", _CARD_TEXT])
 
-A sidtune data folder: items, users, events and requests as typed parquet. `meta.json` says where they came from, how
-they were split by time and what was done to dirty input.
+
+_CARD_TEXT = """A sidtune data folder: items, users, events and requests as typed parquet. `meta.json` says where they
+came from, how they were split by time and what was done to dirty input.
 """

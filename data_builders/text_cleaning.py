@@ -83,7 +83,6 @@ _SELECTORS = frozenset(
 _TAG_NAME = re.compile(r"</?([a-zA-Z][a-zA-Z0-9]*)")
 _OPEN_END = re.compile(r"</?[a-zA-Z][a-zA-Z0-9]{0,15}\s{0,3}/?$")
 _BLOCK = re.compile(r"\{([^{}]*)\}")
-_CSS_COMMENT = re.compile(r"/\*[^*]*\*+(?:[^/*][^*]*\*+)*/")
 # html.unescape fails on numbers beyond Python's digit limit.
 _HUGE_ENTITY = re.compile(r"&#[xX]?[0-9a-fA-F]{9,};?")
 _CONTROL = dict.fromkeys((*range(32), *range(127, 160)), " ")
@@ -172,26 +171,35 @@ def _after(text: str, ending: str, start: int, missing: set[str]) -> int:
 
 
 def _drop_css(text: str) -> str:
-    """Removes `selector {property: value}` rules that were left in running text, innermost braces first (three
-    levels)."""
-    text = _CSS_COMMENT.sub(" ", text) if "/*" in text else text
+    """Removes `selector {property: value}` rules left in running text, innermost braces first (three levels)."""
+    text = _drop_css_comments(text)
     for _ in range(3):
         kept: list[str] = []
-        here = 0
+        here, removed = 0, False
         for block in _BLOCK.finditer(text):
             rule = block.group(1)
-            if ":" not in rule:
-                continue
-            prose, selectors = _split_selector(text[here : block.start()])
-            if ";" not in rule and not selectors:
-                continue
-            kept.append(prose)
-            here = block.end()
-        if not here:
+            before, here_next = text[here : block.start()], block.end()
+            is_rule = ":" in rule or not rule.strip()
+            prose, selectors = _split_selector(before) if is_rule else (before, 0)
+            if selectors or (is_rule and ";" in rule):
+                kept.append(prose + " ")
+                removed = True
+            else:
+                kept.append(text[here:here_next])
+            here = here_next
+        if not removed:
             return text
-        kept.append(text[here:])
-        text = " ".join(kept)
+        text = "".join(kept) + text[here:]
     return text
+
+
+def _drop_css_comments(text: str) -> str:
+    kept: list[str] = []
+    here = 0
+    while (start := text.find("/*", here)) >= 0 and (end := text.find("*/", start + 2)) >= 0:
+        kept.append(text[here:start])
+        here = end + 2
+    return " ".join([*kept, text[here:]])
 
 
 def _split_selector(text: str) -> tuple[str, int]:
@@ -207,6 +215,10 @@ def _split_selector(text: str) -> tuple[str, int]:
         if not (is_class or is_element or word in _SELECTORS or not word):
             break
         words.pop()
+    for back in range(1, min(4, len(words)) + 1):
+        if words[-back].startswith("@") and "{" not in words[-back:]:  # "@media screen and"
+            del words[-back:]
+            break
     return " ".join(words), count - len(words)
 
 

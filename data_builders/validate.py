@@ -45,13 +45,18 @@ def validate_folder(folder: str | Path) -> list[Problem]:
         DataError: the folder does not exist.
     """
     findings = Findings()
-    folder = Path(folder)
-    written = (folder / META_FILE).is_file()
+    written = (Path(folder) / META_FILE).is_file()
     loaded = read_own_folder(folder, findings, written=written)
-    unread = {problem.where.split(".")[0].split("/")[0] for problem in findings.problems}
-    found_users = any((folder / f"users{suffix}").is_file() for suffix in SUFFIXES)
-    _Checks(findings, loaded, _file_names(folder), unread, users_given=found_users).run()
+    validate_loaded(loaded, findings)
     return findings.problems
+
+
+def validate_loaded(loaded: DataFolder, findings: Findings) -> None:
+    """Adds the problems of a folder that `store.read_own_folder` read to its findings; problems name the files."""
+    assert loaded.path is not None
+    unread = {problem.where.split(".")[0].split("/")[0] for problem in findings.problems}
+    found_users = any((loaded.path / f"users{suffix}").is_file() for suffix in SUFFIXES)
+    _Checks(findings, loaded, _file_names(loaded.path), unread, users_given=found_users).run()
 
 
 def check_folder(folder: str | Path) -> None:

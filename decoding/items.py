@@ -135,7 +135,7 @@ def _takes(leaves: np.ndarray, offsets: np.ndarray, k: int, cap: int | None, hid
     before = np.minimum(held, most).cumsum(axis=1) - np.minimum(held, most)
     # Each exclusion removes one item, so this many in front fill the list whatever is excluded.
     needed = before < k + hidden_count[:, None]
-    return np.minimum(held, most) * needed
+    return np.minimum(held, most + hidden_count[:, None]) * needed
 
 
 def _ragged_arange(lengths: np.ndarray) -> np.ndarray:

@@ -24,7 +24,9 @@ from sidtune.decoding.beam_search import BeamOutput, sid_beam_search
 from sidtune.decoding.items import LeafItems, rank_items
 from sidtune.decoding.trie import SidTrie
 from sidtune.tokenizers.semantic_ids import SemanticIds
-from sidtune.tokenizers.vocabulary import Vocabulary, load_model
+from sidtune.tokenizers.model_files import load_tokenizer
+from sidtune.tokenizers.row_saving import load_model
+from sidtune.tokenizers.vocabulary import Vocabulary
 
 SERIALIZER_FILE = "serializer.json"
 TEMPLATES_FOLDER = "templates"
@@ -105,8 +107,10 @@ class SidRetriever:
         """Loads a folder written by the publish recipe (model, `sids/`, `serializer.json`, `templates/`, `catalogue.parquet`)."""
         folder = Path(folder)
         if not (folder / SERIALIZER_FILE).exists():
-            raise DataError(f"{folder} holds no {SERIALIZER_FILE}, so it is no sidtune bundle; write one with recipes/publish.")
-        model, tokenizer, vocabulary = load_model(folder)
+            raise DataError(
+                f"{folder} holds no {SERIALIZER_FILE}, so it is no sidtune bundle; write one with recipes/publish."
+            )
+        vocabulary, tokenizer, model = Vocabulary.from_pretrained(folder), load_tokenizer(folder), load_model(folder)
         settings = PromptSettings(**read_json(folder / SERIALIZER_FILE))
         serializer = make_serializer(tokenizer, folder / TEMPLATES_FOLDER, settings)
         titles = {}
@@ -182,7 +186,9 @@ class SidRetriever:
             DataError: an item of the history is not in the catalogue, or a text is too long.
         """
         if query is not None and len(query) > MAX_QUERY_CHARS:
-            raise DataError(f"The query has {len(query)} characters; at most {MAX_QUERY_CHARS} are allowed, shorten it.")
+            raise DataError(
+                f"The query has {len(query)} characters; at most {MAX_QUERY_CHARS} are allowed, shorten it."
+            )
         if k < 1:
             raise ConfigError(f"k must be at least 1, got {k}.")
         head = self.serializer.head({"profile": _pairs(profile)})

@@ -17,13 +17,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import scipy.sparse as sp
+import torch
 
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.metrics.ranking import RaggedRows, Relevance
 from sidtune.metrics.tables import action_weights, event_counts, item_rows, popularity_order
 
-_BLOCK = 1 << 23  # scores held at once
+_BLOCK = 1 << 21  # scores held at once
+_DENSE = 1 / 16  # from this share of scored items on, partial sorting of whole rows beats sorting the scored ones
+_RARE_REPEATS = 0.01
 
 
 @dataclass(frozen=True)
@@ -63,10 +67,14 @@ class Baseline:
     A subclass sets up its model in `_fit` and returns sparse scores in `_scores`.
 
     Args:
-        exclude_seen: never rank an item of the user's history; false by default, as the model may rank it too.
+        exclude_seen: never rank an item of the user's history. None decides by the training events, so that no baseline
+            wastes places: exclude when fewer than 1 in 100 of them repeats an item for the same user at another time.
+
+    Attributes:
+        excludes: what was decided, set by `fit`.
     """
 
-    def __init__(self, exclude_seen: bool = False) -> None:
+    def __init__(self, exclude_seen: bool | None = None) -> None:
         self.exclude_seen = exclude_seen
 
     def fit(self, items: pa.Table, events: pa.Table, requests: pa.Table | None = None) -> Baseline:
@@ -90,6 +98,7 @@ class Baseline:
         self.order = popularity_order(self.counts, items)
         self.place = np.empty(self.items, dtype=np.int64)
         self.place[self.order] = np.arange(self.items)
+        self.excludes = repeat_share(events) < _RARE_REPEATS if self.exclude_seen is None else self.exclude_seen
         self._fit(items, events, requests)
         return self
 
@@ -105,13 +114,12 @@ class Baseline:
             raise ConfigError(f"k must be a positive integer, got {k!r}.")
         history = _check_requests(requests, self.items)
         ranked = np.full((len(requests), k), -1, dtype=np.int64)
-        # Both the ragged scores and the fill list (k + longest history) are bounded by the catalogue.
         step = max(1, min(_BLOCK // self.items, 4096))
         for start in range(0, len(requests), step):
             stop = min(start + step, len(requests))
             part = _part(history, start, stop)
             scores, banned = self._scores(requests.queries[start:stop], part)
-            if self.exclude_seen:
+            if self.excludes:
                 banned = _binary(part, self.items)
             ranked[start:stop] = top_rows(scores, banned, self.order, self.place, k)
         return ranked
@@ -140,7 +148,10 @@ class Popularity(Baseline):
     """
 
     def __init__(
-        self, actions: Mapping[str, float] | None = None, half_life: float | None = None, exclude_seen: bool = False
+        self,
+        actions: Mapping[str, float] | None = None,
+        half_life: float | None = None,
+        exclude_seen: bool | None = None,
     ) -> None:
         super().__init__(exclude_seen)
         if half_life is not None and not half_life > 0:
@@ -156,6 +167,19 @@ class Popularity(Baseline):
         return np.bincount(rows, weights=weights, minlength=items.num_rows)
 
 
+def repeat_share(events: pa.Table) -> float:
+    """Share of the events of known users that repeat a (user, item) pair at another time; 1.0 without such events.
+
+    Several actions of one user on one item at one time count as one event.
+    """
+    known = events.select(["user_id", "item_id", "time"]).filter(pc.is_valid(events["user_id"]))
+    if not known.num_rows:
+        return 1.0
+    moments = known.group_by(["user_id", "item_id", "time"]).aggregate([]).num_rows
+    pairs = known.group_by(["user_id", "item_id"]).aggregate([]).num_rows
+    return (moments - pairs) / moments
+
+
 def top_rows(
     scores: sp.csr_matrix | None, banned: sp.csr_matrix | None, order: np.ndarray, place: np.ndarray, k: int
 ) -> np.ndarray:
@@ -169,6 +193,8 @@ def top_rows(
     Returns:
         (r, k) item rows; -1 where the catalogue is used up.
     """
+    if scores is not None and scores.nnz > _DENSE * scores.shape[0] * scores.shape[1]:
+        return _top_dense(scores, banned, order, place, k)
     matrix = scores if scores is not None else banned
     if matrix is None:
         return _padded(order[None, :k], k)
@@ -184,6 +210,28 @@ def top_rows(
     if (used < k).any():
         _fill(ranked, used, banned, order, k)
     return ranked
+
+
+def _top_dense(
+    scores: sp.csr_matrix, banned: sp.csr_matrix | None, order: np.ndarray, place: np.ndarray, k: int
+) -> np.ndarray:
+    """`top_rows` on whole rows: with columns by popularity, the first k of (score down, column up) are the answer."""
+    values = scores.toarray()[:, order]
+    if banned is not None:
+        entries = banned.tocoo()
+        values[entries.row[entries.data != 0], place[entries.col[entries.data != 0]]] = -1.0
+    width = min(k, values.shape[1])
+    # Only the k-th value is taken from topk: which of several equal columns it names is not defined.
+    last = torch.topk(torch.from_numpy(values), width, dim=1).values[:, -1:].numpy()
+    tied = values == last
+    above = values > last
+    missing = width - above.sum(axis=1, keepdims=True)
+    chosen = above | (tied & (np.cumsum(tied, axis=1, dtype=np.int32) <= missing))
+    columns = np.nonzero(chosen)[1].reshape(len(values), width)
+    found = np.take_along_axis(values, columns, axis=1)
+    best = np.argsort(-found, axis=1, kind="stable")
+    rows = np.where(np.take_along_axis(found, best, axis=1) < 0, -1, order[np.take_along_axis(columns, best, axis=1)])
+    return _padded(rows, k)
 
 
 def _sorted_entries(

@@ -57,7 +57,7 @@ class BM25(Baseline):
         fields: Sequence[str] = FIELDS,
         history_items: int = 1,
         exclude_query_items: bool = True,
-        exclude_seen: bool = False,
+        exclude_seen: bool | None = None,
     ) -> None:
         super().__init__(exclude_seen)
         if not (k1 >= 0 and 0 <= b <= 1):

@@ -38,7 +38,7 @@ class ItemKNN(Baseline):
         neighbours: int | None = 100,
         shrinkage: float = 10.0,
         max_history: int | None = None,
-        exclude_seen: bool = False,
+        exclude_seen: bool | None = None,
     ) -> None:
         super().__init__(exclude_seen)
         for name, value in (("neighbours", neighbours), ("max_history", max_history)):

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sidtune.core.config import as_dict, check_keys, command
+from sidtune.core.errors import ConfigError
 from sidtune.core.folders import write_folder, write_run
 from sidtune.data_builders import splits
 from sidtune.data_builders.registry import READERS
 from sidtune.data_builders.schema import Tables
+from sidtune.data_builders.shop_config import config_from_options
 from sidtune.data_builders.store import save_tables, split_names
 from sidtune.data_builders.validate import check_folder
 
@@ -30,7 +33,7 @@ class Arguments:
     Attributes:
         output_dir: data folder to write.
         reader: name of a reader in `data_builders/registry.py`.
-        path: folder or id the reader reads; null for the embedded shop.
+        path: folder or id the reader reads; null for the embedded shop. `$NAME` and `~` are expanded.
         options: options of the reader.
         split: `kind` (`global_time` by default, `leave_one_out` for a published protocol, `source` if the reader prescribes it) and
             the options of `splits.apply_split`.
@@ -44,6 +47,12 @@ class Arguments:
     split: dict = field(default_factory=dict)
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.path is not None:
+            self.path = os.path.expanduser(os.path.expandvars(self.path))
+            if "$" in self.path:
+                raise ConfigError(f"The path {self.path} names an environment variable that is not set; set it or give --path.")
+
 
 def main(arguments: Arguments) -> None:
     """Builds the folder; prints what was read, what was mended, and rows per second."""
@@ -52,7 +61,8 @@ def main(arguments: Arguments) -> None:
     read = READERS.get(arguments.reader)
     options = dict(arguments.options)
     if arguments.reader == "shop_world":
-        options.setdefault("seed", arguments.seed)
+        # All fields, defaults too: evaluation rebuilds the world from meta.json, whatever the defaults are by then.
+        options = as_dict(config_from_options({"seed": arguments.seed, **options}))
     tables: Tables = read(arguments.path, **options)
     rows = tables.requests.num_rows + tables.events.num_rows
     tables, split = splits.apply_split(tables, **arguments.split)

@@ -56,7 +56,8 @@ def main(arguments: Arguments) -> None:
     """Builds or loads the model, extends it and saves it."""
     from sidtune.tokenizers.lm_tokenizer import build_model, train_lm_tokenizer
     from sidtune.tokenizers.registry import load_quantizer
-    from sidtune.tokenizers.vocabulary import extend_vocabulary, load_base
+    from sidtune.tokenizers.model_files import load_plain, load_tokenizer
+    from sidtune.tokenizers.vocabulary import extend_vocabulary
 
     started = time.time()
     data = load_folder(arguments.data_dir)
@@ -65,16 +66,17 @@ def main(arguments: Arguments) -> None:
         tokenizer = train_lm_tokenizer(_texts(data), vocab_size=arguments.text_vocab_size)
         model = build_model(arguments.scratch, tokenizer, seed=arguments.seed)
     else:
-        model, tokenizer = load_base(arguments.base, revision=arguments.revision, dtype=arguments.dtype)
+        tokenizer = load_tokenizer(arguments.base, revision=arguments.revision)
+        model = load_plain(arguments.base, revision=arguments.revision, dtype=arguments.dtype)
     quantizer = load_quantizer(Path(arguments.sids_dir) / "quantizer")
-    titles = dict(zip(data.items["item_id"].to_pylist(), (t or "" for t in data.items["title"].to_pylist()), strict=True))
+    ids, titles = data.items["item_id"].to_pylist(), data.items["title"].to_pylist()
     vocabulary = extend_vocabulary(
         model,
         tokenizer,
         sids,
         init=arguments.init,
         codebooks=quantizer.codebooks,
-        item_texts=titles,
+        item_texts={item: title or "" for item, title in zip(ids, titles, strict=True)},
         pad_to_multiple_of=arguments.pad_to_multiple_of,
         seed=arguments.seed,
     )

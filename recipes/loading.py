@@ -21,7 +21,10 @@ from sidtune.decoding.retriever import (
     SidRetriever,
     make_serializer,
 )
+from sidtune.tokenizers.model_files import load_tokenizer
+from sidtune.tokenizers.row_saving import load_model
 from sidtune.tokenizers.semantic_ids import SemanticIds
+from sidtune.tokenizers.vocabulary import Vocabulary
 
 # Prompts without a limit on turns still need a number for the history builder.
 ALL_TURNS = 1_000_000
@@ -55,11 +58,16 @@ def load_serializer(model_folder: str | Path, tokenizer: Any) -> tuple[Serialize
     return make_serializer(tokenizer, "plain", settings), settings
 
 
+def load_parts(model_folder: str | Path) -> tuple[Any, Any, Vocabulary]:
+    """Plain model, tokenizer and SID vocabulary of a model folder, checked against each other."""
+    vocabulary, tokenizer = Vocabulary.from_pretrained(model_folder), load_tokenizer(model_folder)
+    vocabulary.check(tokenizer)
+    return load_model(model_folder), tokenizer, vocabulary
+
+
 def load_retriever(model_folder: str | Path, sids_dir: str | Path) -> SidRetriever:
     """A retriever from a model folder and the folder of learn_sids."""
-    from sidtune.tokenizers.trained_model import load_model
-
-    model, tokenizer, vocabulary = load_model(model_folder)
+    model, tokenizer, vocabulary = load_parts(model_folder)
     serializer, settings = load_serializer(model_folder, tokenizer)
     sids = SemanticIds.from_pretrained(Path(sids_dir) / "sids")
     return SidRetriever(model, tokenizer, vocabulary, sids, serializer, settings)

@@ -77,11 +77,10 @@ def main(arguments: Arguments) -> None:
 
 
 def _copy_model(arguments: Arguments, scratch: Path) -> None:
-    from sidtune.recipes.loading import final_model, load_serializer, save_serializer
-    from sidtune.tokenizers.trained_model import load_model
+    from sidtune.recipes.loading import final_model, load_parts, load_serializer, save_serializer
 
     source = final_model(arguments.model_dir)
-    model, tokenizer, vocabulary = load_model(source)
+    model, tokenizer, vocabulary = load_parts(source)
     model.save_pretrained(scratch)
     tokenizer.save_pretrained(scratch)
     vocabulary.save_pretrained(scratch)

@@ -213,7 +213,7 @@ def _launch_options(arguments: RunArguments) -> dict[str, Any]:
     return options
 
 
-def _with_root(argv: list[str]) -> list[str]:
+def with_root(argv: list[str]) -> list[str]:
     """Adds `--root` from the place of the pipeline file, which `parse` does not pass on."""
     if "--root" in argv:
         return argv
@@ -226,4 +226,4 @@ def _with_root(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    command(main, RunArguments, _with_root(sys.argv[1:]))
+    command(main, RunArguments, with_root(sys.argv[1:]))

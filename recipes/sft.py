@@ -13,14 +13,12 @@ import logging
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from datasets import Dataset
 
 from sidtune.core.config import as_dict, command
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import read_json, write_run
-from sidtune.trainers.mixture import StageConfig, parse_stages
+from sidtune.trainers.mixture import parse_stages
+from sidtune.trainers.task_examples import TaskExamples
 
 logger = logging.getLogger(__name__)
 
@@ -54,13 +52,21 @@ class Arguments:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        from sidtune.data_builders.task_registry import TASKS
-
-        for stage in parse_stages(self.stages):
-            for task in (*stage.tasks, *stage.eval_tasks):
-                TASKS.get(task)
+        self.examples().check(parse_stages(self.stages))
         if self.max_history is not None and self.max_history < 0:
             raise ConfigError(f"max_history must be 0 or more turns, or null for all, got {self.max_history}.")
+
+
+    def examples(self) -> TaskExamples:
+        """What builds the examples of a stage."""
+        return TaskExamples(
+            self.data_dir,
+            Path(self.sids_dir) / "sids",
+            seed=self.seed,
+            templates=self.templates,
+            max_chars=self.max_chars,
+            history_context=self.history_context,
+        )
 
 
 def main(arguments: Arguments) -> None:
@@ -77,7 +83,7 @@ def main(arguments: Arguments) -> None:
         max_chars=arguments.max_chars or None,
         history_context=arguments.history_context,
     )
-    examples = Examples(arguments, settings)
+    examples = arguments.examples()
     folders = run_stages(
         arguments.stages,
         arguments.model_dir,
@@ -86,7 +92,7 @@ def main(arguments: Arguments) -> None:
         arguments.output_dir,
         seed=arguments.seed,
         build_examples=examples,
-        extra_inputs={"templates": examples.templates},
+        extra_inputs={"templates": examples.templates_folder} if examples.templates_folder else None,
     )
 
     def finish() -> None:
@@ -112,56 +118,6 @@ def main(arguments: Arguments) -> None:
 
     on_main(finish)
     logger.info("%s: %d stages, the last is %s", arguments.output_dir, len(folders), folders[-1].name)
-
-
-class Examples:
-    """Builds the tokenised examples of a stage by the names of its tasks (the `build_examples` of `run_stages`)."""
-
-    def __init__(self, arguments: Arguments, settings: Any) -> None:
-        self.arguments, self.settings = arguments, settings
-        folder = Path(arguments.templates)
-        packaged = Path(__file__).parent.parent / "data_builders" / "templates" / arguments.templates
-        self.templates = folder if folder.is_dir() else packaged
-        self._loaded: tuple[Any, Any] | None = None
-
-    def __call__(self, stage: StageConfig, split: str, model: Any) -> dict[str, Dataset]:
-        from sidtune.data_builders.encoding import encode_examples
-        from sidtune.data_builders.task_registry import TASKS
-        from sidtune.decoding.retriever import make_serializer
-        from sidtune.recipes.loading import task_input
-
-        data, sids = self._tables()
-        serializer = make_serializer(model.tokenizer, self.arguments.templates, self.settings)
-        source = task_input(data, serializer, sids, split, stage.max_history, self.arguments.seed)
-        found = {}
-        for task, mix in (stage.tasks if split == "train" else stage.eval_tasks).items():
-            options = dict(mix.options)
-            if task == "whole_history" and stage.max_length is not None:
-                options.setdefault("max_tokens", stage.max_length)
-            examples = _built(TASKS.get(task), task, source, options)
-            found[task] = encode_examples(
-                model.tokenizer, examples, stage.max_length, allowed_ids=serializer.literal_ids()
-            )
-        return found
-
-    def _tables(self) -> tuple[Any, Any]:
-        from sidtune.data_builders.store import load_folder
-        from sidtune.tokenizers.semantic_ids import SemanticIds
-
-        if self._loaded is None:
-            sids = SemanticIds.from_pretrained(Path(self.arguments.sids_dir) / "sids")
-            self._loaded = load_folder(self.arguments.data_dir), sids
-        return self._loaded
-
-
-def _built(function: Any, task: str, source: Any, options: dict[str, Any]) -> Dataset:
-    import inspect
-
-    from sidtune.core.config import check_keys
-
-    known = [name for name in inspect.signature(function).parameters if name != "data"]
-    check_keys(options, known, f"options of the task '{task}'")
-    return function(source, **options)
 
 
 if __name__ == "__main__":

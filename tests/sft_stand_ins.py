@@ -71,3 +71,20 @@ def random_examples(rows: int = 48, seed: int = 1, longest: int = 24) -> Dataset
         made["labels"].append([-100] * (len(words) - len(learned)) + learned + sid)
         made["task"].append("text_to_sid" if row % 3 else "query_to_text")
     return Dataset.from_dict(made)
+
+
+def model_folder(folder, kind: str = "qwen3", seed: int = 0):
+    """Writes a tiny model with tokenizer and SID vocabulary, as `init_model` would."""
+    from sidtune.tokenizers.vocabulary import Vocabulary
+
+    tiny_model(kind, seed).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    Vocabulary((3, 3), np.arange(WORDS + 2, VOCABULARY), WORDS + 2, VOCABULARY).save_pretrained(folder)
+    return folder
+
+
+def task_examples(stage, split: str, model) -> dict[str, Dataset]:
+    """A `build_examples` of two random tasks."""
+    mixes = stage.tasks if split == "train" else stage.eval_tasks
+    examples = random_examples(48, seed=1 if split == "train" else 2)
+    return {task: examples.filter(lambda e, task=task: e["task"] == task) for task in mixes}

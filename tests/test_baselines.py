@@ -82,9 +82,15 @@ def test_popularity_weights_and_half_life():
     assert recent.counts.tolist() == [0.75, 1.0, 0.5] and recent.rank(requests, 2).tolist() == [[1, 0]]
 
 
+@pytest.fixture(params=["sparse", "dense"])
+def path(request, monkeypatch):
+    """Both ways to find the best k."""
+    monkeypatch.setattr(baselines, "_DENSE", 2.0 if request.param == "sparse" else -1.0)
+
+
 @pytest.mark.parametrize("neighbours", [None, 4])
 @pytest.mark.parametrize("exclude", [False, True])
-def test_item_knn_equals_dense_numpy(neighbours, exclude, monkeypatch):
+def test_item_knn_equals_dense_numpy(neighbours, exclude, path, monkeypatch):
     monkeypatch.setattr(baselines, "_BLOCK", 200)  # several chunks
     monkeypatch.setattr(item_knn, "_BLOCK", 200)
     items, requests = catalogue(40, 3), asks(40, 60, 4)
@@ -139,7 +145,7 @@ def bm25_by_hand(documents: list[list[str]], query: list[str], k1: float, b: flo
 
 
 @pytest.mark.parametrize("options", [{}, {"k1": 0.9, "b": 0.4, "history_items": 2}, {"exclude_query_items": False}])
-def test_bm25_equals_the_formula(options, monkeypatch):
+def test_bm25_equals_the_formula(options, path, monkeypatch):
     monkeypatch.setattr(baselines, "_BLOCK", 300)
     items, requests = catalogue(35, 6), asks(35, 80, 7)
     events = log(items, 150, 8)
@@ -177,7 +183,7 @@ def test_bm25_scores_equal_the_library():
     np.testing.assert_allclose(scores.toarray()[0], library.get_scores(tokenise(query)), atol=1e-12)
 
 
-def test_bm25_ties_break_by_popularity_then_id_and_unknown_words_fall_back_to_popularity():
+def test_bm25_ties_break_by_popularity_then_id_and_unknown_words_fall_back_to_popularity(path):
     items = table_from_columns("items", {"item_id": ["d", "c", "b", "a"], "title": ["red", "red", "red", "blue"]}, 4)
     events = table_from_columns("events", {"item_id": ["c", "a", "a"]}, 3)
     requests = BaselineRequests(["RED", "unknown", "", "  "], Relevance.from_lists([[3], [3], [], []]))
@@ -185,7 +191,29 @@ def test_bm25_ties_break_by_popularity_then_id_and_unknown_words_fall_back_to_po
     assert got.tolist() == [[1, 2, 0, 3], [3, 1, 2, 0], [3, 1, 2, 0], [3, 1, 2, 0]]
 
 
-def test_lists_are_full_or_the_catalogue_is_used_up():
+def test_seen_items_are_excluded_only_where_users_do_not_repeat():
+    items = catalogue(300)
+    ids = items["item_id"].to_pylist()
+    pairs = [(f"u{n % 5}", ids[n], n) for n in range(200)] + [
+        ("u0", ids[0], 0)
+    ]  # the last: a second action, same moment
+    table = {"user_id": [p[0] for p in pairs], "item_id": [p[1] for p in pairs], "time": [p[2] for p in pairs]}
+    once = table_from_columns("events", table, len(pairs))
+    assert baselines.repeat_share(once) == 0.0 and Popularity().fit(items, once).excludes is True
+    again = pa.concat_tables([once, once.slice(0, 3).set_column(2, once.schema.field("time"), [[900, 901, 902]])])
+    assert baselines.repeat_share(again) == 3 / 203 and Popularity().fit(items, again).excludes is False
+    requests = BaselineRequests([None], Relevance.from_lists([[0, 1]]))
+    for name in BASELINES:
+        cls = BASELINES.get(name)
+        assert not {0, 1} & set(cls().fit(items, once).rank(requests, 298)[0].tolist())
+        options = {"exclude_query_items": False} if name == "bm25" else {}
+        kept = cls(exclude_seen=False, **options).fit(items, once).rank(requests, 300)
+        assert sorted(kept[0].tolist()) == list(range(300))
+    anonymous = table_from_columns("events", {"item_id": ids[:9]}, 9)
+    assert Popularity().fit(items, anonymous).excludes is False
+
+
+def test_lists_are_full_or_the_catalogue_is_used_up(path):
     items = catalogue(5)
     events = log(items, 20)
     requests = BaselineRequests(["red"], Relevance.from_lists([[0, 1, 1]]))
@@ -195,7 +223,7 @@ def test_lists_are_full_or_the_catalogue_is_used_up():
 
 
 @pytest.mark.parametrize("name", list(BASELINES))
-def test_ranking_does_not_depend_on_row_order_or_chunks(name, monkeypatch):
+def test_ranking_does_not_depend_on_row_order_or_chunks(name, path, monkeypatch):
     items, events = catalogue(40, 10), log(catalogue(40, 10), 250, 11)
     requests = asks(40, 50, 12)
     first = BASELINES.get(name)().fit(items, events).rank(requests, 9)

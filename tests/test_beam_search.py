@@ -212,7 +212,7 @@ def test_equal_scores_are_ordered_by_leaf():
         assert output.leaves.tolist() == [expected] * len(IDS)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.lists(st.sampled_from([0.0, -1.0, -2.5, float("-inf"), 3.0]), min_size=1, max_size=12), st.data())
 def test_selection_is_stable(values, data):
     k = data.draw(st.integers(1, len(values)))

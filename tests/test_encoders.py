@@ -18,7 +18,8 @@ from sidtune.tokenizers.precomputed import PrecomputedConfig, PrecomputedEncoder
 from sidtune.tokenizers.registry import ENCODERS, load_encoder, make_encoder
 from sidtune.tokenizers.text_encoders import TransformersConfig, TransformersEncoder
 
-WORDS = "red blue green tall short wide pen pencil paper stapler folder lamp desk chair cable mouse board tape".split()
+WORDS = ["red", "blue", "green", "tall", "short", "wide", "pen", "pencil", "paper", "stapler", "folder", "lamp", "desk"]
+WORDS += ["chair", "cable", "mouse", "board", "tape"]
 
 
 def catalogue(items: int = 300, seed: int = 0) -> list[str]:

@@ -85,7 +85,7 @@ def test_ties_go_to_the_lowest_index():
 
 
 def test_near_ties_are_decided_exactly():
-    """Points half-way between two centroids: float32 distances cannot tell which side of the middle rounding put them."""
+    """Points half-way between two centroids: float32 distances cannot tell on which side of the middle they lie."""
     draw = np.random.default_rng(3)
     centroids = draw.normal(size=(64, 48)).astype(np.float32)
     pairs = np.argsort(((centroids[:, None] - centroids) ** 2).sum(axis=2), axis=1)[:, :2]  # a centroid and its nearest

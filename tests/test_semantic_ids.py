@@ -1,4 +1,4 @@
-"""SemanticIds against Counter and sorted(): lossless, ordered, refused when wrong, equal after saving and publishing."""
+"""SemanticIds against Counter and sorted(): lossless, ordered, strict, equal after saving and publishing."""
 
 from __future__ import annotations
 

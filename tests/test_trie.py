@@ -1,5 +1,6 @@
 """SidTrie against a dictionary of prefixes: legal sets, numbering, filters, look-ups, files."""
 
+import itertools
 import json
 
 import numpy as np
@@ -46,7 +47,7 @@ def check_legal_sets(trie: SidTrie, legal: dict[tuple[int, ...], list[int]]) -> 
                 assert dense[row].nonzero().flatten().tolist() == legal[prefix]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(catalogues())
 def test_trie_is_the_dictionary_of_prefixes(catalogue):
     codes, sizes = catalogue
@@ -59,7 +60,7 @@ def test_trie_is_the_dictionary_of_prefixes(catalogue):
     check_legal_sets(trie, legal)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(catalogues(), st.data())
 def test_filtered_prefix_is_legal_iff_an_allowed_leaf_is_below(catalogue, data):
     codes, sizes = catalogue
@@ -83,13 +84,12 @@ def test_filtered_prefix_is_legal_iff_an_allowed_leaf_is_below(catalogue, data):
     assert trie.num_allowed_leaves == len(leaves), "a view must not change the trie it looks at"
 
 
-@settings(max_examples=60, deadline=None)
-@given(catalogues(), st.data())
-def test_find_refuses_every_other_code(catalogue, data):
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(catalogues())
+def test_find_refuses_every_other_code(catalogue):
     codes, sizes = catalogue
     trie, leaves = SidTrie.from_codes(codes, sizes), set(sorted_leaves(codes))
-    number = st.sampled_from([-1, 0, 1, 2, 5, 6, 7, 2**31 - 2, 2**31 - 1, 2**40])
-    asked = data.draw(st.lists(st.tuples(*[number] * len(sizes)), min_size=1, max_size=20))
+    asked = list(itertools.product(*(sorted({-1, 2**40, *column.tolist()}) for column in codes.T)))
     assert (trie.find(torch.tensor(asked)) >= 0).tolist() == [row in leaves for row in asked]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -69,6 +70,25 @@ def wordpiece() -> PreTrainedTokenizerFast:
     return _wrap(core, eos_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
 
 
+@cache
+def gemma_like() -> PreTrainedTokenizerFast:
+    """Character BPE with byte fallback and `▁` for spaces; runs of blanks and HTML tags are added tokens, as in Gemma."""
+    core = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+    core.normalizer = normalizers.Replace(" ", "▁")
+    core.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    core.train_from_iterator(TEXT * 5, trainers.BpeTrainer(vocab_size=300, show_progress=False))
+    state = json.loads(core.to_str())["model"]
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *state["vocab"]]
+    merges = [tuple(merge) for merge in state["merges"]]
+    vocab = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
+    core.model = models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    tokenizer = _wrap(core, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
+    runs = [char * size for char, most in (("\n", 4), ("▁", 6), ("\t", 2)) for size in range(2, most)]
+    plain = [*runs, "\t", "<start_of_turn>", "<unused1>", "<table>", "</td>", "[@BOS@]", "<h1>"]
+    tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in plain])
+    return tokenizer
+
+
 ODD = (
     "hotdog", "C++", "user:", "é", "日本", "q", "<b>", "</b>", "[@X@]", "\n\n", "  ", "\t\t", "▁▁", "<|x|>", "<|x|>y", "<<", "-",
     "ＦＵＬＬ", "big red", " <sp>", "don't", "…", "‹z›",
@@ -126,4 +146,4 @@ class SlowTokenizer:
         return [self.added[i] if i < len(self.added) else chr(i - 100) for i in ids]
 
 
-ALL = {"byte_bpe": byte_bpe, "metaspace": metaspace, "wordpiece": wordpiece, "odd": odd, "slow": cache(SlowTokenizer)}
+ALL = {"byte_bpe": byte_bpe, "metaspace": metaspace, "wordpiece": wordpiece, "gemma_like": gemma_like, "odd": odd, "slow": cache(SlowTokenizer)}

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from sidtune.core.config import check_keys
 from sidtune.core.errors import ConfigError, DataError, nearest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -24,6 +23,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 PAD, END_OF_TEXT, TURN_START, TURN_END = "<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
@@ -136,7 +137,7 @@ def build_model(
 
     Args:
         config: `model_type` (default `qwen3`; any causal or seq2seq type transformers knows) and fields of its
-            transformers config, for example `{"model_type": "qwen3", "hidden_size": 256, "tie_word_embeddings": False}`.
+            transformers config, for example `{"model_type": "gpt2", "n_layer": 6, "tie_word_embeddings": False}`.
             Fields left out take small values for qwen3, llama, gpt2, t5, mt5 and bart, the family's defaults otherwise.
             T5 and mT5 ignore `tie_word_embeddings`, as transformers does.
         tokenizer: gives vocabulary size and the ids of pad, begin and end.

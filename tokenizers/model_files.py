@@ -77,8 +77,8 @@ def load_plain(
         )
     if missing:
         raise DataError(
-            f"The weights in {place} lack {len(missing)} tensors of the model (first: '{missing[0]}'); copy or train the "
-            "model again."
+            f"The weights in {place} lack {len(missing)} tensors of the model (first: '{missing[0]}'); copy or train "
+            "the model again."
         )
     return model
 
@@ -105,5 +105,6 @@ def _unreadable(what: str, place: str, error: Exception) -> DataError:
     reason = " ".join(str(error).split())[:300].rstrip(".")
     where = "the folder" if Path(place).is_dir() else "the hub model"
     return DataError(
-        f"No {what} can be read from {where} {place} ({type(error).__name__}: {reason}); check the name, or write it again."
+        f"No {what} can be read from {where} {place} ({type(error).__name__}: {reason}); check the name, or "
+        "write it again."
     )

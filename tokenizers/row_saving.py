@@ -3,12 +3,12 @@
 | mode | files of `save_trained` |
 |---|---|
 | rows | `sid_rows.safetensors`: the new rows of embedding and untied head, n x d each |
-| lora | a PEFT adapter that holds the new rows as PEFT's own trainable tokens, so `PeftModel.from_pretrained` gets them too |
+| lora | a PEFT adapter with the new rows as PEFT's own trainable tokens, so `PeftModel.from_pretrained` has them too |
 | all | a plain model folder |
 
-To each come the tokenizer, `sid_vocabulary.json` and, for rows and lora, `trained.json`: the base, a checksum of the file
-and a few values of every base weight, by which a wrong base is recognised. `merge_and_save` writes a plain model folder
-for serving. Our choice; no paper is involved. (Peers save the whole matrix beside an adapter, hundreds of MB.)
+To each come the tokenizer, `sid_vocabulary.json` and, for rows and lora, `trained.json`: the base, a checksum of the
+file and a few values of every base weight, by which a wrong base is recognised. `merge_and_save` writes a plain model
+folder for serving. Our choice; no paper is involved. (Peers save the whole matrix beside an adapter, hundreds of MB.)
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from sidtune.tokenizers.model_files import check_place, load_plain, load_tokeniz
 from sidtune.tokenizers.row_training import ROWS, plain_model, split_matrices, split_rows, trained_rows
 from sidtune.tokenizers.vocab_matrices import base_of, gathered, grow, is_split, vocab_matrices
 from sidtune.tokenizers.vocabulary import Vocabulary, fill_spare_rows
+from sidtune.tokenizers.vocabulary_init import OldRows
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -46,8 +47,9 @@ def save_trained(
     state_dict: dict[str, torch.Tensor] | None = None,
     is_main_process: bool = True,
 ) -> None:
-    """Writes what `set_trainable` let train into `folder`, which is made if missing (for an atomic write give the scratch
-    folder of `write_folder`).
+    """Writes what `set_trainable` let train into `folder`, which is made if missing.
+
+    For a folder that is written whole or not at all give the scratch folder of `write_folder`.
 
     Args:
         model: the model `set_trainable` returned, unwrapped (`accelerator.unwrap_model`).
@@ -61,7 +63,8 @@ def save_trained(
             collective.
 
     Raises:
-        ConfigError: the base is not known, or a sharded model in mode "all" without `state_dict`.
+        ConfigError: the base is not known, `folder` holds a full model, or a sharded model in mode "all" without
+            `state_dict`.
     """
     folder = Path(folder)
     split = bool(split_matrices(model))
@@ -72,13 +75,15 @@ def save_trained(
         lora = hasattr(model, "peft_config")
         tensors = {**_lora_state(model), **_peft_rows(rows)} if lora else rows
         record = {"format": 1, "mode": "lora" if lora else "rows", "base_model": base, "matrices": sorted(rows)}
-        record["base_probe"] = base_probe(model, vocabulary)
+        record |= {"spare_rows_mean": _spare_rows_mean(model, vocabulary), "base_probe": base_probe(model, vocabulary)}
     elif hasattr(model, "peft_config"):
         raise ConfigError("The adapter was not made by set_trainable, so its SID rows are unknown; merge it first.")
     elif state_dict is None and any(is_split(parameter) for parameter in model.parameters()):
         raise ConfigError("A sharded model needs state_dict=accelerator.get_state_dict(model) to be saved whole.")
     if not is_main_process:
         return
+    if split and (folder / "config.json").exists():
+        raise ConfigError(f"The folder {folder} holds a full model; choose another folder for the trained rows.")
     folder.mkdir(parents=True, exist_ok=True)
     for stale in (TRAINED_FILE, ROWS_FILE, ADAPTER_FILE, _ADAPTER_CONFIG):
         (folder / stale).unlink(missing_ok=True)
@@ -98,8 +103,8 @@ def _base_reference(model: nn.Module, given: str | Path | None, folder: Path) ->
     name = os.fspath(given) if given is not None else getattr(base_of(model), "name_or_path", "") or ""
     if not name:
         raise ConfigError(
-            "The base model was never saved, so the new rows would belong to nothing; save the extended model first and "
-            "load it, or pass base_model=."
+            "The base model was never saved, so the new rows would belong to nothing; save the extended model first "
+            "and load it, or pass base_model=."
         )
     if not Path(name).is_dir():
         return name
@@ -132,14 +137,14 @@ def _save_peft_config(model: nn.Module, vocabulary: Vocabulary, record: dict[str
     others = [name for name in config.modules_to_save or [] if name != ROWS]
     config.modules_to_save = others or None
     ids = vocabulary.sid_token_ids.tolist()
-    config.trainable_token_indices = {name: ids for name in record["matrices"]}
+    config.trainable_token_indices = dict.fromkeys(record["matrices"], ids)
     config.base_model_name_or_path = record["base_model"]
     config.inference_mode = True
     config.save_pretrained(folder)
 
 
 def base_probe(model: nn.Module, vocabulary: Vocabulary) -> dict[str, dict[str, Any]]:
-    """A few values of every base weight, evenly spread; of token matrices only the old rows. Collective when sharded."""
+    """A few values of every base weight, of token matrices only from the old rows. Collective when sharded."""
     base = base_of(model)
     tokens = {id(matrix.parameter) for matrix in vocab_matrices(model)}
     found = {}
@@ -156,13 +161,31 @@ def base_probe(model: nn.Module, vocabulary: Vocabulary) -> dict[str, dict[str, 
     return found
 
 
+def _far_from_mean(rows: torch.Tensor, vocabulary: Vocabulary) -> bool:
+    """Whether a spare row is further from the mean row than rounding explains."""
+    old, spare = OldRows(rows[: vocabulary.base_vocab_size]), rows[vocabulary.stop :].detach().float().cpu().numpy()
+    return bool(spare.size) and float(abs(spare - old.mean).max()) > 0.05 * old.deviation
+
+
+def _spare_rows_mean(model: nn.Module, vocabulary: Vocabulary) -> bool:
+    """Whether the rows behind the last token still are what `extend_vocabulary` makes of an original base."""
+    for matrix in split_matrices(model):
+        with gathered(matrix.parameter) as whole:
+            if _far_from_mean(whole, vocabulary):
+                return False
+    return True
+
+
 def check_base(model: PreTrainedModel, vocabulary: Vocabulary, expected: dict[str, Any], where: str) -> None:
     """Raises DataError unless the weights are those `expected` was taken from, in the same or another float dtype."""
     found = base_probe(model, vocabulary)
-    common = [name for name in expected if name in found]
-    if not common or len(common) < len(expected) - 1:
-        raise DataError(f"{where} was trained on a model of another shape than {type(model).__name__}; give its base.")
-    for name in common:
+    absent = [name for name in expected if name not in found]
+    if absent or not expected:
+        raise DataError(
+            f"{where} was trained on another base model than this {type(model).__name__}, which has no weight "
+            f"'{absent[0] if absent else ''}'; give the base it was trained on."
+        )
+    for name in expected:
         kept, got = (torch.tensor(probe[name]["values"]) for probe in (expected, found))
         old, new = (getattr(torch, probe[name]["dtype"]) for probe in (expected, found))
         same = torch.equal(kept.to(new).float(), got) or torch.equal(got.to(old).float(), kept)
@@ -201,7 +224,7 @@ def load_trained(
         record, tensors = _read_trained(folder, vocabulary)
         model: nn.Module = _loaded_base(folder, record, base_model, vocabulary, options)
         check_base(model, vocabulary, record["base_probe"], str(folder))  # type: ignore[arg-type]
-        _put_rows(model, vocabulary, tensors, folder)
+        _put_rows(model, vocabulary, tensors, record, folder)
         if record["mode"] == "lora":
             model = _with_adapter(model, folder, tensors)  # type: ignore[arg-type]
     else:
@@ -211,7 +234,8 @@ def load_trained(
     vocabulary.check(tokenizer)
     if merge:
         model = plain_model(model)
-    base_of(model).name_or_path = base_of(model).config._name_or_path = str(folder)
+    if base_of(model) is model:
+        model.name_or_path = model.config._name_or_path = str(folder)  # type: ignore[union-attr, assignment]
     return model.eval(), tokenizer, vocabulary
 
 
@@ -227,7 +251,9 @@ def _read_trained(folder: Path, vocabulary: Vocabulary) -> tuple[dict[str, Any],
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise DataError(f"The file {path} is damaged ({' '.join(str(error).split())}); copy or train it again.") from None
+        raise DataError(
+            f"The file {path} is damaged ({' '.join(str(error).split())}); copy or train it again."
+        ) from None
     if fingerprint(path) != record["sha256"]:
         raise DataError(f"The file {path} is not the one {TRAINED_FILE} was written for; copy the whole folder again.")
     count = vocabulary.stop - vocabulary.start
@@ -262,15 +288,15 @@ def _loaded_base(
     rows = vocab_matrices(model)[0].parameter.shape[0]
     if rows < vocabulary.base_vocab_size:
         raise DataError(
-            f"The base model of {folder} has {rows} token rows, fewer than the {vocabulary.base_vocab_size} tokens before "
-            "the SID tokens; give the base it was trained on."
+            f"The base model of {folder} has {rows} token rows, fewer than the {vocabulary.base_vocab_size} tokens "
+            "before the SID tokens; give the base it was trained on."
         )
     grow(model, vocabulary.embedding_rows)
     return model
 
 
 @torch.no_grad()
-def _put_rows(model: nn.Module, vocabulary: Vocabulary, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+def _put_rows(model: nn.Module, vocabulary: Vocabulary, tensors: dict, record: dict, folder: Path) -> None:
     for matrix in vocab_matrices(model):
         if not matrix.used:
             continue
@@ -281,7 +307,8 @@ def _put_rows(model: nn.Module, vocabulary: Vocabulary, tensors: dict[str, torch
                 "trained on (tied and untied heads differ)."
             )
         matrix.parameter[vocabulary.start : vocabulary.stop] = rows.to(matrix.parameter)
-        fill_spare_rows(matrix, vocabulary.base_vocab_size, vocabulary.stop)
+        if record.get("spare_rows_mean") and _far_from_mean(matrix.parameter, vocabulary):  # an original base
+            fill_spare_rows(matrix, vocabulary.base_vocab_size, vocabulary.stop)
 
 
 def _with_adapter(model: PreTrainedModel, folder: Path, tensors: dict[str, torch.Tensor]) -> nn.Module:
@@ -302,8 +329,10 @@ def _with_adapter(model: PreTrainedModel, folder: Path, tensors: dict[str, torch
 
 
 def load_model(folder_or_id: str | Path, **options: Any) -> PreTrainedModel:
-    """A plain model, ready to train or to serve, from whatever stands in a folder: a full model, what `save_trained` wrote
-    (its base is found by reference, merged), a checkpoint of a LoRA run, or a hub id.
+    """A plain model, ready to train or to serve, from whatever stands in a folder.
+
+    That is a full model, what `save_trained` wrote (its base is found by reference, everything is merged), a checkpoint
+    of a LoRA run, or a hub id.
 
     Args:
         folder_or_id: folder or hub id.
@@ -319,7 +348,7 @@ def load_model(folder_or_id: str | Path, **options: Any) -> PreTrainedModel:
         model = _load_adapter_checkpoint(place, options)
     else:
         return load_plain(folder_or_id, **options)
-    base_of(model).name_or_path = str(place)
+    model.name_or_path = model.config._name_or_path = str(place)  # type: ignore[union-attr, assignment]
     return model  # type: ignore[return-value]
 
 
@@ -348,8 +377,8 @@ def merge_and_save(
 ) -> PreTrainedModel:
     """Writes a plain model folder for serving: LoRA and new rows merged, loadable by `from_pretrained` alone.
 
-    Consumes `model` (which need not be split any more) and returns the plain one. Raises ConfigError for a sharded model:
-    save that with `save_trained`, load it with `load_model` and merge then.
+    Consumes `model` and returns the plain one. Raises ConfigError for a sharded model: save that with `save_trained`,
+    load it with `load_model` and merge then.
     """
     plain = plain_model(model)
     save_trained(plain, vocabulary, tokenizer, folder)

@@ -3,12 +3,12 @@
 Mechanism. The new rows become a small parameter of their own, `sid_rows` (n, d), attached to the embedding (and to an
 untied head); the matrix itself stays frozen. The embedding looks new ids up in `sid_rows`; the head multiplies by the
 frozen matrix with the new rows put in. So old rows cannot move under any optimizer, weight decay or sharding, gradient
-norm and optimizer state count the new rows only, and a tied head stays tied because it reads the embedding's `sid_rows`.
+norm and optimizer state count the new rows only, and a tied head stays tied: it reads the embedding's `sid_rows`.
 
 Why not something simpler (TRL 1.16, PEFT 0.21): TRL multiplies hidden states by `lm_head.weight` directly, hence it
-refuses PEFT layers on an untied head and does not see PEFT's trainable tokens through a tied one. A gradient mask on the
-whole matrix would need weight decay off, keeps optimizer state for every row, and is lost where parameters are rebuilt
-(FSDP2). Here `weight` of the head is a property that every reader gets right.
+refuses PEFT layers on an untied head and does not see PEFT's trainable tokens through a tied one. A gradient mask on
+the whole matrix would need weight decay off, keeps optimizer state for every row, and is lost where parameters are
+rebuilt (FSDP2). Here `weight` of the head is a property that every reader gets right.
 
 The modules keep their identity (only their class is swapped), so parameter names, PEFT targets and `save_pretrained`
 work as before; the state dict of an unsharded model in "rows" mode is that of a plain model. In "lora" mode `sid_rows`
@@ -18,6 +18,7 @@ is a `modules_to_save` of PEFT, so a trainer's checkpoints hold and restore it. 
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Any
 
 import torch
@@ -166,6 +167,9 @@ def _join_rows(model: PreTrainedModel) -> None:
         for module in matrix.modules:
             module.__class__ = type(module)._plain_class
             del module.__dict__["_rows_owner"], module.__dict__["_rows_span"]
+        if len(matrix.modules) > 1 and base_of(model).get_output_embeddings() in matrix.modules:
+            # PEFT compares addresses after merging, takes our put-together head for an untied one and says so here.
+            model.config.tie_word_embeddings = True
 
 
 def plain_model(model: nn.Module) -> PreTrainedModel:
@@ -177,7 +181,9 @@ def plain_model(model: nn.Module) -> PreTrainedModel:
     if hasattr(model, "merge_and_unload"):
         if any(is_split(parameter) for parameter in model.parameters()):
             raise ConfigError("A sharded model cannot be merged in place; save it with save_trained and load it again.")
-        model = model.merge_and_unload()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
+            model = model.merge_and_unload()
         for leftover in ("peft_config", "_hf_peft_config_loaded"):
             model.__dict__.pop(leftover, None)
     _join_rows(model)  # type: ignore[arg-type]
@@ -186,7 +192,11 @@ def plain_model(model: nn.Module) -> PreTrainedModel:
 
 
 def set_trainable(
-    model: PreTrainedModel, vocabulary: Vocabulary, mode: str = "rows", lora: dict[str, Any] | None = None
+    model: PreTrainedModel,
+    vocabulary: Vocabulary,
+    mode: str = "rows",
+    lora: dict[str, Any] | None = None,
+    seed: int = 0,
 ) -> nn.Module:
     """Chooses what trains and returns the model to train.
 
@@ -196,6 +206,7 @@ def set_trainable(
         mode: "rows" trains the SID rows of embedding and head, nothing else. "lora" trains LoRA factors and the SID
             rows and returns a `PeftModel`. "all" trains everything, the spare rows behind the last token included.
         lora: fields of `peft.LoraConfig` for "lora"; defaults r=16, lora_alpha=32, no dropout, all linear layers.
+        seed: seed of the LoRA factors; the caller's random state is left alone.
 
     Under DeepSpeed and FSDP2 call it before the trainer is made, on every process. Weights keep their dtype: train
     float32 weights under `bf16=True` rather than bfloat16 weights, whose small updates are lost.
@@ -220,7 +231,7 @@ def set_trainable(
     if mode == "rows":
         split_rows(model, vocabulary)
         return model
-    return _with_lora(model, vocabulary, lora or {})
+    return _with_lora(model, vocabulary, lora or {}, seed)
 
 
 def _set_grad(model: nn.Module, trains: bool) -> None:
@@ -229,7 +240,7 @@ def _set_grad(model: nn.Module, trains: bool) -> None:
             parameter.requires_grad_(trains)
 
 
-def _with_lora(model: PreTrainedModel, vocabulary: Vocabulary, options: dict[str, Any]) -> nn.Module:
+def _with_lora(model: PreTrainedModel, vocabulary: Vocabulary, options: dict[str, Any], seed: int) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     known = [f.name for f in dataclasses.fields(LoraConfig) if f.name not in _LORA_RESERVED]
@@ -242,7 +253,10 @@ def _with_lora(model: PreTrainedModel, vocabulary: Vocabulary, options: dict[str
         split_rows(model, vocabulary)
         # ZeRO-3 gathers parameters in groups of one dtype, so LoRA factors must not be raised to float32 there.
         sharded = any(is_split(parameter) for parameter in model.parameters()) or _zero3()
-        return get_peft_model(model, config, autocast_adapter_dtype=not sharded)
+        devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            return get_peft_model(model, config, autocast_adapter_dtype=not sharded)
     except (ValueError, TypeError) as error:
         _join_rows(model)
         reason = " ".join(str(error).split())[:300].rstrip(".")
@@ -258,7 +272,7 @@ def _check_targets(model: PreTrainedModel, options: dict[str, Any]) -> None:
         clash = sorted(name for name in names if any(str(target).rpartition(".")[2] == name for target in listed))
         if clash:
             raise ConfigError(
-                f"'{clash[0]}' in {key} would adapt the whole vocabulary matrix; leave it out, the SID rows of it train "
+                f"'{clash[0]}' in {key} would adapt the whole vocabulary matrix; leave it out, its SID rows train "
                 "anyway."
             )
 

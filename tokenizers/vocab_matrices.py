@@ -81,8 +81,8 @@ def vocab_matrices(model: nn.Module) -> list[VocabMatrix]:
     lengths = {matrix.owner._parameters["weight"].shape[0] for matrix in found} - {0}
     if len(lengths) > 1:
         raise ConfigError(
-            f"{type(base).__name__} has token matrices of {sorted(lengths)} rows; embedding and head must have the same "
-            "number of rows."
+            f"{type(base).__name__} has token matrices of {sorted(lengths)} rows; embedding and head must have the "
+            "same number of rows."
         )
     return found
 
@@ -91,8 +91,8 @@ def _check_kind(base: nn.Module, module: Any, kind: type[nn.Module]) -> None:
     if not isinstance(module, kind) or "weight" not in module._parameters:
         role = "head" if kind is nn.Linear else "embedding"
         raise ConfigError(
-            f"{type(base).__name__} has a {role} of type {type(module).__name__}; only torch.nn.{kind.__name__} and its "
-            "kinds can be extended. Load the model unquantised and without an adapter."
+            f"{type(base).__name__} has a {role} of type {type(module).__name__}; only torch.nn.{kind.__name__} and "
+            "its kinds can be extended. Load the model unquantised and without an adapter."
         )
 
 

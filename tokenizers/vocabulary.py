@@ -4,9 +4,9 @@
 the new rows, and returns a `Vocabulary`: which token id each code has. The tokens are *ordinary* added tokens. Special
 ones would be stripped from the text that TRL hands to reward functions.
 
-The way it differs from `resize_token_embeddings` (our choices): nothing ever shrinks (Qwen3 has more rows than tokens, and
-the spare ones are used), an untied head stays untied, the first values are chosen, every row behind the last token holds
-the mean row, and everything is checked on a copy of the tokenizer before the first change.
+The way it differs from `resize_token_embeddings` (our choices): nothing ever shrinks (Qwen3 has more rows than tokens,
+and the spare ones are used), an untied head stays untied, the first values are chosen, every row behind the last token
+holds the mean row, and everything is checked on a copy of the tokenizer before the first change.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from sidtune.core.errors import ConfigError, DataError, nearest
 from sidtune.core.folders import read_json, write_json
+from sidtune.tokenizers.model_files import load_base as load_base
 from sidtune.tokenizers.vocab_matrices import VocabMatrix, base_of, grow, is_split, vocab_matrices
 from sidtune.tokenizers.vocabulary_init import (
     INITS,
@@ -32,8 +33,9 @@ from sidtune.tokenizers.vocabulary_init import (
     text_rows,
     token_shares,
 )
-from tokenizers import AddedToken
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tokenizers import AddedToken
 
 if TYPE_CHECKING:
     from sidtune.tokenizers.semantic_ids import SemanticIds
@@ -116,7 +118,8 @@ class Vocabulary:
             )
         if rows is not None and rows < self.stop:
             raise DataError(
-                f"The model has {rows} token rows, but the SID tokens end at id {self.stop - 1}; use the extended model."
+                f"The model has {rows} token rows, but the SID tokens end at id {self.stop - 1}; use the extended "
+                "model."
             )
         if tokenizer is not None:
             ends = tokenizer.convert_ids_to_tokens([self.start, self.stop - 1]) if len(tokenizer) >= self.stop else []
@@ -145,7 +148,12 @@ class Vocabulary:
         path = Path(folder) / VOCABULARY_FILE
         value = read_json(path)
         try:
-            numbers = [value["base_vocab_size"], value["embedding_rows"], *value["level_sizes"], *value["sid_token_ids"]]
+            numbers = [
+                value["base_vocab_size"],
+                value["embedding_rows"],
+                *value["level_sizes"],
+                *value["sid_token_ids"],
+            ]
             if any(type(number) is not int or number < 0 for number in numbers):
                 raise TypeError("a value that is no count")
             return cls(
@@ -185,8 +193,8 @@ def extend_vocabulary(
         shrink: pseudo-items that pull "text" rows to the mean row.
         seed: seed of projection and noise.
 
-    Every row behind the last token, spare rows of the original model included, gets the mean of the old rows; it belongs
-    to no token and is never legal in decoding.
+    Every row behind the last token, spare rows of the original model included, gets the mean of the old rows; it
+    belongs to no token and is never legal in decoding.
 
     Raises:
         ConfigError: unknown init, a bad number, a sharded or adapted model, a tokenizer that holds SID tokens already
@@ -237,7 +245,9 @@ def fill_spare_rows(matrix: VocabMatrix, base: int, stop: int, old: OldRows | No
 
 
 def _added(tokens: list[str]) -> list[AddedToken]:
-    return [AddedToken(t, single_word=False, lstrip=False, rstrip=False, normalized=False, special=False) for t in tokens]
+    return [
+        AddedToken(t, single_word=False, lstrip=False, rstrip=False, normalized=False, special=False) for t in tokens
+    ]
 
 
 def _check_options(init: str, multiple: int | None, noise: float, shrink: float) -> None:
@@ -255,8 +265,8 @@ def _check_model(model: PreTrainedModel) -> None:
         raise ConfigError("The vocabulary grows before an adapter or row training is added; pass the plain model.")
     if any(is_split(parameter) for parameter in model.parameters()):
         raise ConfigError(
-            "The model is sharded (ZeRO-3 or FSDP2), and its vocabulary cannot grow then; extend it in one process with "
-            "recipes/init_model and train from that folder."
+            "The model is sharded (ZeRO-3 or FSDP2), and its vocabulary cannot grow then; extend it in one process "
+            "with recipes/init_model and train from that folder."
         )
 
 
@@ -271,8 +281,8 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: list[str], sids
         )
     if present:
         raise ConfigError(
-            f"The tokenizer holds {len(present)} of the {len(tokens)} SID tokens already (first: '{present[0]}'), so they "
-            "belong to other semantic IDs or mean something else; start from the original tokenizer."
+            f"The tokenizer holds {len(present)} of the {len(tokens)} SID tokens already (first: '{present[0]}'), so "
+            "they belong to other semantic IDs or mean something else; start from the original tokenizer."
         )
     name, base = type(tokenizer).__name__, len(tokenizer)
     trial = copy.deepcopy(tokenizer)

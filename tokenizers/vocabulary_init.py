@@ -1,17 +1,17 @@
 """First values of the rows of new SID tokens: from the codebook, from the item texts, or the mean row.
 
-All three start at the mean of the old rows, so that a new token begins about as likely as an average one and the softmax
-of the old tokens hardly moves. The papers do not say how they initialise; everything here is our choice:
+All three start at the mean of the old rows, so that a new token begins about as likely as an average one and the
+softmax of the old tokens hardly moves. The papers do not say how they initialise; everything here is our choice:
 
 - codebook: mean row + projected centroid. The centroids of a level are centred, mapped into the embedding space by a
   random map with orthonormal rows (after PCA when they have more dimensions than the embedding), and scaled so that
-  their mean squared length is that of the old rows around their mean. Cosines between the centroids of a level therefore
-  become, exactly, cosines between its rows around the mean row.
+  their mean squared length is that of the old rows around their mean. Cosines between the centroids of a level
+  therefore become, exactly, cosines between its rows around the mean row.
 - text: mean embedding of the text tokens of the items that carry the code, pulled to the mean row by `shrink`
   pseudo-items, so that a code of one item does not copy its title.
 - mean: the mean row.
 
-To all of them comes Gaussian noise, `noise` times the standard deviation of the old values, which tells equal rows apart.
+To all of them comes Gaussian noise, `noise` times the standard deviation of the old values; it tells equal rows apart.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def check_codebooks(
         DataError: missing, of another number or size than the levels, of differing width, or not finite.
     """
     if not codebooks:
-        raise DataError("init 'codebook' needs the codebooks of the quantizer; pass codebooks=, or use 'text' or 'mean'.")
+        raise DataError(
+            "init 'codebook' needs the codebooks of the quantizer; pass codebooks=, or use 'text' or 'mean'."
+        )
     expected = len(level_sizes) - int(suffix_level)
     if len(codebooks) != expected:
         raise DataError(

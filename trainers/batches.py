@@ -18,9 +18,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
-from sidtune.core.errors import DataError
 from torch.utils.data import Sampler
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from sidtune.core.errors import DataError
 
 IGNORED = -100
 _MEGABATCHES = 50

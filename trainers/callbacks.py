@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
 from sidtune.core.errors import DataError
 from sidtune.core.folders import read_json, write_json
 from sidtune.trainers.batches import EpochSampler
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 COMPLETE_FILE = "complete.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")

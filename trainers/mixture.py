@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
+
 from sidtune.core.config import build
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.trainers.batches import measure

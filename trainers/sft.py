@@ -4,7 +4,7 @@ honest packing.
 Overriding points (everything else is TRL's and stays untouched; `trl_surface.py` names what they rely on):
 
 1. `__init__`: checks every example first, hands pre-tokenised examples straight to the collator, proves packing exact
-   or refuses it.
+   or refuses it, and lets the fused head of TRL take a head whose new rows train alone under ZeRO-3.
 2. `_set_signature_columns_if_needed`: keeps the column `task`.
 3. `_get_train_sampler`: the order of an epoch is a function of seed and epoch (`batches.EpochSampler`).
 4. `get_decay_parameter_names`: no weight decay on embedding rows that are trained alone or beside LoRA.
@@ -28,14 +28,16 @@ import numpy as np
 import torch
 import trl.trainer.utils as trl_utils
 from datasets import Dataset
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl import SFTConfig, SFTTrainer
+
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.trainers import trl_surface
 from sidtune.trainers.batches import EpochSampler, ExampleSizes, TaskCollator, measure
 from sidtune.trainers.callbacks import MarkComplete, SetEpoch
-from torch import nn
-from torch.utils.data import Sampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from trl import SFTConfig, SFTTrainer
 
 TRAIN_MODES = ("rows", "lora", "all")
 _FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -118,6 +120,8 @@ class SidSFTTrainer(SFTTrainer):
             callbacks=[self._epoch_callback, MarkComplete(), *(callbacks or [])],
             **options,
         )
+        if train != "all" and is_deepspeed_zero3_enabled():
+            accept_whole_heads()
         self.data_collator = TaskCollator.extend(self.data_collator, self.tasks)
         self.model.register_forward_hook(self._keep_outputs)
 
@@ -236,6 +240,23 @@ def score_labelled_only(device: torch.device) -> Iterator[None]:
         trl_utils._use_triton = original
 
 
+def accept_whole_heads() -> None:
+    """Lets TRL's fused LM head take a head that is put together on the fly, under ZeRO-3.
+
+    TRL gathers the head's parameter there and stumbles over a plain tensor, which is what the head is while only the
+    rows of new tokens train: already whole. Done once per process; a parameter is treated as before.
+    """
+    original = trl_utils.maybe_gather_lm_head_ctx
+    if getattr(original, "takes_whole_heads", False):
+        return
+
+    def gather(*params: torch.Tensor | None) -> Any:
+        return original(*(p for p in params if p is not None and hasattr(p, "ds_status")))
+
+    gather.takes_whole_heads = True  # type: ignore[attr-defined]
+    trl_utils.maybe_gather_lm_head_ctx = gather
+
+
 def check_packing(model: PreTrainedModel, args: SFTConfig) -> None:
     """Refuses packing or padding-free batches unless examples in one row provably do not see each other.
 
@@ -324,5 +345,5 @@ def _levels(level_token_ids: Sequence[Sequence[int]] | None, weight: torch.Tenso
     vocabulary = max(config.get_text_config().vocab_size, weight.shape[0] if weight.ndim == 2 else 0)
     table = torch.full((vocabulary,), len(levels), dtype=torch.int64)
     for n, ids in enumerate(levels):
-        table[torch.as_tensor(np.asarray(ids), dtype=torch.int64)] = n
+        table[torch.tensor(np.array(ids, dtype=np.int64))] = n
     return table

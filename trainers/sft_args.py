@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from trl import SFTConfig
+
 from sidtune.core.config import check_keys, check_types
 from sidtune.core.errors import ConfigError
-from trl import SFTConfig
 
 RESERVED = {
     "output_dir": "the stage has its own folder",

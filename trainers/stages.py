@@ -32,6 +32,9 @@ from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset, load_from_disk
+from transformers import TrainerCallback
+from trl import SFTConfig
+
 from sidtune.core.config import as_dict
 from sidtune.core.folders import RUN_FILE, fingerprint, read_json, write_folder, write_json, write_run
 from sidtune.trainers.callbacks import last_complete_checkpoint
@@ -40,8 +43,7 @@ from sidtune.trainers.processes import on_main
 from sidtune.trainers.sft import SidSFTTrainer
 from sidtune.trainers.sft_args import sft_config
 from sidtune.trainers.stage_model import StageModel
-from transformers import TrainerCallback
-from trl import SFTConfig
+from sidtune.trainers.task_examples import TaskExamples
 
 __all__ = ["BuildExamples", "StageConfig", "TaskMix", "parse_stages", "run_stages", "stage_folder"]
 
@@ -70,6 +72,7 @@ def run_stages(
     seed: int = 0,
     build_examples: BuildExamples | None = None,
     extra_inputs: dict[str, str | Path] | None = None,
+    settings: dict[str, Any] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> list[Path]:
     """Trains all stages, skipping finished ones and resuming an interrupted one.
@@ -86,6 +89,8 @@ def run_stages(
         seed: seed of mixtures, order and initialisation; `seed` in a stage's `args` wins for the training itself.
         build_examples: makes the examples of a stage; default: `data_builders.tasks` by the names of the tasks.
         extra_inputs: role → path of further inputs of `build_examples` (templates); a change of them retrains.
+        settings: further JSON-ready settings the examples depend on; a change of them retrains. Without
+            `build_examples` they are the options of `TaskExamples` (templates, max_chars, history_context).
         callbacks: further callbacks of the trainer.
 
     Returns:
@@ -96,11 +101,17 @@ def run_stages(
     """
     stages = parse_stages(stages)
     output = Path(output_dir)
-    configs = [_config(stage, output, n, seed) for n, stage in enumerate(stages, 1)]
+    for number, stage in enumerate(stages, 1):
+        _config(stage, output, number, seed)  # a typo in the last stage is told before the first one trains
     inputs = {"data": Path(data), "sids": Path(sids), **{k: Path(v) for k, v in (extra_inputs or {}).items()}}
-    build = build_examples or _default_examples(stages, inputs, seed)
+    build = build_examples
+    if build is None:
+        build = TaskExamples(data, sids, seed=seed, **(settings or {}))
+        build.check(stages)
+        if build.templates_folder is not None:
+            inputs["templates"] = build.templates_folder
     known = on_main(lambda: {role: fingerprint(path) for role, path in inputs.items()})
-    del configs
+    known["settings"] = _digest(settings or {})
     folders: list[Path] = []
     previous = Path(model_folder)
     for number, stage in enumerate(stages, 1):
@@ -153,19 +164,19 @@ class _StageRun:
         if plan["done"]:
             logger.info("%s is unchanged and is skipped.", self.title)
             return self.folder
+        self._train(args, plan["identity"], started)
+        gc.collect()  # the next stage loads its model into the memory of this one
+        return self.folder
+
+    def _train(self, args: SFTConfig, identity: str, started: float) -> None:
         model = StageModel.open(self.source, self.stage, args)
-        on_main(lambda: self._prepare(plan["identity"], model))
+        on_main(lambda: self._prepare(identity, model))
         checkpoint = on_main(self._checkpoint)
         trainer = self._trainer(model, args)
         if checkpoint:
             logger.info("%s goes on from %s.", self.title, Path(checkpoint).name)
         result = trainer.train(resume_from_checkpoint=checkpoint)
-        self._write(trainer, model, plan["identity"], result.metrics, started)
-        trainer.accelerator.free_memory()
-        trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = None
-        del trainer, model
-        gc.collect()
-        return self.folder
+        self._write(trainer, model, identity, result.metrics, started)
 
     def _decide(self) -> dict[str, Any]:
         """Main process: is the stage done, and what identifies its result?"""
@@ -220,7 +231,7 @@ class _StageRun:
         self, trainer: SidSFTTrainer, model: StageModel, identity: str, metrics: dict[str, float], started: float
     ) -> None:
         """Writes the folder of the stage at once, then removes the work folder."""
-        weights = model.gather(trainer)
+        weights = model.collect(trainer, self.work)
 
         def write() -> None:
             examples = {
@@ -229,7 +240,7 @@ class _StageRun:
             history = _finite(trainer.state.log_history)
             last = next((h for h in reversed(history) if "eval_loss" in h), {})
             with write_folder(self.folder) as scratch:
-                model.save(scratch, weights)
+                model.save(trainer, scratch, self.work, weights)
                 write_json(scratch / HISTORY_FILE, history)
                 write_run(
                     scratch,

@@ -68,6 +68,7 @@ NAMES: tuple[Name, ...] = (
     ),
     Name(_OUTPUT, ("log_probs", "is_top1", "label_mask"), "loss per task and accuracy per SID level"),
     Name("trl.trainer.utils:add_fused_lm_head", ("model", "outputs"), "per-token log-probabilities"),
+    Name("trl.trainer.utils:maybe_gather_lm_head_ctx", ("params",), "row training under ZeRO-3"),
     Name("trl.trainer.utils:_use_triton", ("device",), "scores only the labelled positions on CPU"),
     Name(
         "trl.trainer.sft_config:SFTConfig",

@@ -109,7 +109,7 @@ def read(path: str, **options: Any) -> Tables:
     items = _with_prices(items, rank)
     only_one = len(set(names)) < 2
     notes = [
-        "The lists of recent clicks and orders have no times: they lie one second apart before the user's first request.",
+        "Recent clicks and orders have no times: they lie one second apart before the user's first request.",
         "Follower counts and 30-day statistics of the source are not read.",
         f"Unknown items and users: {chosen.unknown}.",
     ]
@@ -281,7 +281,9 @@ def _with_prices(items: pa.Table, rank: pa.Table) -> pa.Table:
     """Writes the latest price that a rank line shows into each item."""
     newest = rank.filter(rank["target_item_price"].is_valid()).sort_by([("time_index", "descending")])
     newest = newest.take(first_rows(newest["target_item_id"])[0])
-    place = pc.index_in(items["item_id"].combine_chunks(), value_set=newest["target_item_id"].combine_chunks().cast(_TEXT))
+    place = pc.index_in(
+        items["item_id"].combine_chunks(), value_set=newest["target_item_id"].combine_chunks().cast(_TEXT)
+    )
     at = items.schema.get_field_index("price")
     return items.set_column(at, items.schema.field(at), newest["target_item_price"].combine_chunks().take(place))
 

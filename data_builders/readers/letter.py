@@ -134,8 +134,8 @@ def read_sid_index(path: str | Path) -> dict[str, tuple[int, ...]]:
             or len(parsed) != depth
         ):
             raise DataError(
-                f"The file {path} has for item '{item}' the tokens {tokens!r:.80}; expected {depth or 'some'} tokens like "
-                "['<a_1>', '<b_2>', '<c_3>'] with the letters in order."
+                f"The file {path} has for item '{item}' the tokens {tokens!r:.80}; expected {depth or 'some'} tokens "
+                "like ['<a_1>', '<b_2>', '<c_3>'] with the letters in order."
             )
         codes[item] = tuple(int(match.group(2)) for match in parsed if match)
     return codes
@@ -147,7 +147,7 @@ def _as_list(value: Any) -> list[Any]:
 
 def _notes(folder: Path, index: Path | None) -> list[str]:
     notes = [
-        "The source has no times: times are places in the user's own sequence, which order the events of one user only.",
+        "The source has no times: times are places in the user's own sequence, which order one user's events only.",
         "The source has no item texts: titles are null.",
     ]
     if index:

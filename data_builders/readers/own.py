@@ -15,11 +15,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sidtune.core.config import build
-from sidtune.core.errors import DataError
 from sidtune.data_builders.schema import SPLITS, Tables, table_from_columns
-from sidtune.data_builders.splits import next_item_requests, tie_events
+from sidtune.data_builders.splits import need, next_item_requests, tie_events
 from sidtune.data_builders.store import ALL, SUFFIXES, DataFolder, read_own_folder
 from sidtune.data_builders.table_files import Findings
+from sidtune.data_builders.validate import validate_loaded
 
 
 @dataclass
@@ -42,12 +42,12 @@ def read(path: str, **options: Any) -> Tables:
 
     Raises:
         ConfigError: an unknown option.
-        DataError: files missing, damaged or of other columns or types; all such problems are listed. Contents are
-            checked by `validate.check_tables`.
+        DataError: files missing or damaged, other columns or types, wrong contents; all problems are listed.
     """
     chosen = build(Options, options, "reader 'sidtune'")
     findings = Findings()
     folder = read_own_folder(path, findings, written=False)
+    validate_loaded(folder, findings)
     findings.raise_if_any()
     assert folder.path is not None
     has_users = any((folder.path / f"users{suffix}").is_file() for suffix in SUFFIXES)
@@ -69,10 +69,7 @@ def complete(folder: DataFolder, *, users_given: bool, requests_from_events: boo
         counts["users_made_from_the_log"] = users.num_rows
     events = folder.events
     if not requests.num_rows and requests_from_events and events.num_rows:
-        for column in ("user_id", "time", "action"):
-            if events[column].null_count:
-                what = f"column '{column}', so no requests can be made from them"
-                raise DataError(f"The events have {events[column].null_count} null values in {what}; correct the rows.")
+        need(events, "events", ("user_id", "time", "action"))
         requests, rows = next_item_requests(events)
         names = None
         counts["requests_made_from_events"] = requests.num_rows

@@ -1,0 +1,204 @@
+"""The whole way on a tiny shop: results, skipping, resuming after a kill at any step, preflight of every config."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from tiny_pipeline import pipeline, run_in_process, write_pipeline
+
+from sidtune.core.errors import ConfigError
+from sidtune.core.folders import read_json
+from sidtune.recipes import run, seeds
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def start(config: Path, output: Path, *options: str) -> subprocess.Popen:
+    words = [sys.executable, "-m", "sidtune.recipes.run", "--config", str(config), "--output_dir", str(output), *options]
+    return subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT, start_new_session=True
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The tiny pipeline, run once without interruption."""
+    return run_in_process(pipeline(), tmp_path_factory.mktemp("finished"))
+
+
+def test_every_step_leaves_a_complete_folder(finished):
+    for name in ("data", "sids", "model", "sft", "eval", "bundle", "report"):
+        record = read_json(finished / name / "run.json")
+        assert record["versions"]["torch"] and record["seconds"] >= 0
+    assert not [p for p in finished.rglob("*") if ".partial-" in p.name]
+
+
+def test_metrics_are_of_all_systems_and_the_bound_is_above(finished):
+    systems = {s["name"]: s for s in read_json(finished / "eval" / "metrics.json")["systems"]}
+    assert set(systems) == {"sidtune", "popularity", "bm25", "item_knn", "upper bound"}
+    value = {name: system["metrics"]["ndcg@10"]["value"] for name, system in systems.items()}
+    assert value["upper bound"] > max(v for name, v in value.items() if name != "upper bound")
+    assert all(0 <= v <= 1 for v in value.values())
+
+
+def test_predictions_are_catalogue_items_and_metrics_follow_from_them(finished):
+    import math
+
+    items = set(pq.read_table(finished / "data" / "items.parquet")["item_id"].to_pylist())
+    table = pq.read_table(finished / "eval" / "predictions" / "sidtune.parquet").to_pylist()
+    requests = {r["request_id"]: r for r in pq.read_table(finished / "data" / "requests" / "test.parquet").to_pylist()}
+    total = 0.0
+    for row in table:
+        assert len(set(row["items"])) == len(row["items"]) and set(row["items"]) <= items
+        candidates = requests[row["request_id"]]["candidates"]
+        wanted = {c["item_id"] for c in candidates if c["click"] == 1 or c["order"] == 1 or c["like"] == 1}
+        gain = sum(1 / math.log2(n + 2) for n, item in enumerate(row["items"][:10]) if item in wanted)
+        total += gain / sum(1 / math.log2(n + 2) for n in range(min(10, len(wanted))))
+    recorded = read_json(finished / "eval" / "metrics.json")["systems"][0]
+    assert recorded["name"] == "sidtune"
+    assert recorded["metrics"]["ndcg@10"]["value"] == pytest.approx(total / len(table), abs=1e-9)
+
+
+def test_the_report_shows_the_run(finished):
+    page = (finished / "report" / "report.html").read_text("utf-8")
+    for words in ("upper bound", "item_knn", "<svg", "stage_2_personalise"):
+        assert words in page
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    ).replace("http://matplotlib.org", "")
+
+
+def test_a_second_run_skips_everything_and_a_change_reruns_what_follows(finished, tmp_path):
+    arguments = run.RunArguments(steps=pipeline()["steps"], output_dir=str(finished))
+    assert [run.is_done(step) for step in run.resolve(arguments)] == [True] * 7
+    changed = pipeline()
+    changed["steps"][4]["args"]["num_beams"] = 12
+    done = [run.is_done(step) for step in run.resolve(run.RunArguments(steps=changed["steps"], output_dir=str(finished)))]
+    assert done == [True] * 4 + [False] + [True] * 2  # bundle and report follow once the new evaluation is written
+
+
+def test_the_seed_reaches_every_step(tmp_path):
+    arguments = run.RunArguments(steps=pipeline()["steps"], output_dir=str(tmp_path), seed=7)
+    seeds_of = {step.name: step.config.seed for step in run.resolve(arguments) if hasattr(step.config, "seed")}
+    assert set(seeds_of.values()) == {7} and {"data", "sids", "model", "sft", "eval"} <= set(seeds_of)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda p: p["steps"][0].update(script="bild_data"), "did you mean 'build_data'?"),
+        (lambda p: p["steps"][0].update(nam="x"), "unknown key 'nam'"),
+        (lambda p: p["steps"][4]["args"].update(num_beam=3), "did you mean 'num_beams'?"),
+        (lambda p: p["steps"][4]["args"].update(num_beams="many"), "must be an integer"),
+        (lambda p: p["steps"][4]["args"].update(primary="ndgc@10"), "primary is 'ndgc@10'"),
+        (lambda p: p["steps"][4]["args"].update(baselines=["bm52"]), "did you mean 'bm25'?"),
+        (lambda p: p["steps"][3]["args"]["stages"][0].update(task={}), "did you mean 'tasks'?"),
+        (lambda p: p["steps"][3]["args"]["stages"][0]["tasks"].update(item_to_sidd={}), "did you mean 'item_to_sid'?"),
+        (lambda p: p["steps"][3]["args"]["stages"][0]["args"].update(lerning_rate=1.0), "did you mean 'learning_rate'?"),
+        (lambda p: p["steps"][3].update(inputs={"data_dir": "dta"}), "no earlier step"),
+        (lambda p: p["steps"][6].update(name="eval"), "used twice"),
+        (lambda p: p["steps"][5]["args"].update(push_to_hub=True), "hub_model_id is missing"),
+    ],
+)
+def test_every_config_is_checked_before_the_first_step(tmp_path, change, words):
+    values = pipeline()
+    change(values)
+    with pytest.raises(ConfigError) as caught:
+        run.main(run.RunArguments(steps=values["steps"], output_dir=str(tmp_path)))
+    assert words in str(caught.value), str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_seeds_are_summarised_as_mean_and_spread(finished, tmp_path):
+    record = read_json(finished / "eval" / "metrics.json")
+    other = json.loads(json.dumps(record))
+    for system in other["systems"]:
+        for estimate in system["metrics"].values():
+            estimate["value"] += 0.02
+    summary = seeds.summarise({0: record, 1: other}, ["ndcg@10"])
+    one = summary["systems"]["bm25"]["metrics"]["ndcg@10"]
+    base = next(s for s in record["systems"] if s["name"] == "bm25")["metrics"]["ndcg@10"]["value"]
+    assert one["mean"] == pytest.approx(base + 0.01) and one["std"] == pytest.approx(0.02 / 2**0.5)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{seeds.BEGIN}\nold\n{seeds.END}\nafter\n")
+    seeds._replace(readme, seeds.markdown(summary))
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "**sidtune**" in text
+
+
+@pytest.mark.slow
+def test_a_pipeline_killed_at_every_step_ends_with_the_metrics_of_an_uninterrupted_one(finished, tmp_path):
+    """Kills the runner and all its children as soon as each step has begun, then once more inside training."""
+    values = pipeline()
+    values["steps"][3]["args"]["stages"][1]["args"].update(save_strategy="steps", save_steps=1)
+    config = write_pipeline(tmp_path / "p.yaml", values)
+    output = tmp_path / "out"
+    kills = [("data", 1.0), ("sids", 4.0), ("model", 4.0), ("sft", 9.0), ("eval", 6.0), ("report", 3.0)]
+    for step, seconds in kills:
+        process = start(config, output)
+        try:
+            for line in process.stdout:
+                assert "failed" not in line, line
+                if f"] {step}: started" in line:
+                    break
+                if "finished in" in line:
+                    break
+            time.sleep(seconds)
+        finally:
+            _kill_tree(process.pid)
+            process.stdout.close()
+            process.wait()
+    process = start(config, output)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    assert _values(output) == _values(finished)
+
+
+def _values(folder: Path) -> dict:
+    record = read_json(folder / "eval" / "metrics.json")
+    return {s["name"]: {m: e["value"] for m, e in s["metrics"].items()} for s in record["systems"]}
+
+
+def _kill_tree(pid: int) -> None:
+    import contextlib
+
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(pid)
+        for process in [*parent.children(recursive=True), parent]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_failing_step_is_one_sentence_and_exit_code_2(tmp_path):
+    values = pipeline()
+    values["steps"] = values["steps"][:1]
+    values["steps"][0]["args"] = {"reader": "sidtune", "path": str(tmp_path / "nothing")}
+    process = start(write_pipeline(tmp_path / "p.yaml", values), tmp_path / "out")
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 2
+    assert "error: The step 'data' failed: " in out and "Traceback" not in out
+    assert not (tmp_path / "out" / "data").exists()
+
+
+def test_every_recipe_yaml_opens_with_its_command_and_is_valid(repo_root, monkeypatch):
+    monkeypatch.setenv("SIDTUNE_DATA", "/somewhere")
+    pipelines = sorted(repo_root.glob("recipes/*/pipeline.yaml"))
+    assert len(pipelines) >= 2
+    for file in sorted(repo_root.glob("recipes/*/*.yaml")):
+        first = file.read_text("utf-8").splitlines()[0]
+        assert first.startswith("# ") and file.relative_to(repo_root).as_posix() in first, file
+        module = next(word for word in first.split() if word.startswith("sidtune.recipes."))
+        assert (repo_root / f"{module.removeprefix('sidtune.').replace('.', '/')}.py").exists(), first
+    for file in pipelines:
+        values = yaml.safe_load(file.read_text("utf-8"))
+        run.resolve(run.RunArguments(**values, root=str(file.parent)))

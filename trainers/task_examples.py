@@ -1,0 +1,121 @@
+"""The examples of a stage by the names of its tasks: data folder → `data_builders.tasks` → token ids.
+
+The order of pieces and the cutting of long histories are those of `data_builders`; nothing is rendered or cut here, so
+a prompt at evaluation has the same tokens. Our plumbing; the tasks name their papers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+from datasets import Dataset
+
+from sidtune.core.config import check_keys
+from sidtune.core.errors import ConfigError
+from sidtune.data_builders.encoding import encode_examples
+from sidtune.data_builders.serializer import Serializer
+from sidtune.data_builders.store import DataFolder, load_folder
+from sidtune.data_builders.task_input import TaskInput
+from sidtune.data_builders.task_registry import TASKS
+from sidtune.tokenizers.semantic_ids import SemanticIds
+from sidtune.trainers.mixture import StageConfig, TaskMix
+from sidtune.trainers.stage_model import StageModel
+
+_ALL_TURNS = 1_000_000  # "no limit" for builders that want a number
+
+
+class TaskExamples:
+    """Builds the tokenised examples of a stage; the default `build_examples` of `run_stages`.
+
+    Args:
+        data: data folder.
+        sids: semantic-ID folder.
+        seed: of every random choice.
+        templates: built-in templates by name, or a folder of edited ones.
+        max_chars, history_context: see `Serializer`.
+
+    Attributes:
+        templates_folder: the folder of edited templates, None for built-in ones.
+    """
+
+    def __init__(
+        self,
+        data: str | Path,
+        sids: str | Path,
+        *,
+        seed: int = 0,
+        templates: str | Path = "plain",
+        max_chars: Mapping[str, int | None] | None = None,
+        history_context: bool = True,
+    ) -> None:
+        self.data, self.sids, self.seed = Path(data), Path(sids), seed
+        self.rendering = {"templates": templates, "max_chars": max_chars, "history_context": history_context}
+        self.templates_folder = Path(templates) if Path(templates).is_dir() else None
+        self._tables: tuple[DataFolder, SemanticIds] | None = None
+
+    def check(self, stages: Sequence[StageConfig]) -> None:
+        """Refuses unknown tasks, unknown options and tasks that cannot be evaluated, before any work.
+
+        Raises:
+            ConfigError: with the nearest known name.
+        """
+        for stage in stages:
+            for mixes in (stage.tasks, stage.eval_tasks):
+                for task, mix in mixes.items():
+                    known = [p for p in inspect.signature(TASKS.get(task)).parameters if p not in ("data", "limit")]
+                    check_keys(mix.options, known, f"stage '{stage.name}', options of the task '{task}'")
+            if "whole_history" in stage.eval_tasks:
+                raise ConfigError(
+                    f"stage '{stage.name}': whole_history reads the training part of each history and cannot be "
+                    "evaluated; put request_to_sid into eval_tasks."
+                )
+
+    def __call__(self, stage: StageConfig, split: str, model: StageModel) -> dict[str, Dataset]:
+        """The examples of each task of a stage.
+
+        Args:
+            stage: the stage.
+            split: "train" for its tasks, "valid" for its eval_tasks on the requests of the validation split.
+            model: gives the tokenizer.
+        """
+        data, sids = self._load()
+        model.vocabulary.check(model.tokenizer, sids)
+        serializer = Serializer(model.tokenizer, **self.rendering)
+        source = self._input(data, sids, serializer, split, stage.max_history)
+        mixes = stage.tasks if split == "train" else stage.eval_tasks
+        return {task: self._encoded(task, mix, source, serializer, stage, model) for task, mix in mixes.items()}
+
+    def _load(self) -> tuple[DataFolder, SemanticIds]:
+        if self._tables is None:
+            self._tables = load_folder(self.data), SemanticIds.from_pretrained(self.sids)
+        return self._tables
+
+    def _input(
+        self, data: DataFolder, sids: SemanticIds, serializer: Serializer, split: str, max_history: int | None
+    ) -> TaskInput:
+        shown = [table for table in data.requests.values() if table.num_rows]
+        return TaskInput(
+            items=data.items,
+            users=data.users,
+            events=data.events,
+            requests=data.requests[split],
+            sids=sids.texts(),
+            serializer=serializer,
+            max_history=_ALL_TURNS if max_history is None else max_history,
+            seed=self.seed,
+            context_requests=pa.concat_tables(shown) if shown else None,
+        )
+
+    @staticmethod
+    def _encoded(
+        task: str, mix: TaskMix, source: TaskInput, serializer: Serializer, stage: StageConfig, model: StageModel
+    ) -> Dataset:
+        function: Callable[..., Dataset] = TASKS.get(task)
+        options = dict(mix.options)
+        if "max_tokens" in inspect.signature(function).parameters and stage.max_length is not None:
+            options.setdefault("max_tokens", stage.max_length)
+        examples = function(source, limit=mix.limit, **options)
+        return encode_examples(model.tokenizer, examples, stage.max_length, allowed_ids=serializer.literal_ids())
