@@ -27,10 +27,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import LogitsProcessorList, Qwen3Config, Qwen3ForCausalLM
+
 from sidtune.decoding.beam_search import BeamOutput, sid_beam_search
 from sidtune.decoding.logits_processor import SidLogitsProcessor
 from sidtune.decoding.trie import SidTrie
-from transformers import LogitsProcessorList, Qwen3Config, Qwen3ForCausalLM
 
 BATCH, DEPTH, TEXT_TOKENS, TOLERANCE = 4, 3, 1000, 1e-5
 

@@ -12,6 +12,7 @@ popular query), so distinct ones are tokenised once and the rest is array work.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 import weakref
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
+
 from sidtune.core.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -318,7 +320,7 @@ def encode_examples(
     """
     encoder, first = encoder_of(tokenizer), bos_id(tokenizer, bos)
     guard = None if allowed_ids is None else _guard_ids(tokenizer, allowed_ids)
-    tables, dropped, lost = [], 0, 0
+    tables, dropped, lost, digest = [], 0, 0, hashlib.blake2b(digest_size=8)
     for batch in dataset.with_format("arrow").iter(_ROWS_AT_A_TIME):
         pieces, learn, task = (batch.column(name).combine_chunks() for name in ("pieces", "learn", "task"))
         offsets = pieces.offsets.to_numpy().astype(np.int64)
@@ -337,13 +339,16 @@ def encode_examples(
             )
         dropped, lost = dropped + len(offsets) - 1 - len(rows), lost + gone
         tables.append(_encoded_table(token_offsets, ids, labels, task.take(pa.array(rows))))
+        for column in ("input_ids", "labels"):
+            digest.update(tables[-1][column].chunk(0).offsets.buffers()[1])
+            digest.update(tables[-1][column].chunk(0).values.buffers()[1])
     if dropped or lost:
         logger.info("encoding: %d examples dropped (too long), %d targets lost with dropped turns", dropped, lost)
     if counts is not None:
         counts.update(examples=len(dataset), examples_truncated_away=dropped, targets_dropped=lost)
-    return Dataset(
-        pa.concat_tables(tables or [_encoded_table(np.zeros(1, np.int64), [], [], pa.array([], pa.string()))])
-    )
+    tables = tables or [_encoded_table(np.zeros(1, np.int64), [], [], pa.array([], pa.string()))]
+    # The default fingerprint would pickle the whole table.
+    return Dataset(pa.concat_tables(tables), fingerprint=digest.hexdigest())
 
 
 def _encoded_table(offsets: np.ndarray, ids: Any, labels: Any, task: pa.Array) -> pa.Table:

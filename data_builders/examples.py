@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
+
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.data_builders.encoding import encoder_of, ragged_rows
 from sidtune.data_builders.task_input import TaskInput, Turns, as_list, heads, one_array, render_turns, rows_of
@@ -326,7 +327,9 @@ def _whole_examples(data: TaskInput, sequences: _Sequences, chunks: np.ndarray, 
     keep = last >= first
     user, begin, first, end = user[keep], begin[keep], first[keep], last[keep] + 1
     if not len(user):
-        raise DataError("whole_history finds no target; check `until`, and that events carry the ids of train requests.")
+        raise DataError(
+            "whole_history finds no target; check `until`, and that events carry the ids of train requests."
+        )
     span = np.concatenate([[0], np.cumsum(end - begin)])
     place = np.repeat(begin - span[:-1], end - begin) + np.arange(span[-1])
     offsets, codes = _interleave(span, sequences.text[place], sequences.sid[place], 0)

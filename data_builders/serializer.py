@@ -22,6 +22,7 @@ from typing import Any
 import jinja2
 from jinja2 import meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+
 from sidtune.core.errors import ConfigError, nearest
 from sidtune.data_builders.encoding import token_ids
 from sidtune.data_builders.sanitizer import SEPARATORS, Piece, Sanitizer
@@ -339,7 +340,7 @@ class Serializer:
                 )
         word = "some words"
         pair = [{"name": word, "value": word}]
-        full = {key: word for key in ITEM_FIELDS} | {"category": [word, word], "attributes": pair, "price": 1.0}
+        full = dict.fromkeys(ITEM_FIELDS, word) | {"category": [word, word], "attributes": pair, "price": 1.0}
         for item, pairs, query in ((full, pair, word), ({}, None, None)):
             self.turn(query, pairs)
             self.item(item)
@@ -377,7 +378,7 @@ def _joined(spans: Sequence[tuple[bool, str]], separator: str) -> Piece:
 
 
 def _pairs(pairs: Iterable[Mapping[str, Any]] | None) -> tuple[tuple[str, str], ...]:
-    return tuple((pair["name"] or "", pair["value"] or "") for pair in pairs or ())
+    return tuple((pair["name"] or "", pair["value"] or "") for pair in pairs or () if pair)
 
 
 def _template_text(environment: jinja2.Environment, source: str) -> Iterable[nodes.TemplateData]:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.data_builders.encoding import SID_TEXT
 from sidtune.data_builders.history import History, action_strength
@@ -26,6 +27,7 @@ from sidtune.data_builders.splits import TimeCut
 
 logger = logging.getLogger(__name__)
 
+_REQUESTS_AT_A_TIME = 50_000
 LABELS = ("order", "like", "click")  # strongest first
 
 
@@ -190,24 +192,34 @@ def rows_of(values: pa.ChunkedArray | pa.Array, known: pa.ChunkedArray | pa.Arra
 
 def find_positives(data: TaskInput, requests: pa.Table) -> Positives:
     """The positives of any requests table; unknown items and items without a SID are left out."""
-    candidates = requests["candidates"].combine_chunks()
-    parents = pc.list_parent_indices(candidates).to_numpy().astype(np.int64)
-    flat = pc.list_flatten(candidates)
-    strength = np.full(len(flat), len(LABELS), np.int64)
-    for place, label in reversed(list(enumerate(LABELS))):
-        strength[pc.fill_null(pc.equal(flat.field(label), 1), False).to_numpy(zero_copy_only=False)] = place
-    item = rows_of(flat.field("item_id"), data.sid_ids)
-    liked = strength < len(LABELS)
-    if unknown := int((liked & (item < 0)).sum()):
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    begin = unknown = 0
+    column = requests["candidates"]
+    # Result pages are long and few of their items are positives, so pages are looked at some at a time.
+    while begin < len(column):
+        candidates = one_array(column.slice(begin, _REQUESTS_AT_A_TIME))
+        flat = pc.list_flatten(candidates)
+        strength = np.full(len(flat), len(LABELS), np.int64)
+        for place, label in reversed(list(enumerate(LABELS))):
+            strength[pc.fill_null(pc.equal(flat.field(label), 1), False).to_numpy(zero_copy_only=False)] = place
+        liked = np.flatnonzero(strength < len(LABELS))
+        item = rows_of(flat.field("item_id").take(pa.array(liked)), data.sid_ids)
+        parent = begin + pc.list_parent_indices(candidates).to_numpy().astype(np.int64)[liked]
+        parts.append((parent[item >= 0], strength[liked][item >= 0], item[item >= 0]))
+        unknown += int((item < 0).sum())
+        begin += _REQUESTS_AT_A_TIME
+    if unknown:
         data.count("requests", positives_without_sid=unknown)
-    chosen = np.flatnonzero(liked & (item >= 0))
-    chosen = chosen[np.lexsort((data.item_rank[item[chosen]], strength[chosen], parents[chosen]))]
-    request = parents[chosen]
+    nothing = np.zeros(0, np.int64)
+    parts.append((nothing, nothing, nothing))
+    request, strength, item = (np.concatenate(part) for part in zip(*parts, strict=True))
+    order = np.lexsort((data.item_rank[item], strength, request))
+    request, item = request[order], item[order]
     # A result page may list an item twice; it is one positive.
-    _, first = np.unique(request * max(1, len(data.sid_texts)) + item[chosen], return_index=True)
+    _, first = np.unique(request * max(1, len(data.sid_texts)) + item, return_index=True)
     keep = np.sort(first)
     request = request[keep]
-    return Positives(request, item[chosen][keep], np.diff(request, prepend=-1) != 0)
+    return Positives(request, item[keep], np.diff(request, prepend=-1) != 0)
 
 
 def render_turns(serializer: Serializer, query: pa.Array, context: pa.Array) -> tuple[np.ndarray, list[str]]:
@@ -232,9 +244,9 @@ def render_turns(serializer: Serializer, query: pa.Array, context: pa.Array) -> 
 
 def _context_keys(context: pa.Array) -> pa.Array:
     flat = pc.list_flatten(context)
-    words = pc.binary_join_element_wise(
-        pc.fill_null(flat.field("name"), ""), pc.fill_null(flat.field("value"), ""), "\x1f"
-    )
+    # Sanitising drops control characters, so texts that differ in the separators alone render alike.
+    parts = [pc.replace_substring_regex(pc.fill_null(flat.field(n), ""), "[\x1e\x1f]", "") for n in ("name", "value")]
+    words = pc.binary_join_element_wise(*parts, "\x1f")
     lengths = pc.fill_null(pc.list_value_length(context), 0).to_numpy().astype(np.int64)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     return pc.binary_join(pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), words.cast(pa.string())), "\x1e")

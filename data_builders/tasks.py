@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
+
 from sidtune.data_builders.examples import (
     history_to_sid,
     prompt_for_requests,

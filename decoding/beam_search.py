@@ -17,10 +17,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+
 from sidtune.core.errors import ConfigError, DataError, SidtuneError
 from sidtune.decoding.model_steps import ModelSteps, evaluating
 from sidtune.decoding.trie import SidTrie
-from torch import Tensor, nn
 
 _NEVER = float("-inf")
 

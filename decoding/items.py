@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.decoding.beam_search import BeamOutput
 

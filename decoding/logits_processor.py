@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
 from sidtune.core.errors import ConfigError
 from sidtune.decoding.beam_search import split_levels
 from sidtune.decoding.trie import SidTrie
-from torch import Tensor
-from transformers import LogitsProcessor
 
 
 class SidLogitsProcessor(LogitsProcessor):

@@ -22,10 +22,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from sidtune.core.errors import ConfigError
 from torch import Tensor, nn
 from transformers import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
+
+from sidtune.core.errors import ConfigError
 
 _RAMP = 50.0
 
@@ -208,15 +209,22 @@ class _Head:
             return False
         return True
 
+    def _as_head_takes_it(self, hidden: Tensor) -> Tensor:
+        """Mixed precision may run the model's pass, and thus `hidden`, in another type than this call has."""
+        weight = getattr(self.module, "weight", None)
+        if isinstance(weight, Tensor) and weight.is_floating_point():
+            return hidden.to(weight.dtype)
+        return hidden
+
     def read(self, level: int, whole_vocabulary: bool) -> tuple[Tensor, Tensor | None]:
         """(R, k_level) float32 logits for the R rows of the last pass, and (R,) log-sum-exp or None."""
         tokens = self.level_tokens[level]
         if self.values is None and self.rows is not None and not whole_vocabulary:
             weight, bias = self.rows[level]
-            columns = nn.functional.linear(self.hidden.to(weight.device), weight, bias)
+            columns = nn.functional.linear(self.hidden.to(weight), weight, bias)
             return columns.float().to(tokens.device), None
         if self.values is None:
-            self.values = self.module(self.hidden)
+            self.values = self.module(self._as_head_takes_it(self.hidden))
         values = self.values.float()
         columns = values.index_select(-1, tokens.to(values.device)).to(tokens.device)
         return columns, values.logsumexp(dim=-1).to(tokens.device) if whole_vocabulary else None
@@ -249,6 +257,13 @@ def _start_token(model: nn.Module, config: Any) -> int:
 
 
 def _forward_arguments(model: nn.Module) -> set[str]:
-    """Names the model's forward understands; looked up below PEFT, whose wrapper passes everything on."""
+    """Names the model's forward understands; looked up below wrappers (PEFT, compile), which pass everything on."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return set(inspect.signature(base.forward).parameters) | {"return_dict"}
+    base = getattr(base, "_orig_mod", base)
+    names = set(inspect.signature(type(base).forward).parameters)
+    if "input_ids" not in names:
+        raise ConfigError(
+            f"The forward of {type(base).__name__} does not name its inputs, so it looks like a wrapper; "
+            "pass the language model inside it."
+        )
+    return names | {"return_dict"}

@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from sidtune.core.errors import DataError
 from sidtune.core.folders import read_json, write_json
 from sidtune.tokenizers.hub import push_saved, resolve_folder
-from torch import Tensor
 
 if TYPE_CHECKING:
     from sidtune.tokenizers.semantic_ids import SemanticIds

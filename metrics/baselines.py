@@ -25,7 +25,7 @@ from sidtune.core.errors import ConfigError, DataError
 from sidtune.metrics.ranking import RaggedRows, Relevance
 from sidtune.metrics.tables import action_weights, event_counts, item_rows, popularity_order
 
-_BLOCK = 1 << 21  # scores held at once
+_BLOCK = 1 << 20  # scores held at once
 _DENSE = 1 / 16  # from this share of scored items on, partial sorting of whole rows beats sorting the scored ones
 _RARE_REPEATS = 0.01
 
@@ -226,7 +226,9 @@ def _top_dense(
     tied = values == last
     above = values > last
     missing = width - above.sum(axis=1, keepdims=True)
-    chosen = above | (tied & (np.cumsum(tied, axis=1, dtype=np.int32) <= missing))
+    crowded = np.flatnonzero(tied.sum(axis=1) > missing[:, 0])
+    tied[crowded] &= np.cumsum(tied[crowded], axis=1, dtype=np.int32) <= missing[crowded]
+    chosen = above | tied
     columns = np.nonzero(chosen)[1].reshape(len(values), width)
     found = np.take_along_axis(values, columns, axis=1)
     best = np.argsort(-found, axis=1, kind="stable")

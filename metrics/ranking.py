@@ -30,6 +30,7 @@ import numpy as np
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.metrics.registry import METRICS
 
+_BLOCK = 1 << 21  # comparisons made at once
 DEFAULT_METRICS = ("hr", "recall", "precision", "ndcg", "mrr", "map")
 
 
@@ -299,16 +300,11 @@ def _check_relevance(relevance: RaggedRows, requests: int) -> tuple[np.ndarray, 
 
 
 def _lookup(predictions: np.ndarray, requests: np.ndarray, rows: np.ndarray, gains: np.ndarray) -> np.ndarray:
-    """(R, K) gain of each predicted item: one sorted search over (request, item) keys."""
+    """(R, K) gain of each predicted item: each relevant item is compared with the K places of its request."""
     found = np.zeros(predictions.shape)
-    if not len(rows) or not predictions.size:
-        return found
-    stride = int(max(rows.max(), predictions.max())) + 1
-    keys = requests * stride + rows
-    order = np.argsort(keys)
-    keys = keys[order]
-    wanted = np.arange(len(predictions), dtype=np.int64)[:, None] * stride + predictions
-    place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    hit = (keys[place] == wanted) & (predictions >= 0)
-    found[hit] = gains[order][place[hit]]
+    step = max(1, _BLOCK // max(predictions.shape[1], 1))
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        pair, rank = np.nonzero(predictions[requests[part]] == rows[part, None])
+        found[requests[part][pair], rank] = gains[part][pair]
     return found

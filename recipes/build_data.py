@@ -20,7 +20,7 @@ from sidtune.data_builders.registry import READERS
 from sidtune.data_builders.schema import Tables
 from sidtune.data_builders.shop_config import config_from_options
 from sidtune.data_builders.store import save_tables, split_names
-from sidtune.data_builders.validate import check_folder
+from sidtune.data_builders.validate import check_folder, check_tables
 
 
 SPLIT_OPTIONS = [name for name in inspect.signature(splits.apply_split).parameters if name != "tables"]
@@ -64,6 +64,7 @@ def main(arguments: Arguments) -> None:
         # All fields, defaults too: evaluation rebuilds the world from meta.json, whatever the defaults are by then.
         options = as_dict(config_from_options({"seed": arguments.seed, **options}))
     tables: Tables = read(arguments.path, **options)
+    check_tables(tables)
     rows = tables.requests.num_rows + tables.events.num_rows
     tables, split = splits.apply_split(tables, **arguments.split)
     tables, until = _with_statistics(tables, split)

@@ -23,9 +23,9 @@ def pytest_collection_modifyitems(config, items):
     import torch
 
     for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU and this machine has none"))
-        if "hub" in item.keywords and os.environ.get("SIDTUNE_HUB_TESTS") != "1":
+        if item.get_closest_marker("hub") and os.environ.get("SIDTUNE_HUB_TESTS") != "1":
             item.add_marker(pytest.mark.skip(reason="needs the network; set SIDTUNE_HUB_TESTS=1 to run it"))
 
 

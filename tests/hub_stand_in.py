@@ -74,7 +74,7 @@ class _Handler(BaseHTTPRequestHandler):
             repo = "/".join(filter(None, (request.get("organization"), request["name"])))
             repo = repo if "/" in repo else f"tester/{repo}"
             self.state.repos.setdefault(repo, {})
-            self.state.private[repo] = bool(request.get("private"))
+            self.state.private[repo] = bool(request.get("private")) or request.get("visibility") == "private"
             return self._json({"url": f"http://{self.headers['Host']}/{repo}", "name": repo})
         if match := re.fullmatch(r"/api/models/(.+)/preupload/.+", path):
             files = json.loads(body)["files"]

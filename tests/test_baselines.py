@@ -1,5 +1,6 @@
 """Baselines against brute force: Counter, dense numpy and the BM25 formula written out."""
 
+import json
 import math
 from collections import Counter
 
@@ -13,7 +14,7 @@ from sidtune.metrics import baselines, item_knn
 from sidtune.metrics.baselines import BaselineRequests, Popularity
 from sidtune.metrics.bm25 import BM25, item_text, tokenise
 from sidtune.metrics.item_knn import ItemKNN, last_of_each
-from sidtune.metrics.ranking import Relevance
+from sidtune.metrics.ranking import Relevance, evaluate_ranking
 from sidtune.metrics.registry import BASELINES
 
 WORDS = ["red", "blue", "green", "shoe", "boot", "sock", "lace", "wool", "silk", "手机", "手機殼", "مرحبا", "हिन्दी"]
@@ -308,3 +309,32 @@ def test_empty_texts_and_no_events():
 def test_bad_input_is_one_sentence(call, message):
     with pytest.raises((DataError, ConfigError), match=message):
         call()
+
+
+def test_bm25_finds_items_of_a_real_catalogue_by_their_title(real_data):
+    raw = json.loads((real_data / "amazon_office" / "Office_Products.item.json").read_text("utf-8"))
+    raw = {item: entry for item, entry in list(raw.items())[:1500] if len(tokenise(entry["title"])) > 3}
+    columns = {"item_id": list(raw), "title": [entry["title"] for entry in raw.values()]}
+    items = table_from_columns("items", columns, len(raw))
+    events = table_from_columns("events", {"item_id": list(raw)[:9]}, 9)
+    requests = BaselineRequests(columns["title"], Relevance.from_lists([[]] * len(raw)))
+    found = BM25(b=1.0).fit(items, events).rank(requests, 5)
+    targets = Relevance.from_lists([[row] for row in range(len(raw))])
+    assert evaluate_ranking(found, targets, ks=[5], metrics=["hr"]).means()["hr@5"] > 0.97
+
+
+def test_item_knn_beats_popularity_on_real_sequences(real_data):
+    raw = json.loads((real_data / "instruments" / "Instruments.inter.json").read_text("utf-8"))
+    sequences = list(raw.values())[:6000]
+    count = max(max(one) for one in sequences) + 1
+    items = table_from_columns("items", {"item_id": [str(n) for n in range(count)]}, count)
+    pairs = [(str(user), str(item)) for user, one in enumerate(sequences) for item in one[:-2]]
+    columns = {"user_id": [p[0] for p in pairs], "item_id": [p[1] for p in pairs], "time": list(range(len(pairs)))}
+    events = table_from_columns("events", columns, len(pairs))
+    requests = BaselineRequests([None] * 6000, Relevance.from_lists([one[:-1] for one in sequences]))
+    targets = Relevance.from_lists([one[-1:] for one in sequences])
+    scores = {}
+    for name in ("popularity", "item_knn"):
+        found = BASELINES.get(name)().fit(items, events).rank(requests, 10)
+        scores[name] = evaluate_ranking(found, targets, ks=[10], metrics=["ndcg"]).means()["ndcg@10"]
+    assert scores["item_knn"] > 2 * scores["popularity"] > 0.01

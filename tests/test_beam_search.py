@@ -18,12 +18,13 @@ from decoding_oracles import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
 from sidtune.core.errors import ConfigError, DataError, SidtuneError
 from sidtune.decoding.beam_search import _top_in_order, sid_beam_search
 from sidtune.decoding.logits_processor import SidLogitsProcessor
 from sidtune.decoding.model_steps import _Head
 from sidtune.decoding.trie import SidTrie
-from torch.utils.flop_counter import FlopCounterMode
 
 CODES = random_codes(1)
 TOKENS = random_token_ids(2)
@@ -252,6 +253,36 @@ def test_level_rows_give_what_the_whole_head_gives(name, monkeypatch):
         np.testing.assert_allclose(other.scores, fast.scores, atol=1e-5)
 
 
+class _Doubling(torch.nn.Linear):
+    def forward(self, hidden):
+        return 2 * super().forward(hidden)
+
+
+@pytest.mark.parametrize("change", ["class", "hook", "forward", "model"])
+def test_a_head_that_is_more_than_its_weight_is_respected(change):
+    model = make_model("llama")
+    head, plain = model.lm_head, sid_beam_search(make_model("llama"), TRIE, TOKENS, IDS, MASK, 8)
+    if change == "class":
+        head.__class__ = _Doubling
+    elif change == "hook":
+        head.register_forward_hook(lambda module, arguments, output: 2 * output)
+    elif change == "forward":
+        head.forward = lambda hidden: 2 * torch.nn.functional.linear(hidden, head.weight)
+    else:
+        whole = model.forward
+
+        def doubled(*args, **kwargs):
+            output = whole(*args, **kwargs)
+            output.logits = 2 * output.logits
+            return output
+
+        model.forward = doubled
+    oracle = Oracle(model, CODES, TOKENS, True)
+    output = sid_beam_search(model, TRIE, TOKENS, IDS, MASK, len(LEAVES))
+    check(output, [oracle.exhaustive(prompt) for prompt in prompts_of(IDS, MASK)], len(LEAVES))
+    assert (output.scores[:, :8] - plain.scores).abs().max() > 0.1
+
+
 def test_cost_does_not_depend_on_the_vocabulary_and_the_prompt_is_read_once():
     from transformers import Qwen3ForCausalLM
 
@@ -295,6 +326,34 @@ def test_bfloat16_finds_nearly_the_same(name):
     assert (by_leaf[0] - by_leaf[1]).abs().sum(dim=1).max() < 0.3, "total variation, 2 at most"
 
 
+@pytest.fixture
+def fresh_accelerate():
+    """Accelerate keeps its settings for the whole process; other tests must not inherit ours."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "bart", "t5", "qwen3-lora-head"])
+def test_accelerate_mixed_precision(name, fresh_accelerate):
+    from accelerate import Accelerator
+
+    model = make_model(name)
+    if name == "qwen3":
+        # A linear layer before the head leaves bfloat16 under autocast, while the head's weight is float32.
+        model.model.norm = torch.nn.Sequential(model.model.norm, torch.nn.Linear(32, 32)).requires_grad_(False)
+    exact = sid_beam_search(model, TRIE, TOKENS, IDS, MASK, len(LEAVES))
+    prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+    for renormalize in (True, False):
+        half = sid_beam_search(prepared, TRIE, TOKENS, IDS, MASK, len(LEAVES), renormalize=renormalize)
+        assert (half.leaves.sort(dim=1).values == torch.arange(len(LEAVES))).all()
+        if renormalize:
+            by_leaf = [torch.zeros_like(o.scores).scatter(1, o.leaves, o.scores.exp()) for o in (exact, half)]
+            assert (by_leaf[0] - by_leaf[1]).abs().sum(dim=1).max() < 0.3, "total variation, 2 at most"
+
+
 def test_use_cache_false_in_the_config_does_not_matter():
     model = make_model("qwen3")
     expected = sid_beam_search(model, TRIE, TOKENS, IDS, MASK, 5)
@@ -319,6 +378,17 @@ def _no_start():
     return model
 
 
+class _Wrapper(torch.nn.Module):
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+def _wrapped(model):
+    wrapper = _Wrapper()
+    wrapper.inner, wrapper.config, wrapper.get_output_embeddings = model, model.config, model.get_output_embeddings
+    return wrapper
+
+
 LONG = torch.ones(1, 70, dtype=torch.int64)
 BAD_CALLS = {
     "no beams": (ConfigError, "num_beams", {"num_beams": 0}),
@@ -335,6 +405,7 @@ BAD_CALLS = {
     "NaN weights": (SidtuneError, "NaN", {"model": lambda: _with_nan(make_model("llama"))}),
     "prompt tuning": (ConfigError, "virtual tokens", {"model": _prompt_tuned}),
     "no start token": (ConfigError, "decoder_start_token_id", {"model": _no_start}),
+    "unknown wrapper": (ConfigError, "wrapper", {"model": lambda: _wrapped(make_model("qwen3"))}),
     "no language model": (ConfigError, "Linear", {"model": lambda: torch.nn.Linear(2, 2)}),
 }
 

@@ -14,7 +14,6 @@ from sidtune.core.errors import DataError
 from sidtune.data_builders.store import load_folder
 from sidtune.data_builders.validate import check_folder, validate_folder
 
-
 FILES = {
     "truncated parquet": (
         "parquet",

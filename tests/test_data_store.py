@@ -135,3 +135,25 @@ def test_reader_options_are_strict(tmp_path):
     with pytest.raises(ConfigError, match="must be true or false, got 'yes'"):
         read(source, requests_from_events="yes")
     assert isinstance(read(source), Tables)
+
+
+@pytest.mark.slow
+def test_a_million_interactions_fit_in_two_gigabytes(tmp_path):
+    from sidtune.benchmarks import data_building
+
+    shop = data_building.make_shop(1_000_000)
+    (tmp_path / "parquet").mkdir()
+    for name, table in shop.items():
+        pq.write_table(table, tmp_path / "parquet" / f"{name}.parquet")
+    result = data_building.whole_build(tmp_path / "parquet", tmp_path)
+    assert result["events"] == 1_000_000 and result["peak_rss_mib"] < 2048 and result["rows_per_s"] > 0
+    loaded = load_folder(tmp_path / "built-parquet")
+    assert sum(table.num_rows for table in loaded.requests.values()) == 200_000
+
+
+def test_the_benchmark_compares_equal_outputs():
+    from sidtune.benchmarks import data_building
+
+    rows = data_building.run(2_000, 1)
+    assert [row["equal"] for row in rows] == [None, None, True, True, True]
+    assert all(row["rows_per_s"] > 0 for row in rows)

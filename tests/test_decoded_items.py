@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.decoding.beam_search import BeamOutput
 from sidtune.decoding.items import LeafItems, rank_items

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import ndcg_score
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.metrics import hf
+from sidtune.metrics import hf, ranking
 from sidtune.metrics.ranking import DEFAULT_METRICS, Relevance, evaluate_ranking
 from sidtune.metrics.registry import BASELINES, METRICS
 
@@ -67,6 +67,17 @@ def test_every_metric_equals_the_textbook(problem):
             textbook(name, row, dict(zip(r, g, strict=True)), k) for row, r, g in zip(rows, lists, gains, strict=True)
         ]
         np.testing.assert_allclose(result.per_request[f"{name}@{k}"], expected, atol=1e-12, err_msg=name)
+
+
+def test_block_size_changes_nothing(monkeypatch):
+    rng = np.random.default_rng(4)
+    rows = np.stack([rng.permutation(12)[:5] for _ in range(30)])
+    lists = [rng.choice(12, size=rng.integers(1, 6), replace=False).tolist() for _ in range(30)]
+    relevance = Relevance.from_lists(lists, [rng.random(len(one)).tolist() for one in lists])
+    whole = evaluate_ranking(rows, relevance, ks=[3, 5])
+    monkeypatch.setattr(ranking, "_BLOCK", 1)
+    pieces = evaluate_ranking(rows, relevance, ks=[3, 5])
+    assert all((whole.per_request[name] == pieces.per_request[name]).all() for name in whole.per_request)
 
 
 def test_ndcg_equals_sklearn():

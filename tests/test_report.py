@@ -16,7 +16,7 @@ from sidtune.metrics.compare import Estimate, SystemRow, compare_systems
 from sidtune.metrics.ranking import Relevance, evaluate_ranking
 from sidtune.metrics.report import console_table, format_value, markdown_table, write_report
 from sidtune.metrics.report_data import ReportData, SampleItem, SampleRequest, StageCurve
-from sidtune.metrics.report_plots import MAX_POINTS, thinned
+from sidtune.metrics.report_plots import MAX_POINTS, metric_plot, short, thinned
 from sidtune.metrics.slices import SliceRow
 
 EVIL = "<script>alert('x')</script> & \"q\" $\\frac{a}$ {{ 7 * 7 }} \ud800"
@@ -212,6 +212,13 @@ def test_empty_report_says_what_is_missing(tmp_path):
         assert sentence in page.text
     stages_only = Page(write_report(tmp_path / "s.html", ReportData("x", stages=[{"name": "a"}])).read_text("utf-8"))
     assert "No training curve was logged" in stages_only.text
+
+
+def test_plots_take_any_name():
+    name = "a\ud800\x00\n$x_1$ <b>手机"
+    svg = metric_plot([SystemRow(name, "model", {"m": Estimate(0.5, 0.4, 0.6)})], "m", 0.95)
+    assert "$x_1$ &lt;b&gt;手机" in svg and not Page(svg).unclosed
+    assert short("x" * 50) == "x" * 41 + "…"
 
 
 def test_slices_must_agree(tmp_path):

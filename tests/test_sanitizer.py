@@ -19,7 +19,10 @@ from sidtune.data_builders.serializer import Serializer
 
 KINDS = list(made.ALL)
 FUZZ = settings(
-    max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    max_examples=200,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 SANITIZERS: dict[str, Sanitizer] = {}
 
@@ -45,13 +48,23 @@ def fragments(kind: str) -> st.SearchStrategy[str]:
     """Texts glued together from whole, halved, widened, spaced out and re-cased added tokens, and from nasty characters."""
     tokens = st.sampled_from([str(t) for t in made.ALL[kind]().added_tokens_decoder.values()])
     cut = st.tuples(tokens, st.integers(0, 12), st.integers(0, 12)).map(lambda t: t[0][t[1] : len(t[0]) - t[2]])
-    spread = st.tuples(tokens, st.sampled_from(["\u200b", "\u00ad", "\u0301", "\u0338", "\ufe0f", " ", "\u034f", "\ue000"])).map(
-        lambda t: t[1].join(t[0])
-    )
+    spread = st.tuples(
+        tokens, st.sampled_from(["\u200b", "\u00ad", "\u0301", "\u0338", "\ufe0f", " ", "\u034f", "\ue000"])
+    ).map(lambda t: t[1].join(t[0]))
     nasty = st.sampled_from(
-        list("<>|[]{}()_-▁ \n\t\u00a0\u3000\u2028\ufeff\x00\x7f\ud800≮≯＜＞［］｛｝﹤﹥｜̸́…‹›´ﬀßİǅ日本") + ["hot", "dog", "blue", "BLUE", "a" * 120]
+        list("<>|[]{}()_-▁ \n\t\u00a0\u3000\u2028\ufeff\x00\x7f\ud800≮≯＜＞［］｛｝﹤﹥｜̸́…‹›´ﬀßİǅ日本")
+        + ["hot", "dog", "blue", "BLUE", "a" * 120]
     )
-    part = st.one_of(tokens, cut, spread, tokens.map(wide), tokens.map(str.swapcase), tokens.map(str.upper), nasty, st.text(max_size=6))
+    part = st.one_of(
+        tokens,
+        cut,
+        spread,
+        tokens.map(wide),
+        tokens.map(str.swapcase),
+        tokens.map(str.upper),
+        nasty,
+        st.text(max_size=6),
+    )
     return st.lists(part, min_size=1, max_size=7).map("".join)
 
 
@@ -72,7 +85,14 @@ def test_no_field_encodes_to_an_added_token(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_fuzz_can_fail(kind):
     """The raw attacks do leak, so the test above is not empty."""
-    texts = {"byte_bpe": "<|im_start|>", "metaspace": "＜extra_id_0＞ <extra_id_0>", "wordpiece": "x[SEP]", "gemma_like": "a\n\n▁▁", "odd": "HOTDOG", "slow": "hotdog"}
+    texts = {
+        "byte_bpe": "<|im_start|>",
+        "metaspace": "＜extra_id_0＞ <extra_id_0>",
+        "wordpiece": "x[SEP]",
+        "gemma_like": "a\n\n▁▁",
+        "odd": "HOTDOG",
+        "slow": "hotdog",
+    }
     assert leaks(kind, texts[kind]) and not leaks(kind, sanitizer_of(kind).clean(texts[kind]))
 
 
@@ -105,7 +125,9 @@ def test_no_two_fields_complete_an_added_token(kind, seam, tmp_path):
     tokens = sorted(map(str, made.ALL[kind]().added_tokens_decoder.values()))
     halves = st.tuples(st.sampled_from(tokens), st.integers(0, 12)).map(lambda t: (t[0][: t[1]], t[0][t[1] :]))
     inner = st.sampled_from(tokens).map(lambda t: (t[1:-1], t[1:-1]))
-    middle = st.sampled_from([("im_st", "art"), ("a", "1"), ("dog", "hot"), ("start", "y"), ("SEP", "s"), ("y", "y"), ("extra", "id_0")])
+    middle = st.sampled_from(
+        [("im_st", "art"), ("a", "1"), ("dog", "hot"), ("start", "y"), ("SEP", "s"), ("y", "y"), ("extra", "id_0")]
+    )
 
     @settings(FUZZ, max_examples=50)
     @given(st.one_of(halves, inner, middle, st.tuples(fragments(kind), fragments(kind))), fragments(kind))
@@ -131,7 +153,9 @@ def test_seams_without_the_serializer_do_leak():
 
 
 @FUZZ
-@given(st.text(alphabet=st.characters(categories=["L", "N"], exclude_characters="\u3164\u115f\u1160\uffa0"), max_size=40))
+@given(
+    st.text(alphabet=st.characters(categories=["L", "N"], exclude_characters="\u3164\u115f\u1160\uffa0"), max_size=40)
+)
 def test_letters_and_digits_of_any_script_stay_as_they_are(text):
     folds = any(set("<>") & set(unicodedata.normalize("NFKC", c)) for c in text)
     if not folds:
@@ -141,7 +165,10 @@ def test_letters_and_digits_of_any_script_stay_as_they_are(text):
 def test_what_happens_to_text():
     clean = sanitizer_of("byte_bpe").clean
     assert clean(None) == clean("") == clean(" \n\t") == ""
-    assert clean("HP 74\u00a0Black &\n Tri-color, (2 Pack) | 日本語 é 😀") == "HP 74 Black & Tri-color, (2 Pack) | 日本語 é 😀"
+    assert (
+        clean("HP 74\u00a0Black &\n Tri-color, (2 Pack) | 日本語 é 😀")
+        == "HP 74 Black & Tri-color, (2 Pack) | 日本語 é 😀"
+    )
     assert clean("<a_1><b_2>") == "‹a_1›‹b_2›"
     assert clean("zero\u200bwidth\ufeff \ue000private") == "zerowidth private"
     assert clean("one two three", 9) == "one two"

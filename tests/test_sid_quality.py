@@ -250,7 +250,7 @@ def test_mismatched_input_is_refused(learned):
 
 
 def office_texts(folder) -> list[str]:
-    """The catalogue's texts with tags and list marks removed by the shortest means, so that only this room is tested."""
+    """The catalogue's texts with tags and list marks removed by the shortest means, as only this room is tested."""
     items = json.loads((folder / "amazon_office" / "Office_Products.item.json").read_text(encoding="utf-8"))
     rows = []
     for item_id, item in items.items():

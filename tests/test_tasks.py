@@ -201,7 +201,9 @@ def test_fields_reach_the_prompt_sanitised():
         text = "".join(piece for piece in row["pieces"] if not is_sid(piece))
         assert "<a_1>" not in text and "<b_2>" not in text
         assert text.count(EOS) == (task != "item_to_sid") and text.count("<|im_end|>") == 1
-    check_pieces(data.serializer.sanitizer, data.serializer.prompt("item_to_sid", **{k: item[k] for k in ("title", "brand")}))
+    check_pieces(
+        data.serializer.sanitizer, data.serializer.prompt("item_to_sid", **{k: item[k] for k in ("title", "brand")})
+    )
 
 
 def test_tables_in_many_chunks_give_the_same_examples():
@@ -218,3 +220,20 @@ def test_tables_in_many_chunks_give_the_same_examples():
     assert parts["events"]["time"].num_chunks > 3 and table_from_rows("events", WORLD.events).equals(data.events)
     for task in TASKS:
         assert rows(task, chunked) == rows(task, data), task
+
+
+def test_contexts_that_look_alike_to_a_careless_key_stay_apart():
+    import pyarrow as pa
+
+    from sidtune.data_builders.task_input import render_turns
+
+    s = inputs().serializer
+    pairs = [
+        [("a", "b"), ("c", "d")], [("a", "b\x1ec\x1fd")], [("a\x1fb", "c")], [("a", "b")], [("ab", "c")], [], None,
+        [("a", None)], [(None, "b")], [("a", "b"), ("c", "d")],
+    ]  # fmt: skip
+    contexts = [None if p is None else [{"name": n, "value": v} for n, v in p] for p in pairs]
+    table = table_from_rows("requests", [{"context": c, "query": "q"} for c in contexts])
+    codes, texts = render_turns(s, table["query"].combine_chunks(), table["context"].combine_chunks())
+    assert [str(texts[code]) for code in codes] == [str(s.turn("q", c)) for c in contexts]
+    assert isinstance(table["context"].combine_chunks(), pa.ListArray) and len(set(codes.tolist())) >= 6

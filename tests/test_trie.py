@@ -9,6 +9,7 @@ import torch
 from decoding_oracles import prefix_dictionary, sorted_leaves
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from sidtune.core.errors import DataError
 from sidtune.decoding.trie import META_FILE, TENSOR_FILE, SidTrie
 
@@ -139,6 +140,22 @@ def test_round_trip_through_files(tmp_path, filtered):
     assert torch.equal(again.codes, trie.codes) and torch.equal(again.child_start, trie.child_start)
     leaves = trie.leaf_codes(torch.arange(trie.num_leaves))
     assert torch.equal(again.find(leaves), trie.find(leaves))
+
+
+def test_push_and_load_from_the_hub(tmp_path, monkeypatch):
+    import huggingface_hub.constants
+    from hub_stand_in import hub_stand_in
+
+    trie = SidTrie.from_codes(np.random.default_rng(0).integers(0, 4, (40, 3)), (4, 4, 5))
+    with hub_stand_in() as (endpoint, state):
+        monkeypatch.setenv("HF_ENDPOINT", endpoint)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        trie.push_to_hub("tester/trie", token="hf_test")
+        assert set(state.repos["tester/trie"]) >= {META_FILE, TENSOR_FILE}
+        again = SidTrie.from_pretrained("tester/trie", cache_dir=tmp_path)
+    assert torch.equal(again.codes, trie.codes) and torch.equal(again.child_start, trie.child_start)
+    with pytest.raises(DataError, match="absent"):
+        SidTrie.from_pretrained(tmp_path / "absent")
 
 
 def _damage(folder, kind):

@@ -73,7 +73,9 @@ def fair_targets(world):
     return found
 
 
-@pytest.mark.parametrize("kind, templates", [("byte_bpe", "plain"), ("byte_bpe", "chatml"), ("metaspace", "plain"), ("odd", "plain")])
+@pytest.mark.parametrize(
+    "kind, templates", [("byte_bpe", "plain"), ("byte_bpe", "chatml"), ("metaspace", "plain"), ("odd", "plain")]
+)
 def test_whole_history_equals_the_windowed_examples(kind, templates):
     world, serializer, data = build(kind, templates)
     tokenizer = serializer.tokenizer
@@ -86,7 +88,9 @@ def test_whole_history_equals_the_windowed_examples(kind, templates):
         row = rows[user]
         place = 2 * n + 2
         assert row["learn"][place] and row["pieces"][place] == world.sids[event["item_id"]]
-        assert row["pieces"][: place - 1] == pieces_of(world, serializer, user, turns_before(world, user, event["time"]))
+        assert row["pieces"][: place - 1] == pieces_of(
+            world, serializer, user, turns_before(world, user, event["time"])
+        )
         request = by_id.get(event.get("request_id"))
         if request is None:
             continue
@@ -158,7 +162,9 @@ def test_a_turn_that_never_fits_is_counted():
     small = whole_history(data, max_tokens=18, overlap=0)
     counts = data.counts["whole_history"]
     assert counts["turns_longer_than_max_tokens"] > 0
-    assert counts["turns_longer_than_max_tokens"] + sum(sum(row["learn"]) for row in small) == len(fair_targets(make_world(2)))
+    assert counts["turns_longer_than_max_tokens"] + sum(sum(row["learn"]) for row in small) == len(
+        fair_targets(make_world(2))
+    )
 
 
 def test_nothing_at_or_after_the_moment_matters():
@@ -182,7 +188,11 @@ def test_nothing_at_or_after_the_moment_matters():
 def test_until_may_be_a_cut_per_user_or_the_last_train_request():
     world, serializer, data = build(seed=5)
     users = sorted({e["user_id"] for e in world.events})
-    per_user = TimeCut(0, table_from_rows("users", [{"user_id": u} for u in users])["user_id"].combine_chunks(), np.full(len(users), 70))
+    per_user = TimeCut(
+        0,
+        table_from_rows("users", [{"user_id": u} for u in users])["user_id"].combine_chunks(),
+        np.full(len(users), 70),
+    )
     rows = whole_history(data).to_list()
     assert whole_history(world.task_input(serializer, until=per_user)).to_list() == rows
     free = whole_history(world.task_input(serializer, until=None))
@@ -227,7 +237,11 @@ def test_prompts_are_the_training_prefix_token_by_token(kind, max_length):
     train = {row["key"]: row for row in request_to_sid(data)}
     requests = [r for r in world.train if r["request_id"] in train]
     prompts = prompt_for_requests(data, table_from_rows("requests", requests))
-    fits = [n for n, r in enumerate(requests) if encode_pieces(tokenizer, train[r["request_id"]]["pieces"], train[r["request_id"]]["learn"], max_length)]
+    fits = [
+        n
+        for n, r in enumerate(requests)
+        if encode_pieces(tokenizer, train[r["request_id"]]["pieces"], train[r["request_id"]]["learn"], max_length)
+    ]
     ids = encode_prompts(tokenizer, [prompts[n] for n in fits], max_length, reserve=3)
     assert len(fits) > 20
     for n, prompt in zip(fits, ids, strict=True):

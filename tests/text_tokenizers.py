@@ -38,7 +38,8 @@ def byte_bpe(chatml: bool = True) -> PreTrainedTokenizerFast:
     special = ["<|endoftext|>", *(CHATML if chatml else ())]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     core.train_from_iterator(
-        TEXT * 5, trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, special_tokens=special, show_progress=False)
+        TEXT * 5,
+        trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, special_tokens=special, show_progress=False),
     )
     return _wrap(core, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
 
@@ -52,7 +53,8 @@ def metaspace() -> PreTrainedTokenizerFast:
     core.decoder = decoders.Metaspace()
     special = ["<pad>", "</s>", "<unk>", *(f"<extra_id_{n}>" for n in range(4))]
     core.train_from_iterator(
-        TEXT * 5, trainers.UnigramTrainer(vocab_size=300, unk_token="<unk>", special_tokens=special, show_progress=False)
+        TEXT * 5,
+        trainers.UnigramTrainer(vocab_size=300, unk_token="<unk>", special_tokens=special, show_progress=False),
     )
     return _wrap(core, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
 
@@ -131,7 +133,9 @@ class SlowTokenizer:
         import re
 
         self.added = ["<eos>", "hotdog", *sid_tokens()]
-        self._split = re.compile("(" + "|".join(re.escape(token) for token in sorted(self.added, key=len, reverse=True)) + ")")
+        self._split = re.compile(
+            "(" + "|".join(re.escape(token) for token in sorted(self.added, key=len, reverse=True)) + ")"
+        )
         self.added_tokens_decoder = dict(enumerate(self.added))
         self.all_special_ids, self.all_special_tokens = [0], ["<eos>"]
 
@@ -146,4 +150,11 @@ class SlowTokenizer:
         return [self.added[i] if i < len(self.added) else chr(i - 100) for i in ids]
 
 
-ALL = {"byte_bpe": byte_bpe, "metaspace": metaspace, "wordpiece": wordpiece, "gemma_like": gemma_like, "odd": odd, "slow": cache(SlowTokenizer)}
+ALL = {
+    "byte_bpe": byte_bpe,
+    "metaspace": metaspace,
+    "wordpiece": wordpiece,
+    "gemma_like": gemma_like,
+    "odd": odd,
+    "slow": cache(SlowTokenizer),
+}

@@ -57,7 +57,10 @@ def make_world(seed: int = 0, users: int = 12, moments: int = 30, ties: bool = T
     ]
     items[7] = {"item_id": "i07"}
     sids = {f"i{n:02d}": f"<a_{n % 4}><b_{n % 5}><c_{n % 16}>" for n in range(19)}
-    people = [{"user_id": f"u{n}", "profile": [{"name": "age", "value": str(20 + n)}] if n % 3 else None} for n in range(users)]
+    people = [
+        {"user_id": f"u{n}", "profile": [{"name": "age", "value": str(20 + n)}] if n % 3 else None}
+        for n in range(users)
+    ]
     requests, events = [], []
     for user in range(users + 1):  # the last user is not in the users table
         name = f"u{user}"
@@ -74,15 +77,35 @@ def make_world(seed: int = 0, users: int = 12, moments: int = 30, ties: bool = T
                     "time": time,
                     "query": query,
                     "context": [{"name": "place", "value": place}] if place else [],
-                    "candidates": [{"item_id": f"i{n:02d}", "position": p, **la} for p, (n, la) in enumerate(zip(shown, labels, strict=True))],
+                    "candidates": [
+                        {"item_id": f"i{n:02d}", "position": p, **la}
+                        for p, (n, la) in enumerate(zip(shown, labels, strict=True))
+                    ],
                 }
             )
             for n, label in zip(shown, labels, strict=True):
                 for action in ("click", "like", "order"):
                     if label[action] == 1:
-                        events.append({"user_id": name, "item_id": f"i{n:02d}", "time": time, "action": action, "query": query, "request_id": f"r{number}"})
+                        events.append(
+                            {
+                                "user_id": name,
+                                "item_id": f"i{n:02d}",
+                                "time": time,
+                                "action": action,
+                                "query": query,
+                                "request_id": f"r{number}",
+                            }
+                        )
             if loose and rng.random() < 0.2:
-                events.append({"user_id": name, "item_id": f"i{int(rng.integers(20)):02d}", "time": time + 1, "action": "view", "query": "mouse"})
+                events.append(
+                    {
+                        "user_id": name,
+                        "item_id": f"i{int(rng.integers(20)):02d}",
+                        "time": time + 1,
+                        "action": "view",
+                        "query": "mouse",
+                    }
+                )
     order = rng.permutation(len(events))
     return World(items, people, requests, [events[n] for n in order], sids, train_until=70)
 
@@ -116,14 +139,19 @@ def pieces_of(world: World, serializer: Serializer, user: str, turns: list[dict[
     for event in turns:
         request = by_id.get(event.get("request_id"))
         query, context = (request["query"], request["context"]) if request else (event["query"], None)
-        pieces += [str(serializer.turn(query, context if serializer.history_context else None)), world.sids[event["item_id"]]]
+        pieces += [
+            str(serializer.turn(query, context if serializer.history_context else None)),
+            world.sids[event["item_id"]],
+        ]
     return pieces
 
 
 def windowed(world: World, serializer: Serializer, request: dict[str, Any], max_history: int) -> list[str]:
     """Pieces of a request up to its target."""
     past = turns_before(world, request["user_id"], request["time"])
-    pieces = pieces_of(world, serializer, request["user_id"], past[len(past) - max_history :] if max_history < len(past) else past)
+    pieces = pieces_of(
+        world, serializer, request["user_id"], past[len(past) - max_history :] if max_history < len(past) else past
+    )
     return [*pieces, str(serializer.turn(request["query"], request["context"]))]
 
 

@@ -78,7 +78,7 @@ def save_trained(
         record |= {"spare_rows_mean": _spare_rows_mean(model, vocabulary), "base_probe": base_probe(model, vocabulary)}
     elif hasattr(model, "peft_config"):
         raise ConfigError("The adapter was not made by set_trainable, so its SID rows are unknown; merge it first.")
-    elif state_dict is None and any(is_split(parameter) for parameter in model.parameters()):
+    elif is_main_process and state_dict is None and any(is_split(parameter) for parameter in model.parameters()):
         raise ConfigError("A sharded model needs state_dict=accelerator.get_state_dict(model) to be saved whole.")
     if not is_main_process:
         return

@@ -101,10 +101,20 @@ class _SplitHead(_SplitMatrix):
         try:
             start, stop = self._rows_span  # type: ignore[attr-defined]
             rows = self._new_rows()
-            with gathered(self._parameters["weight"]) as old:  # type: ignore[attr-defined]
-                return torch.cat([old[:start], rows, old[stop:]])
+            stored = self._parameters["weight"]  # type: ignore[attr-defined]
+            with gathered(stored) as old:
+                whole = torch.cat([old[:start], rows, old[stop:]])
+            if hasattr(stored, "ds_id"):
+                whole.ds_status = _zero_available()  # TRL asks every head under ZeRO-3 whether it must be gathered
+            return whole
         except AttributeError as error:  # nn.Module would answer with the out-of-date parameter instead
             raise RuntimeError(f"The head's matrix cannot be put together: {error}") from error
+
+
+def _zero_available() -> Any:
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    return ZeroParamStatus.AVAILABLE
 
 
 _CLASSES: dict[type, type] = {}

@@ -7,6 +7,7 @@ items of one user and query form one request. There are no times, no titles and 
 * The time of a request is the place of its first line in the files, train before test.
 * A purchase stands under several queries of its user. It becomes one event, at the time of the **last** train request
   that names it: so no request can see its own answer in its history, whichever query it was first listed under.
+* A test purchase is an event at the very last moment, so the history of every test request is what train lines say.
 * Items are placeholders without a title.
 
 The source prescribes train and test; it has no valid split.
@@ -92,7 +93,7 @@ def read(path: str, **options: Any) -> Tables:
         items=table_from_columns("items", {"item_id": catalogue}, len(catalogue)),
         users=table_from_columns("users", {"user_id": people}, len(people)),
         requests=requests,
-        events=_events(requests, request_of_line, items),
+        events=_events(requests, request_of_line, items, first_test),
         split_of_request=["train"] * first_test + ["test"] * (len(keys) - first_test),
         counts=counts,
         notes=[
@@ -131,10 +132,9 @@ def _number(*groups: list[str]) -> tuple[list[str], np.ndarray]:
     return list(numbers), np.array(lines, dtype=np.int64)
 
 
-def _events(requests: pa.Table, request_of_line: np.ndarray, items: list[str]) -> pa.Table:
+def _events(requests: pa.Table, request_of_line: np.ndarray, items: list[str], first_test: int) -> pa.Table:
     """One event per user and item, tied to the last request that names them."""
     users = requests["user_id"].combine_chunks()
-    last = np.zeros(0, np.int64)
     pairs: dict[tuple[str, str], int] = {}
     owners = users.to_pylist()
     for request, item in zip(request_of_line.tolist(), items, strict=True):
@@ -146,7 +146,7 @@ def _events(requests: pa.Table, request_of_line: np.ndarray, items: list[str]) -
     columns = {
         "user_id": users.take(rows),
         "item_id": pa.array([item for _, item in pairs], pa.string()).take(pa.array(order)),
-        "time": last[order],
+        "time": np.where(last[order] < first_test, last[order], requests.num_rows - 1),
         "action": pa.repeat(pa.scalar("order"), len(last)),
         "query": requests["query"].combine_chunks().take(rows),
         "request_id": requests["request_id"].combine_chunks().take(rows),

@@ -263,14 +263,14 @@ def _test_requests(lines: dict[str, Any], users: list[str], times: np.ndarray, c
 def _split(requests: pa.Table, past: int) -> np.ndarray:
     """Test: each user's test query; valid: the last past request of a user with two or more; "" for ties, to be
     dropped."""
-    names = leave_one_out(requests, min_rows=3)
-    names[past:] = "test"
     users = requests["user_id"].combine_chunks().dictionary_encode().indices.to_numpy()
     times = requests["time"].to_numpy()
     limit = np.full(int(users.max()) + 1, FOREVER)
     limit[users[past:]] = times[past:]
-    late = times[:past] >= limit[users[:past]]
-    names[:past][late] = ""
+    in_time = np.flatnonzero(np.concatenate([times[:past] < limit[users[:past]], np.ones(len(times) - past, bool)]))
+    names = np.full(len(times), "", dtype="U5")
+    names[in_time] = leave_one_out(requests.take(in_time), min_rows=3)
+    names[past:] = "test"
     return names
 
 
