@@ -108,12 +108,11 @@ def ranking_rows(requests: int, dense_requests: int) -> list[dict[str, Any]]:
     scores = draw.random((dense_requests, catalogue))
     truth = (draw.random(scores.shape) < 0.003).astype(float)
     truth[:, 0] = 1.0
-    ranked = np.argsort(-scores, axis=1)[:, :K]
     wanted = Relevance.from_lists([np.flatnonzero(row).tolist() for row in truth])
     second = compare(
-        f"NDCG@10, {dense_requests:,} requests",
-        "sklearn ndcg_score (ranks too)",
-        lambda: evaluate_ranking(ranked, wanted, (10,), ("ndcg",)).means()["ndcg@10"],
+        f"NDCG@10 from scores, {dense_requests:,} requests",
+        "sklearn ndcg_score",
+        lambda: evaluate_ranking(np.argsort(-scores, axis=1)[:, :10], wanted, (10,), ("ndcg",)).means()["ndcg@10"],
         lambda: ndcg_score(truth, scores, k=10),
         lambda a, b: abs(a - b) < 1e-9,
     )
@@ -208,7 +207,9 @@ def baseline_rows(items: int, users: int, events: int, requests: int) -> list[di
     def dense_search() -> np.ndarray:
         seen = np.zeros((requests, items))
         seen[np.arange(requests)[:, None], history] = 1.0
-        return np.argsort(-(seen @ dense), axis=1, kind="stable")[:, :K]
+        scores = -(seen @ dense)
+        best = np.argpartition(scores, K - 1, axis=1)[:, :K]
+        return np.take_along_axis(best, np.argsort(np.take_along_axis(scores, best, axis=1), axis=1), axis=1)
 
     def same_neighbours(ours: np.ndarray, theirs: np.ndarray) -> bool:
         scores = [(dense[np.unique(history[n])].sum(axis=0), n) for n in check]

@@ -28,7 +28,7 @@ _PIECES_AT_A_TIME = 2_000_000
 
 @dataclass(frozen=True)
 class _Sequences:
-    """The turns of users in order: `offsets` (U+1,) per user; `text`, `sid`, `learn` (T,) per turn; `head` (U,) per user.
+    """The turns of users in order: `offsets` (U+1,) and `head` (U,) per user; `text`, `sid`, `learn` (T,) per turn.
 
     `head`, `text` and `sid` are entries of `texts`.
     """
@@ -285,7 +285,8 @@ def whole_history(
     cost, room = np.zeros(len(sequences.text), np.int64), np.ones(len(sequences.users), np.int64)
     if max_tokens is not None:
         encoder = encoder_of(data.serializer.tokenizer)
-        size = encoder.lengths[encoder.codes(sequences.texts.to_pylist())]
+        codes = encoder.codes(sequences.texts.to_pylist())  # first: it makes the lengths grow
+        size = encoder.lengths[codes]
         cost, room = size[sequences.text] + size[sequences.sid], max_tokens - 1 - size[sequences.head]
     chunks, too_long = _chunks(sequences.offsets, cost, room, max_turns, overlap)
     return _whole_examples(data, sequences, chunks, too_long)

@@ -10,8 +10,8 @@ ID, no chat marker, no bos/eos/pad, no `[SEP]`, no word somebody added. Two laye
 2. *By the tokenizer.* Where the characters alone prove nothing (added plain words, unusual normalisers, a vocabulary
    with an unknown token), each text is encoded and every added token found is broken up, until there is none.
 
-Characters the tokenizer has no token for (`[UNK]`) lose their accents or are dropped: they tell the model nothing. Our choice, no
-paper.
+Characters the tokenizer has no token for (`[UNK]`) lose their accents or are dropped: they tell the model nothing. Our
+choice, no paper.
 """
 
 from __future__ import annotations

@@ -244,8 +244,8 @@ def render_turns(serializer: Serializer, query: pa.Array, context: pa.Array) -> 
 
 def _context_keys(context: pa.Array) -> pa.Array:
     flat = pc.list_flatten(context)
-    # Sanitising drops control characters, so texts that differ in the separators alone render alike.
-    parts = [pc.replace_substring_regex(pc.fill_null(flat.field(n), ""), "[\x1e\x1f]", "") for n in ("name", "value")]
+    # Sanitising turns the separators into spaces too, so texts that differ in that alone render alike.
+    parts = [pc.replace_substring_regex(pc.fill_null(flat.field(n), ""), "[\x1e\x1f]", " ") for n in ("name", "value")]
     words = pc.binary_join_element_wise(*parts, "\x1f")
     lengths = pc.fill_null(pc.list_value_length(context), 0).to_numpy().astype(np.int64)
     offsets = np.concatenate([[0], np.cumsum(lengths)])

@@ -18,7 +18,6 @@ import numpy as np
 import safetensors.numpy
 
 from sidtune.core.config import as_dict, build, command
-from sidtune.core.errors import ConfigError
 from sidtune.core.folders import write_folder, write_json, write_run
 from sidtune.core.registry import Registry
 from sidtune.data_builders.store import load_folder
@@ -35,16 +34,16 @@ class Arguments:
     Attributes:
         data_dir: folder written by build_data.
         output_dir: folder to write.
-        encoder: `name` of an encoder in `tokenizers/registry.py` and its options.
-        quantizer: `name` of a quantizer in `tokenizers/registry.py` and its options.
+        encoder: `name` of an encoder in `tokenizers/registry.py` (default `tfidf_svd`) and its options.
+        quantizer: `name` of a quantizer in `tokenizers/registry.py` (default `residual_kmeans`) and its options.
         suffix: add a last level that makes every SID unique.
         seed: seed of encoder and quantizer.
     """
 
     data_dir: str
     output_dir: str
-    encoder: dict = field(default_factory=lambda: {"name": "tfidf_svd"})
-    quantizer: dict = field(default_factory=lambda: {"name": "residual_kmeans"})
+    encoder: dict = field(default_factory=dict)
+    quantizer: dict = field(default_factory=dict)
     suffix: bool = False
     seed: int = 0
 
@@ -52,8 +51,8 @@ class Arguments:
 def main(arguments: Arguments) -> None:
     """Learns the SIDs; prints the quality table and its warnings."""
     started = time.time()
-    encoder = _make(make_encoder, ENCODERS, arguments.encoder, arguments.seed, "encoder")
-    quantizer = _make(make_quantizer, QUANTIZERS, arguments.quantizer, arguments.seed, "quantizer")
+    encoder = _make(make_encoder, ENCODERS, {"name": "tfidf_svd", **arguments.encoder}, arguments.seed)
+    quantizer = _make(make_quantizer, QUANTIZERS, {"name": "residual_kmeans", **arguments.quantizer}, arguments.seed)
     data = load_folder(arguments.data_dir)
     # The title says most in the fewest words, so it counts twice.
     texts, ids = item_texts(data.items, repeats={"title": 2}), data.items["item_id"].to_pylist()
@@ -82,14 +81,11 @@ def main(arguments: Arguments) -> None:
     print(quality.to_markdown())
 
 
-def _make(make: Callable[..., Any], registry: Registry, spec: dict, seed: int, what: str) -> Any:
-    options = dict(spec)
-    name = options.pop("name", None)
-    if name is None:
-        raise ConfigError(f"{what}: the required key 'name' is missing; known are: {', '.join(registry)}.")
-    if "seed" in {field.name for field in dataclasses.fields(registry.get(name).config_class)}:
+def _make(make: Callable[..., Any], registry: Registry, spec: dict, seed: int) -> Any:
+    options = {key: value for key, value in spec.items() if key != "name"}
+    if "seed" in {field.name for field in dataclasses.fields(registry.get(spec["name"]).config_class)}:
         options.setdefault("seed", seed)
-    return make(name, options)
+    return make(spec["name"], options)
 
 
 if __name__ == "__main__":

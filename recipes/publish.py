@@ -60,12 +60,12 @@ def main(arguments: Arguments) -> None:
     """Writes the bundle and, if asked, uploads it."""
     from sidtune.metrics.model_card import write_card
 
-    started = time.time()
+    started, card = time.time(), card_data(arguments)
     with write_folder(arguments.output_dir) as scratch:
         _copy_model(arguments, scratch)
         _write_catalogue(arguments, scratch)
         shutil.copy(Path(arguments.eval_dir) / "metrics.json", scratch / "metrics.json")
-        write_card(scratch / "README.md", card_data(arguments))
+        write_card(scratch / "README.md", card)
         inputs = {name: getattr(arguments, name) for name in ("data_dir", "sids_dir", "model_dir", "eval_dir")}
         write_run(scratch, step="publish", config=as_dict(arguments), inputs=inputs, started=started)
     print(f"{arguments.output_dir}: bundle ready")

@@ -73,6 +73,7 @@ def main(arguments: Arguments) -> None:
     """Trains all stages."""
     from sidtune.decoding.retriever import PromptSettings, make_serializer
     from sidtune.recipes.loading import save_serializer
+    from sidtune.tokenizers.model_files import load_tokenizer
     from sidtune.trainers.processes import on_main
     from sidtune.trainers.stages import run_stages
 
@@ -83,6 +84,8 @@ def main(arguments: Arguments) -> None:
         max_chars=arguments.max_chars or None,
         history_context=arguments.history_context,
     )
+    # A mistake in a template shows now, not after the first stage.
+    make_serializer(load_tokenizer(arguments.model_dir), arguments.templates, settings)
     examples = arguments.examples()
     folders = run_stages(
         arguments.stages,
@@ -96,9 +99,7 @@ def main(arguments: Arguments) -> None:
     )
 
     def finish() -> None:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(folders[-1])
+        tokenizer = load_tokenizer(folders[-1])
         save_serializer(arguments.output_dir, make_serializer(tokenizer, arguments.templates, settings), settings)
         stages = [read_json(folder / "run.json") for folder in folders]
         write_run(

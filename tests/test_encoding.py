@@ -46,7 +46,7 @@ def example():
     )
     other = st.lists(st.sampled_from(TEXTS + SIDS), min_size=1, max_size=6).map(lambda t: ["user", *t])
     return st.one_of(turns, other).flatmap(
-        lambda pieces: st.tuples(st.just(pieces), st.lists(st.booleans(), min_size=len(pieces) - 1, max_size=len(pieces) - 1))
+        lambda p: st.tuples(st.just(p), st.lists(st.booleans(), min_size=len(p) - 1, max_size=len(p) - 1))
     ).map(lambda t: (t[0], [False, *t[1]]))  # fmt: skip
 
 

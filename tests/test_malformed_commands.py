@@ -11,7 +11,7 @@ from test_data_files import FILES
 from test_data_validation import CONTENTS, TYPES
 from tiny_pipeline import TINY, pipeline, run_in_process
 
-from sidtune.core.config import command
+from sidtune.core.config import command, parse
 from sidtune.recipes import build_data, evaluate, init_model, learn_sids, publish, report, sft
 
 SPLIT = ["--split.kind", "global_time", "--split.test_share", "0.2"]
@@ -101,7 +101,7 @@ def test_bad_options_of_learn_sids(shop, options, words, tmp_path, capsys):
         (["--init", "codebok"], "codebook"),
         (["--scratch", json.dumps({**TINY, "hiden_size": 3})], "did you mean 'hidden_size'?"),
         (["--scratch", json.dumps({"model_type": "qwen99"})], "model_type"),
-        (["--scratch", json.dumps({**TINY, "num_attention_heads": 3})], "num_attention_heads"),
+        (["--scratch", json.dumps({**TINY, "hidden_size": "wide"})], "hidden_size"),
         (["--base", "/nowhere/at/all"], "does not exist"),
         (["--text_vocab_size", "12"], "vocab"),
         (["--pad_to_multiple_of", "0"], "pad_to_multiple_of"),
@@ -154,7 +154,7 @@ def test_a_broken_template_names_file_and_line(shop, tmp_path, capsys):
 def test_models_and_sids_that_do_not_belong_together(shop, tmp_path, capsys):
     other = tmp_path / "other"
     argv = [*inputs(shop, "data_dir"), "--output_dir", other, "--quantizer.level_sizes", "[4, 4]", "--encoder.dims", "8"]
-    learn_sids.main(__import__("sidtune.core.config", fromlist=["parse"]).parse(learn_sids.Arguments, [str(a) for a in argv]))
+    learn_sids.main(parse(learn_sids.Arguments, [str(word) for word in argv]))
     words = ["--sids_dir", other, "--output_dir", tmp_path / "out", "--num_beams", "10", "--ks", "[10]"]
     text = refused(evaluate, [*inputs(shop, "data_dir", "model_dir"), *words], capsys, tmp_path)
     assert "(8, 8, 8)" in text and "(4, 4)" in text

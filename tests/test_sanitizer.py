@@ -45,7 +45,7 @@ def wide(text: str) -> str:
 
 
 def fragments(kind: str) -> st.SearchStrategy[str]:
-    """Texts glued together from whole, halved, widened, spaced out and re-cased added tokens, and from nasty characters."""
+    """Texts glued together from whole, halved, widened, spaced-out and re-cased added tokens and nasty characters."""
     tokens = st.sampled_from([str(t) for t in made.ALL[kind]().added_tokens_decoder.values()])
     cut = st.tuples(tokens, st.integers(0, 12), st.integers(0, 12)).map(lambda t: t[0][t[1] : len(t[0]) - t[2]])
     spread = st.tuples(

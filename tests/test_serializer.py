@@ -52,7 +52,8 @@ def test_chatml_templates():
     s = Serializer(made.byte_bpe(), "chatml")
     first = "<|im_start|>system\nRecommend items of the shop by their semantic ID. User: age=25-34"
     assert s.head({"profile": [{"name": "age", "value": "25-34"}]}) == first
-    turn = "<|im_end|>\n<|im_start|>user\nSearch: red shoes\nplace: paris\ndevice: phone<|im_end|>\n<|im_start|>assistant\n"
+    fields = "Search: red shoes\nplace: paris\ndevice: phone"
+    turn = f"<|im_end|>\n<|im_start|>user\n{fields}<|im_end|>\n<|im_start|>assistant\n"
     assert s.turn("red shoes", CONTEXT) == turn
     bare = "<|im_end|>\n<|im_start|>user\nRecommend an item.<|im_end|>\n<|im_start|>assistant\n"
     assert s.turn(None, None) == bare
@@ -86,8 +87,8 @@ _START = made.byte_bpe().convert_tokens_to_ids("<|im_start|>")
 
 def test_only_the_templates_own_text_may_hold_tokens(tmp_path):
     (tmp_path / "turn.jinja").write_text(
-        '<|im_start|>{{ "<|im_end|>" }}{{ query | upper }}{{ "<" ~ "a_1>" }}{{ "%s|im_end|>" | format("<") }}{% set x %}'
-        "<a_1>{{ query }}{% endset %}{{ x }}{% macro m() %}<a_1>{% endmacro %}{{ m() }}<|im_end|>"
+        '<|im_start|>{{ "<|im_end|>" }}{{ query | upper }}{{ "<" ~ "a_1>" }}{{ "%s|im_end|>" | format("<") }}'
+        "{% set x %}<a_1>{{ query }}{% endset %}{{ x }}{% macro m() %}<a_1>{% endmacro %}{{ m() }}<|im_end|>"
     )
     s = Serializer(made.byte_bpe(), tmp_path)
     turn = s.turn("ab", None)
@@ -147,9 +148,9 @@ def test_fields_and_text_that_form_a_token_are_parted(tmp_path):
 MISTAKES = {
     "unknown file": ("turns.jinja", "x", r"unknown file 'turns\.jinja'.*did you mean 'turn\.jinja'"),
     "other file": ("notes.txt", "x", r"unknown file 'notes\.txt'"),
-    "syntax": ("turn.jinja", "a\n{% if query %}b", r"turn\.jinja, line \d.*no valid Jinja2.*variables of turn\.jinja are: query, context"),
-    "unknown variable": ("turn.jinja", "\n\n{{ qeury }}", r"turn\.jinja, line 3 uses the unknown variable 'qeury' \(did you mean 'query'"),
-    "unknown attribute": ("head.jinja", "u\n{% for p in profile %}{{ p.nam }}{% endfor %}", r"head\.jinja, line 2 cannot be rendered.*nam"),
+    "syntax": ("turn.jinja", "a\n{% if query %}b", r"line \d.*no valid Jinja2.*turn\.jinja are: query, context"),
+    "unknown variable": ("turn.jinja", "\n\n{{ qeury }}", r"line 3 uses .*'qeury' \(did you mean 'query'"),
+    "unknown attribute": ("head.jinja", "\nu{% for p in profile %}{{ p.nam }}{% endfor %}", r"line 2 cannot.*nam"),
     "unknown filter": ("turn.jinja", "{{ query | shout }}", r"turn\.jinja, line 1 is no valid Jinja2.*shout"),
     "unknown include": ("turn.jinja", '{% include "itm.jinja" %}', r"includes 'itm\.jinja'.*'item\.jinja'"),
     "include without its fields": ("turn.jinja", 'x{% include "item.jinja" %}', r"cannot be rendered.*title"),

@@ -12,12 +12,13 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from sft_stand_ins import model_folder, random_examples, task_examples
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
 from sidtune.core.errors import ConfigError, DataError, SidtuneError
 from sidtune.trainers import processes, stages
 from sidtune.trainers.callbacks import COMPLETE_FILE, is_complete, last_complete_checkpoint
 from sidtune.trainers.mixture import StageConfig, TaskMix, chosen_rows, describe, mixture, parse_stages
 from sidtune.trainers.stages import run_stages
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 ARGS = {
     "per_device_train_batch_size": 8,
@@ -33,7 +34,7 @@ TASKS = {"text_to_sid": {"weight": 2.0}, "query_to_text": {"limit": 10}}
 
 def stage(name="align", train="all", **changes):
     args = ARGS | changes.pop("args", {})
-    return {"name": name, "tasks": TASKS, "train": train, "args": args, "max_length": 64, **changes}
+    return {"name": name, "tasks": TASKS, "train": train, "args": args, "max_length": 64} | changes
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -325,3 +326,83 @@ def test_the_other_processes_leave_quietly_when_the_main_one_fails(monkeypatch):
 
 def test_metrics_without_a_value_become_null():
     assert stages._finite({"a": float("nan"), "b": [1.5, float("inf")]}) == {"a": None, "b": [1.5, None]}
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    """A small shop on disk, its SIDs and a start model: what the first steps of a pipeline write."""
+    from sidtune.data_builders.shop_world import ShopWorld
+    from sidtune.data_builders.splits import apply_split
+    from sidtune.data_builders.store import save_tables
+    from sidtune.tokenizers.lm_tokenizer import build_model, train_lm_tokenizer
+    from sidtune.tokenizers.row_saving import save_trained
+    from sidtune.tokenizers.semantic_ids import SemanticIds
+    from sidtune.tokenizers.vocabulary import extend_vocabulary
+
+    root = tmp_path_factory.mktemp("shop")
+    options = {"n_items": 150, "n_users": 20, "n_requests": 240, "n_departments": 2, "leaves_per_department": 4}
+    tables, split = apply_split(ShopWorld.from_options(**options).to_tables())
+    save_tables(tables, root / "data", split, {"reader": "shop_world"})
+    codes = np.random.default_rng(0).integers(0, 8, (150, 3)).astype(np.int32)
+    sids = SemanticIds(tables.items["item_id"].to_pylist(), codes, (8, 8, 8))
+    sids.save_pretrained(root / "sids")
+    tokenizer = train_lm_tokenizer(tables.items["title"].to_pylist(), vocab_size=400)
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 48}
+    model = build_model({"model_type": "qwen3", **size}, tokenizer)
+    vocabulary = extend_vocabulary(model, tokenizer, sids, init="mean")
+    save_trained(model, vocabulary, tokenizer, root / "model")
+    return root
+
+
+def test_the_tasks_of_the_data_builders_train_by_name(shop, tmp_path):
+    args = {"per_device_train_batch_size": 8, "learning_rate": 3e-3, "logging_steps": 5, "disable_tqdm": True}
+    plan = [
+        {"name": "align", "train": "rows", "tasks": {"item_to_sid": {"weight": 2.0, "limit": 60}, "sid_to_item": {"limit": 20}}},
+        {
+            "name": "behave",
+            "tasks": {"whole_history": {"options": {"overlap": 4}}, "query_to_sid": None},
+            "eval_tasks": {"request_to_sid": {"limit": 10}},
+            "args": {"packing": True},
+        },
+    ]
+    plan = [stage | {"max_length": 256, "args": args | stage.get("args", {})} for stage in plan]
+    folders = run_stages(plan, shop / "model", shop / "data", shop / "sids", tmp_path, settings={"templates": "plain"})
+    first, second = (json.loads((f / "run.json").read_text())["metrics"] for f in folders)
+    assert first["examples"]["train"]["item_to_sid"] == {
+        "examples": 120,
+        "tokens": first["examples"]["train"]["item_to_sid"]["tokens"],
+        "targets": 360,
+    }
+    assert first["examples"]["train"]["sid_to_item"]["examples"] == 20
+    assert set(second["examples"]["train"]) == {"whole_history", "query_to_sid"}
+    assert second["examples"]["train"]["query_to_sid"]["targets"] % 3 == 0
+    assert second["eval"]["eval_loss_request_to_sid"] > 0 and second["eval"]["eval_sid_accuracy_3"] >= 0
+    history = json.loads((folders[0] / "log_history.json").read_text())
+    assert [h["loss"] for h in history if "loss" in h][-1] < history[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"tasks": {"item_to_sids": None}}, "no task named 'item_to_sids': did you mean 'item_to_sid'"),
+        ({"tasks": {"whole_history": {"options": {"max_turn": 3}}}}, "'max_turn' .did you mean 'max_turns'"),
+        ({"eval_tasks": {"whole_history": None}}, "cannot be evaluated"),
+        ({"max_length": 4}, "'item_to_sid' has no examples"),
+    ],
+)
+def test_wrong_tasks_are_refused_before_any_training(shop, tmp_path, change, words):
+    with pytest.raises(SidtuneError, match=words):
+        run_stages(
+            [stage("x", tasks={"item_to_sid": None}) | change], shop / "model", shop / "data", shop / "sids", tmp_path
+        )
+    assert not list(tmp_path.glob("stage_*"))
+
+
+def test_semantic_ids_of_another_model_are_refused(shop, tmp_path):
+    from sidtune.tokenizers.semantic_ids import SemanticIds
+
+    SemanticIds(["a"], np.zeros((1, 2), np.int32), (4, 4)).save_pretrained(tmp_path / "sids")
+    with pytest.raises(DataError, match="levels of"):
+        run_stages(
+            [stage(tasks={"item_to_sid": None})], shop / "model", shop / "data", tmp_path / "sids", tmp_path / "out"
+        )

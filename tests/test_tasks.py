@@ -1,4 +1,4 @@
-"""Each task against a plain-Python telling of it, plus what all of them promise: format, seed, limit, counts, no leak."""
+"""Each task against a plain-Python telling of it, and what all of them promise: format, seed, limit, counts."""
 
 from __future__ import annotations
 
@@ -103,7 +103,8 @@ def test_every_task_keeps_its_promises(task, templates):
     assert examples.column_names == ["task", "pieces", "learn", "key"] and len(examples) >= 10
     features = {name: str(feature) for name, feature in examples.features.items()}
     assert features == {
-        "task": "Value('string')", "pieces": "List(Value('string'))", "learn": "List(Value('bool'))", "key": "Value('string')",
+        "task": "Value('string')", "pieces": "List(Value('string'))", "learn": "List(Value('bool'))",
+        "key": "Value('string')",
     }  # fmt: skip
     # Tokens in the encoded text: SIDs from SID pieces, the rest from templates, nothing from the field `<a_1> mouse`.
     tokenizer, serializer = data.serializer.tokenizer, data.serializer

@@ -61,7 +61,7 @@ def test_history_to_sid_withholds_the_request():
 
 
 def fair_targets(world):
-    """Oracle: turns before `train_until` that every earlier turn of the user precedes strictly, by key (user, turn number)."""
+    """Oracle: (user, turn number, event) of turns before `train_until` that all earlier turns precede strictly."""
     train = {r["request_id"] for r in world.train}
     found = []
     for user in sorted({e["user_id"] for e in world.events}):
@@ -153,6 +153,13 @@ def test_chunks_by_tokens_lose_no_target(max_tokens):
     assert counts == {"examples": len(examples), "examples_truncated_away": 0, "targets_dropped": 0}
     assert max(map(len, encoded["input_ids"])) <= max_tokens
     assert sum(label != IGNORE for row in encoded["labels"] for label in row) == 3 * len(targets)
+
+
+def test_chunks_by_tokens_need_no_earlier_encoding():
+    """A tokenizer that has encoded nothing yet gives the same chunks."""
+    world, _, data = build(seed=2)
+    fresh = world.task_input(Serializer(made.byte_bpe.__wrapped__()), max_history=MANY)
+    assert whole_history(fresh, max_tokens=80).to_list() == whole_history(data, max_tokens=80).to_list()
 
 
 def test_a_turn_that_never_fits_is_counted():

@@ -1,4 +1,4 @@
-"""Tokenizers built on the spot for the text tests: small, offline, each with its own way to let a text become a token."""
+"""Tokenizers built on the spot for the text tests: small, offline, each with its own way from text to added tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 TEXT = (
-    "red running shoes for men size 10, blue cotton t-shirt, stainless steel water bottle 500ml, hp 74 black & tri-color ink",
+    "red running shoes for men size 10, blue cotton t-shirt, stainless steel water bottle 500ml, hp 74 & tri-color",
     "user place=paris device=phone search: wireless mouse title of category office / paper age=25-34 gender=f",
     "hot dog hotdog grill, user: c++ primer, brand new in box [2 pack] (large) 5 < 6 > 4 | deal {a} item: recommend",
     "abcdefghijklmnopqrstuvwxyz 0123456789 ABCDEFGHIJKLMNOPQRSTUVWXYZ .,:;-/=&%+'\"()[]{}<>|_#@!?*",
@@ -74,7 +74,7 @@ def wordpiece() -> PreTrainedTokenizerFast:
 
 @cache
 def gemma_like() -> PreTrainedTokenizerFast:
-    """Character BPE with byte fallback and `▁` for spaces; runs of blanks and HTML tags are added tokens, as in Gemma."""
+    """Character BPE with byte fallback and `▁` for spaces; runs of blanks and HTML tags are added, as in Gemma."""
     core = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
     core.normalizer = normalizers.Replace(" ", "▁")
     core.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
@@ -92,8 +92,8 @@ def gemma_like() -> PreTrainedTokenizerFast:
 
 
 ODD = (
-    "hotdog", "C++", "user:", "é", "日本", "q", "<b>", "</b>", "[@X@]", "\n\n", "  ", "\t\t", "▁▁", "<|x|>", "<|x|>y", "<<", "-",
-    "ＦＵＬＬ", "big red", " <sp>", "don't", "…", "‹z›",
+    "hotdog", "C++", "user:", "é", "日本", "q", "<b>", "</b>", "[@X@]", "\n\n", "  ", "\t\t", "▁▁", "<|x|>", "<|x|>y",
+    "<<", "-", "ＦＵＬＬ", "big red", " <sp>", "don't", "…", "‹z›",
 )  # fmt: skip
 
 
@@ -124,7 +124,7 @@ def odd() -> PreTrainedTokenizerFast:
 
 
 class SlowTokenizer:
-    """A tokenizer without offsets, as the Python ones of transformers: words and added tokens, unknown words one by one."""
+    """A tokenizer without offsets, as the Python ones of transformers: added tokens, and a token per character."""
 
     is_fast = False
     eos_token, eos_token_id, unk_token_id, bos_token_id = "<eos>", 0, None, None

@@ -1,9 +1,9 @@
 """What a batch is: the checks of pre-tokenised examples, the order of an epoch, the collator that keeps the task.
 
-Nothing here comes from a paper. The order of an epoch is a function of `(seed, epoch)` and the *global* batch size only,
-never of the number of processes or of how often a run was interrupted. transformers' own grouping by length draws from
-the global random state, so a resumed run meets other batches than an uninterrupted one; with `EpochSampler` random and
-grouped order are made the same way, and both resume exactly.
+Nothing here comes from a paper. The order of an epoch is a function of `(seed, epoch)` and the *global* batch size
+only, never of the number of processes or of how often a run was interrupted. transformers' own grouping by length draws
+from the global random state, so a resumed run meets other batches than an uninterrupted one; with `EpochSampler` random
+and grouped order are made the same way, and both resume exactly.
 """
 
 from __future__ import annotations
