@@ -16,9 +16,11 @@ from pathlib import Path
 
 from sidtune.core.config import as_dict, command
 from sidtune.core.folders import write_folder, write_run
+from sidtune.data_builders.serializer import Serializer
 from sidtune.data_builders.store import DataFolder, load_folder
-from sidtune.tokenizers.encoders import item_texts
 from sidtune.tokenizers.semantic_ids import SemanticIds
+
+MOST_TEXTS = 50_000  # profiles and requests the BPE reads; more change nothing but the time
 
 
 @dataclass
@@ -100,9 +102,12 @@ def main(arguments: Arguments) -> None:
 
 
 def _texts(data: DataFolder) -> Iterator[str]:
-    """What the BPE is trained on: item texts, category names and training queries."""
-    yield from item_texts(data.items)
-    yield from (query for query in data.requests["train"]["query"].to_pylist() if query)
+    """What the BPE is trained on: the catalogue, profiles and training requests, rendered as prompts render them."""
+    serializer = Serializer(None)
+    yield from (str(serializer.item(row)) for row in data.items.to_pylist())
+    yield from (str(serializer.head(row)) for row in data.users.slice(0, MOST_TEXTS).to_pylist())
+    asked = data.requests["train"].select(["query", "context"]).slice(0, MOST_TEXTS)
+    yield from (str(serializer.turn(row["query"], row["context"])) for row in asked.to_pylist())
 
 
 if __name__ == "__main__":

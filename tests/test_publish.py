@@ -1,6 +1,7 @@
 """A published bundle stands alone: pushed to a stand-in hub, fetched again, it ranks as the evaluation did."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -105,7 +106,9 @@ def test_a_stranger_s_name_cannot_break_the_card(finished, tmp_path):
     text = (tmp_path / "b" / "README.md").read_text("utf-8")
     header = yaml.safe_load(text.split("\n---\n")[0].removeprefix("---"))
     assert header["model-index"][0]["name"] == nasty and header["library_name"] == "transformers"
-    assert "\n# [click]" not in text.split("\n---\n", 1)[1] and "<script>" not in text.split("\n---\n", 1)[1]
+    body = re.sub(r"```.*?```|`[^`]*`", "", text.split("\n---\n", 1)[1], flags=re.DOTALL)  # code is shown as it is
+    assert "\n# [click]" not in body and not re.search(r"(?<!\\)<script", body)
+    assert not re.search(r"(?<!\\)\]\(http://bad", body)
 
 
 def test_search_refuses_bad_input_in_a_sentence(finished, tmp_path):

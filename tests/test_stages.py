@@ -342,6 +342,7 @@ def shop(tmp_path_factory):
     root = tmp_path_factory.mktemp("shop")
     options = {"n_items": 150, "n_users": 20, "n_requests": 240, "n_departments": 2, "leaves_per_department": 4}
     tables, split = apply_split(ShopWorld.from_options(**options).to_tables())
+    (root / "data").mkdir()
     save_tables(tables, root / "data", split, {"reader": "shop_world"})
     codes = np.random.default_rng(0).integers(0, 8, (150, 3)).astype(np.int32)
     sids = SemanticIds(tables.items["item_id"].to_pylist(), codes, (8, 8, 8))

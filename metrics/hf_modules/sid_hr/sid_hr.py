@@ -1,6 +1,7 @@
 """Hit rate at k on items as a Hugging Face `evaluate` module; a thin layer over `sidtune.metrics.ranking`."""
 
 import evaluate
+
 from sidtune.metrics.hf import module_info, score_ids
 
 DESCRIPTION = """Hit rate at k on items: the share of requests with at least one relevant item among the first k."""

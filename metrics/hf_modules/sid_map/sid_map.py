@@ -1,6 +1,7 @@
 """MAP at k on items as a Hugging Face `evaluate` module; a thin layer over `sidtune.metrics.ranking`."""
 
 import evaluate
+
 from sidtune.metrics.hf import module_info, score_ids
 
 DESCRIPTION = """MAP at k on items: the mean over requests of (sum of the precision at each hit among the

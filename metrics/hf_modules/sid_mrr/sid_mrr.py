@@ -1,6 +1,7 @@
 """MRR at k on items as a Hugging Face `evaluate` module; a thin layer over `sidtune.metrics.ranking`."""
 
 import evaluate
+
 from sidtune.metrics.hf import module_info, score_ids
 
 DESCRIPTION = (

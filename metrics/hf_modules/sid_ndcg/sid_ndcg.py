@@ -1,6 +1,7 @@
 """NDCG at k on items as a Hugging Face `evaluate` module; a thin layer over `sidtune.metrics.ranking`."""
 
 import evaluate
+
 from sidtune.metrics.hf import module_info, score_ids
 
 DESCRIPTION = """NDCG at k on items: discounted cumulative gain of the first k (gain 1, discount 1 / log2(rank + 1))

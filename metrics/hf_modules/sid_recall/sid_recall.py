@@ -1,6 +1,7 @@
 """Recall at k on items as a Hugging Face `evaluate` module; a thin layer over `sidtune.metrics.ranking`."""
 
 import evaluate
+
 from sidtune.metrics.hf import module_info, score_ids
 
 DESCRIPTION = """Recall at k on items: the mean share of a request's relevant items among the first k."""
