@@ -18,6 +18,7 @@ from sidtune.core.config import as_dict, command
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import read_json, write_run
 from sidtune.trainers.mixture import parse_stages
+from sidtune.trainers.sft_args import checked_args
 from sidtune.trainers.task_examples import TaskExamples
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,10 @@ class Arguments:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self.examples().check(parse_stages(self.stages))
+        stages = parse_stages(self.stages)
+        self.examples().check(stages)
+        for stage in stages:
+            checked_args(stage.args, f"stage '{stage.name}', args")
         if self.max_history is not None and self.max_history < 0:
             raise ConfigError(f"max_history must be 0 or more turns, or null for all, got {self.max_history}.")
 

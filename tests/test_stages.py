@@ -287,6 +287,13 @@ def test_a_typo_in_the_last_stage_is_told_before_the_first_one_trains(world):
     assert steps.seen == []
 
 
+def test_new_rows_are_refused_under_fsdp(world, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for train in ("rows", "lora"):
+        with pytest.raises(ConfigError, match="does not work under FSDP2"):
+            world(stage("x", train))
+
+
 @pytest.mark.parametrize("broken", ["model", "data", "sids"])
 def test_missing_inputs_are_told(world, broken):
     shutil.rmtree(world.root / broken)
@@ -358,7 +365,11 @@ def shop(tmp_path_factory):
 def test_the_tasks_of_the_data_builders_train_by_name(shop, tmp_path):
     args = {"per_device_train_batch_size": 8, "learning_rate": 3e-3, "logging_steps": 5, "disable_tqdm": True}
     plan = [
-        {"name": "align", "train": "rows", "tasks": {"item_to_sid": {"weight": 2.0, "limit": 60}, "sid_to_item": {"limit": 20}}},
+        {
+            "name": "align",
+            "train": "rows",
+            "tasks": {"item_to_sid": {"weight": 2.0, "limit": 60}, "sid_to_item": {"limit": 20}},
+        },
         {
             "name": "behave",
             "tasks": {"whole_history": {"options": {"overlap": 4}}, "query_to_sid": None},

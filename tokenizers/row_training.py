@@ -18,6 +18,7 @@ is a `modules_to_save` of PEFT, so a trainer's checkpoints hold and restore it. 
 from __future__ import annotations
 
 import dataclasses
+import os
 import warnings
 from typing import Any
 
@@ -34,6 +35,36 @@ MODES = ("rows", "lora", "all")
 ROWS = "sid_rows"
 LORA_DEFAULTS: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
 _LORA_RESERVED = ("task_type", "inference_mode", "trainable_token_indices", "base_model_name_or_path", "peft_type")
+
+
+class _Forward:
+    """Shared by a model and its heads: is a forward running, and is this process about to shard with FSDP?"""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+
+
+def _enter(module: nn.Module, arguments: Any) -> None:
+    module.__dict__["_rows_forward"].depth += 1
+
+
+def _leave(module: nn.Module, arguments: Any, output: Any) -> None:
+    module.__dict__["_rows_forward"].depth -= 1
+
+
+def _watch_forward(module: nn.Module, state: _Forward) -> None:
+    module.__dict__["_rows_forward"] = state
+    module.register_forward_pre_hook(_enter)
+    module.register_forward_hook(_leave, always_call=True)
+
+
+def _forget_forward(module: nn.Module) -> None:
+    # By function, not by handle: the handles of a deep copy still point at the original.
+    for hooks, ours in ((module._forward_pre_hooks, _enter), (module._forward_hooks, _leave)):
+        for key in [key for key, hook in hooks.items() if hook is ours]:
+            del hooks[key]
+    module.__dict__.pop("_rows_forward", None)
 
 
 class NewRows(nn.Module):
@@ -67,7 +98,7 @@ class _SplitMatrix:
         rows = self._modules.get(ROWS)  # type: ignore[attr-defined]
         if isinstance(rows, NewRows):
             weight, (start, stop) = self._parameters["weight"], self._rows_span  # type: ignore[attr-defined]
-            rows.written = not (is_split(weight) or is_split(rows.weight))
+            rows.written = not (is_split(weight) or is_split(rows.weight) or self._rows_forward.fsdp)  # type: ignore[attr-defined]
             if rows.written:
                 with torch.no_grad():
                     weight.data[start:stop] = rows.weight.data.to(weight)
@@ -97,11 +128,17 @@ class _SplitEmbedding(_SplitMatrix):
 class _SplitHead(_SplitMatrix):
     @property
     def weight(self) -> torch.Tensor:
-        """(rows, d): the frozen matrix with the trainable rows in place."""
+        """(rows, d): the frozen matrix with the trainable rows in place.
+
+        Outside of a forward FSDP2 gets the stored parameter: it and accelerate compare parameters by identity.
+        """
         try:
             start, stop = self._rows_span  # type: ignore[attr-defined]
-            rows = self._new_rows()
             stored = self._parameters["weight"]  # type: ignore[attr-defined]
+            state = self._rows_forward  # type: ignore[attr-defined]
+            if state.depth == 0 and (state.fsdp or hasattr(stored, "full_tensor")):
+                return stored
+            rows = self._new_rows()
             with gathered(stored) as old:
                 whole = torch.cat([old[:start], rows, old[stop:]])
             if hasattr(stored, "ds_id"):
@@ -144,14 +181,17 @@ def split_rows(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
     for matrix in matrices:
         for module in matrix.modules:
             _check_lookup(module)
+    state = _Forward()
     for matrix in matrices:
         with gathered(matrix.parameter) as whole:
             vocabulary.check(rows=whole.shape[0])
             matrix.owner.add_module(ROWS, NewRows(whole[start:stop].clone()))
         for module in matrix.modules:
             module.__dict__["_rows_owner"] = [matrix.owner]  # in a list: a reference, not a second registration
-            module._rows_span = (start, stop)
+            module.__dict__["_rows_span"] = (start, stop)
+            module.__dict__["_rows_forward"] = state
             module.__class__ = _split_class(module)
+    _watch_forward(model, state)
 
 
 def _check_lookup(module: nn.Module) -> None:
@@ -167,6 +207,7 @@ def _check_lookup(module: nn.Module) -> None:
 
 @torch.no_grad()
 def _join_rows(model: PreTrainedModel) -> None:
+    _forget_forward(model)
     for matrix in split_matrices(model):
         rows = matrix.owner._modules[ROWS].weight
         if is_split(rows) or is_split(matrix.parameter):
@@ -176,7 +217,8 @@ def _join_rows(model: PreTrainedModel) -> None:
         del matrix.owner._modules[ROWS]
         for module in matrix.modules:
             module.__class__ = type(module)._plain_class
-            del module.__dict__["_rows_owner"], module.__dict__["_rows_span"]
+            for name in ("_rows_owner", "_rows_span", "_rows_forward"):
+                del module.__dict__[name]
         if len(matrix.modules) > 1 and base_of(model).get_output_embeddings() in matrix.modules:
             # PEFT compares addresses after merging, takes our put-together head for an untied one and says so here.
             model.config.tie_word_embeddings = True
@@ -266,7 +308,9 @@ def _with_lora(model: PreTrainedModel, vocabulary: Vocabulary, options: dict[str
         devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
-            return get_peft_model(model, config, autocast_adapter_dtype=not sharded)
+            adapted = get_peft_model(model, config, autocast_adapter_dtype=not sharded)
+        _watch_forward(adapted, model.__dict__["_rows_forward"])  # PEFT skips the hooks of the model inside
+        return adapted
     except (ValueError, TypeError) as error:
         _join_rows(model)
         reason = " ".join(str(error).split())[:300].rstrip(".")

@@ -81,6 +81,29 @@ def machine_defaults() -> dict[str, Any]:
     return values | {"use_cpu": True}
 
 
+def checked_args(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """The `args` of a stage with known keys and right types; touches no device, so a pipeline can call it before any
+    work.
+
+    Raises:
+        ConfigError: an unknown or reserved key, or a value of the wrong type.
+    """
+    values = dict(values)
+    known = _fields()
+    check_keys(values, sorted(set(known) - set(RESERVED) | (set(RESERVED) & set(values))), where)
+    for key, reason in RESERVED.items():
+        if key in values:
+            raise ConfigError(f"{where}: the key '{key}' cannot be set here ({reason}); remove it.")
+    for old, new in _ALIASES.items():
+        if old in values and new in known:
+            if new in values:
+                raise ConfigError(f"{where}: '{old}' and '{new}' mean the same; keep one of them.")
+            values[new] = values.pop(old)
+    values = {key: _number(value, known[key]) for key, value in values.items()}
+    check_types(SFTConfig, values, where)
+    return values
+
+
 def sft_config(
     values: dict[str, Any], *, output_dir: str | Path, max_length: int | None, seed: int, evaluate: bool, where: str
 ) -> SFTConfig:
@@ -97,19 +120,7 @@ def sft_config(
     Raises:
         ConfigError: an unknown or reserved key, a value of the wrong type, or values that do not go together.
     """
-    values = dict(values)
-    known = _fields()
-    check_keys(values, sorted(set(known) - set(RESERVED) | (set(RESERVED) & set(values))), where)
-    for key, reason in RESERVED.items():
-        if key in values:
-            raise ConfigError(f"{where}: the key '{key}' cannot be set here ({reason}); remove it.")
-    for old, new in _ALIASES.items():
-        if old in values and new in known:
-            if new in values:
-                raise ConfigError(f"{where}: '{old}' and '{new}' mean the same; keep one of them.")
-            values[new] = values.pop(old)
-    values = {key: _number(value, known[key]) for key, value in values.items()}
-    check_types(SFTConfig, values, where)
+    values = checked_args(values, where)
     if values.get("use_cpu") and _deepspeed_launch():
         raise ConfigError(
             f"{where}: use_cpu hides the DeepSpeed launch; remove it, the CPU is used where nothing else is."

@@ -36,6 +36,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig
 
 from sidtune.core.config import as_dict
+from sidtune.core.errors import ConfigError
 from sidtune.core.folders import RUN_FILE, fingerprint, read_json, write_folder, write_json, write_run
 from sidtune.trainers.callbacks import last_complete_checkpoint
 from sidtune.trainers.mixture import StageConfig, TaskMix, describe, mixture, parse_stages
@@ -122,6 +123,11 @@ def run_stages(
 
 
 def _config(stage: StageConfig, output: Path, number: int, seed: int) -> SFTConfig:
+    if stage.train != "all" and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise ConfigError(
+            f"stage '{stage.name}': train '{stage.train}' does not work under FSDP2, which replaces the modules that "
+            "new rows are attached to; launch with zero3.yaml, or set train: all."
+        )
     return sft_config(
         stage.args,
         output_dir=_work_folder(output, number) / "checkpoints",
