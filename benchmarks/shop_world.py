@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from sidtune.data_builders import shop_words as words
 from sidtune.data_builders.shop_catalogue import N_COLOURS, N_STYLES
 from sidtune.data_builders.shop_config import ShopWorldConfig

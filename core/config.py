@@ -33,7 +33,9 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, typing.Hashable) and key in seen:
-                raise ConfigError(f"The key '{key}' stands twice (line {key_node.start_mark.line + 1}); keep one of them.")
+                raise ConfigError(
+                    f"The key '{key}' stands twice (line {key_node.start_mark.line + 1}); keep one of them."
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -150,7 +152,9 @@ def _assign(target: Any, path: list[str], value: Any, option: str) -> None:
         last = place == len(path) - 1
         if isinstance(target, list):
             if not key.isdigit() or int(key) >= len(target):
-                raise ConfigError(f"The option --{option} names element '{key}' of a list of {len(target)}; count from 0.")
+                raise ConfigError(
+                    f"The option --{option} names element '{key}' of a list of {len(target)}; count from 0."
+                )
             key = int(key)  # type: ignore[assignment]
         elif not isinstance(target, dict):
             raise ConfigError(f"The option --{option} reaches into '{path[place - 1]}', which holds no nested keys.")

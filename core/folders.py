@@ -21,7 +21,18 @@ from typing import Any
 from sidtune.core.errors import DataError
 
 RUN_FILE = "run.json"
-_PACKAGES = ("sidtune", "torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets", "faiss-cpu", "numpy")
+_PACKAGES = (
+    "sidtune",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "deepspeed",
+    "datasets",
+    "faiss-cpu",
+    "numpy",
+)
 
 
 @contextlib.contextmanager

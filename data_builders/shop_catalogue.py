@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+
 from sidtune.data_builders import shop_words as words
 from sidtune.data_builders.schema import SCHEMAS, table_from_columns
 from sidtune.data_builders.shop_config import ShopWorldConfig

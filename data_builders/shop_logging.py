@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+
 from sidtune.data_builders.shop_catalogue import Catalogue, stream
 from sidtune.data_builders.shop_config import ShopWorldConfig
 from sidtune.data_builders.shop_requests import HOME, Requests

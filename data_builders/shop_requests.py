@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import pyarrow as pa
+
 from sidtune.data_builders import shop_words as words
 from sidtune.data_builders.shop_catalogue import N_COLOURS, N_STYLES, VALUES, Catalogue, leaf_nouns, stream
 from sidtune.data_builders.shop_config import DAY, ShopWorldConfig

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
+
 from sidtune.data_builders.schema import SCHEMAS, table_from_columns
 from sidtune.data_builders.shop_catalogue import Catalogue, item_ids
 from sidtune.data_builders.shop_config import ShopWorldConfig

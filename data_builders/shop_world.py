@@ -45,6 +45,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.data_builders import shop_words as words
 from sidtune.data_builders.schema import Tables

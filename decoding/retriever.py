@@ -23,9 +23,9 @@ from sidtune.data_builders.serializer import Serializer
 from sidtune.decoding.beam_search import BeamOutput, sid_beam_search
 from sidtune.decoding.items import LeafItems, rank_items
 from sidtune.decoding.trie import SidTrie
-from sidtune.tokenizers.semantic_ids import SemanticIds
 from sidtune.tokenizers.model_files import load_tokenizer
 from sidtune.tokenizers.row_saving import load_model
+from sidtune.tokenizers.semantic_ids import SemanticIds
 from sidtune.tokenizers.vocabulary import Vocabulary
 
 SERIALIZER_FILE = "serializer.json"

@@ -67,7 +67,10 @@ def write_card(path: str | Path, data: CardData) -> Path:
     """Renders `data` to a README.md with the hub's YAML header."""
     folder = Path(__file__).parent
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder), undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=True
+        loader=jinja2.FileSystemLoader(folder),
+        undefined=jinja2.StrictUndefined,
+        autoescape=False,
+        keep_trailing_newline=True,
     )
     environment.filters["escape_markdown"] = _escape_markdown
     environment.filters["escape_code"] = _escape_code

@@ -31,7 +31,9 @@ def relevance_of(requests: pa.Table, items: pa.Table, labels: Sequence[str] = LA
     """
     lists = requests["candidates"].combine_chunks()
     flat = lists.flatten()
-    owner = np.repeat(np.arange(len(lists)), pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False))
+    owner = np.repeat(
+        np.arange(len(lists)), pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
+    )
     relevant = np.zeros(len(flat), dtype=bool)
     for label in labels:
         relevant |= pc.fill_null(pc.equal(flat.field(label), 1), False).to_numpy(zero_copy_only=False)

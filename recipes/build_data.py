@@ -1,6 +1,6 @@
 """Builds a data folder: reader → clean typed tables → split → statistics of the past → validated parquet.
 
-    python -m sidtune.recipes.build_data --config recipes/quickstart/build_data.yaml --output_dir runs/quickstart/data
+python -m sidtune.recipes.build_data --config recipes/quickstart/build_data.yaml --output_dir runs/quickstart/data
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from sidtune.data_builders.schema import Tables
 from sidtune.data_builders.shop_config import config_from_options
 from sidtune.data_builders.store import save_tables, split_names
 from sidtune.data_builders.validate import check_folder, check_tables
-
 
 SPLIT_OPTIONS = [name for name in inspect.signature(splits.apply_split).parameters if name != "tables"]
 
@@ -51,7 +50,9 @@ class Arguments:
         if self.path is not None:
             self.path = os.path.expanduser(os.path.expandvars(self.path))
             if "$" in self.path:
-                raise ConfigError(f"The path {self.path} names an environment variable that is not set; set it or give --path.")
+                raise ConfigError(
+                    f"The path {self.path} names an environment variable that is not set; set it or give --path."
+                )
 
 
 def main(arguments: Arguments) -> None:

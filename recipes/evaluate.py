@@ -102,7 +102,11 @@ def main(arguments: Arguments) -> None:
         return
     relevance = relevance_of(requests, data.items, arguments.labels)
     history = History(data.events).before(requests["user_id"], requests["time"].to_numpy())
-    predictions = {MODEL: ranked, **_compared(arguments, requests, data), **_baselines(arguments, data, requests, history)}
+    predictions = {
+        MODEL: ranked,
+        **_compared(arguments, requests, data),
+        **_baselines(arguments, data, requests, history),
+    }
     bounds = _bounds(arguments, data, requests)
     results = {
         name: evaluate_ranking(rows, relevance, arguments.ks, arguments.metrics)
@@ -160,7 +164,9 @@ def _with_feedback(data: DataFolder, arguments: Arguments) -> pa.Table:
 def _choose(data: DataFolder, arguments: Arguments) -> pa.Table:
     requests = _with_feedback(data, arguments)
     if not requests.num_rows:
-        raise DataError(f"No request of the split '{arguments.split}' has feedback, so nothing can be measured; check labels.")
+        raise DataError(
+            f"No request of the split '{arguments.split}' has feedback, so nothing can be measured; check labels."
+        )
     if arguments.max_requests is not None and arguments.max_requests < requests.num_rows:
         chosen = np.random.default_rng(arguments.seed).choice(requests.num_rows, arguments.max_requests, replace=False)
         requests = requests.take(np.sort(chosen))
@@ -170,8 +176,8 @@ def _choose(data: DataFolder, arguments: Arguments) -> pa.Table:
 def _rank_with_model(arguments: Arguments, data: DataFolder, requests: pa.Table, state: Any):
     from accelerate.utils import gather_object
 
-    from sidtune.decoding.items import rank_items
     from sidtune.decoding.beam_search import BeamOutput
+    from sidtune.decoding.items import rank_items
     from sidtune.recipes.loading import final_model, load_retriever, prompts_of
 
     retriever = load_retriever(final_model(arguments.model_dir), arguments.sids_dir)
@@ -231,20 +237,27 @@ def _compared(arguments: Arguments, requests: pa.Table, data: DataFolder) -> dic
         place = {request: n for n, request in enumerate(table["request_id"].to_pylist())}
         missing = [r for r in requests["request_id"].to_pylist() if r not in place]
         if missing:
-            raise DataError(f"compare_to.{name}: it lacks {len(missing)} of the requests, first '{missing[0]}'; evaluate alike.")
+            raise DataError(
+                f"compare_to.{name}: it lacks {len(missing)} of the requests, first '{missing[0]}'; evaluate alike."
+            )
         lists = table["items"].take([place[r] for r in requests["request_id"].to_pylist()]).to_pylist()
         width = max(arguments.ks)
         found[name] = np.array([([rows[i] for i in one] + [-1] * width)[:width] for one in lists], dtype=np.int64)
     return found
 
 
-def _write_predictions(folder: Path, systems: dict[str, np.ndarray], scores: np.ndarray, data: DataFolder, requests: pa.Table) -> None:
+def _write_predictions(
+    folder: Path, systems: dict[str, np.ndarray], scores: np.ndarray, data: DataFolder, requests: pa.Table
+) -> None:
     (folder / "predictions").mkdir()
     ids = data.items["item_id"].combine_chunks()
     for name, rows in systems.items():
         kept = rows >= 0
         offsets = pa.array(np.concatenate([[0], np.cumsum(kept.sum(1))]), pa.int32())
-        columns = {"request_id": requests["request_id"], "items": pa.ListArray.from_arrays(offsets, ids.take(pa.array(rows[kept])))}
+        columns = {
+            "request_id": requests["request_id"],
+            "items": pa.ListArray.from_arrays(offsets, ids.take(pa.array(rows[kept]))),
+        }
         if name == MODEL:
             columns["scores"] = pa.ListArray.from_arrays(offsets, pa.array(scores[kept], pa.float32()))
         pq.write_table(pa.table(columns), folder / "predictions" / f"{name.replace(' ', '_')}.parquet")

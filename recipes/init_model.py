@@ -57,8 +57,8 @@ class Arguments:
 def main(arguments: Arguments) -> None:
     """Builds or loads the model, extends it and saves it."""
     from sidtune.tokenizers.lm_tokenizer import build_model, train_lm_tokenizer
-    from sidtune.tokenizers.registry import load_quantizer
     from sidtune.tokenizers.model_files import load_plain, load_tokenizer
+    from sidtune.tokenizers.registry import load_quantizer
     from sidtune.tokenizers.vocabulary import extend_vocabulary
 
     started = time.time()
@@ -92,7 +92,11 @@ def main(arguments: Arguments) -> None:
             step="init_model",
             config=as_dict(arguments),
             inputs={"data_dir": arguments.data_dir, "sids_dir": arguments.sids_dir},
-            metrics={"parameters": parameters, "vocabulary": len(tokenizer), "sid_tokens": len(vocabulary.sid_token_ids)},
+            metrics={
+                "parameters": parameters,
+                "vocabulary": len(tokenizer),
+                "sid_tokens": len(vocabulary.sid_token_ids),
+            },
             started=started,
         )
     print(

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from sidtune.core.config import as_dict, build, command
+from sidtune.core.config import as_dict, command
 from sidtune.core.folders import write_folder, write_json, write_run
 from sidtune.core.registry import Registry
 from sidtune.data_builders.store import load_folder

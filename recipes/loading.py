@@ -73,7 +73,9 @@ def load_retriever(model_folder: str | Path, sids_dir: str | Path) -> SidRetriev
     return SidRetriever(model, tokenizer, vocabulary, sids, serializer, settings)
 
 
-def task_input(data: DataFolder, serializer: Serializer, sids: SemanticIds, split: str, max_history: int | None, seed: int):
+def task_input(
+    data: DataFolder, serializer: Serializer, sids: SemanticIds, split: str, max_history: int | None, seed: int
+):
     """`TaskInput` of one split: its requests as targets, all requests to explain past turns."""
     shown = pa.concat_tables([table for table in data.requests.values() if table.num_rows])
     return TaskInput(

@@ -126,7 +126,8 @@ def card_data(arguments: Arguments) -> Any:
         split=metrics["split"],
         level=metrics["level"],
         invalid=metrics["decoding"]["invalid_share"],
-        command=arguments.command or f"python -m sidtune.recipes.publish --model_dir {final_model(arguments.model_dir).name}",
+        command=arguments.command
+        or f"python -m sidtune.recipes.publish --model_dir {final_model(arguments.model_dir).name}",
         data_revision=fingerprint(arguments.data_dir),
         dataset_name=arguments.dataset_name or built["config"]["reader"],
         dataset_type=built["config"]["reader"],

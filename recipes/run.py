@@ -178,7 +178,9 @@ def run_step(step: Step, options: dict[str, Any]) -> None:
             process.wait()
             raise
         if code:
-            reason = error_file.read_text("utf-8") if error_file.exists() else f"it ended with exit code {code}, see above"
+            reason = (
+                error_file.read_text("utf-8") if error_file.exists() else f"it ended with exit code {code}, see above"
+            )
             raise SidtuneError(f"The step '{step.name}' failed: {reason}")
     if not (step.folder / RUN_FILE).exists():
         raise SidtuneError(f"The step '{step.name}' ended but left no {step.folder / RUN_FILE}; run it again.")

@@ -87,7 +87,8 @@ def summarise(found: dict[int, dict[str, Any]], metrics: list[str]) -> dict[str,
         systems[name] = {
             "kind": kind,
             "metrics": {
-                metric: {"mean": statistics.fmean(v), "std": statistics.stdev(v), "values": v} for metric, v in values.items()
+                metric: {"mean": statistics.fmean(v), "std": statistics.stdev(v), "values": v}
+                for metric, v in values.items()
             },
         }
     first = next(iter(found.values()))

@@ -60,7 +60,6 @@ class Arguments:
         if self.max_history is not None and self.max_history < 0:
             raise ConfigError(f"max_history must be 0 or more turns, or null for all, got {self.max_history}.")
 
-
     def examples(self) -> TaskExamples:
         """What builds the examples of a stage."""
         return TaskExamples(

@@ -79,7 +79,11 @@ class _Handler(BaseHTTPRequestHandler):
         if match := re.fullmatch(r"/api/models/(.+)/preupload/.+", path):
             files = json.loads(body)["files"]
             return self._json(
-                {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None} for f in files]}
+                {
+                    "files": [
+                        {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None} for f in files
+                    ]
+                }
             )
         if match := re.fullmatch(r"/api/models/(.+)/commit/.+", path):
             repo = match[1]
@@ -115,7 +119,9 @@ class _Handler(BaseHTTPRequestHandler):
         if repo not in self.state.repos:
             return self._missing("RepoNotFound")
         siblings = [{"rfilename": path} for path in sorted(self.state.repos[repo])]
-        return self._json({"id": repo, "sha": self.state.revision(repo), "siblings": siblings, "private": False, "tags": []})
+        return self._json(
+            {"id": repo, "sha": self.state.revision(repo), "siblings": siblings, "private": False, "tags": []}
+        )
 
     def _tree(self, repo: str) -> None:
         if repo not in self.state.repos:

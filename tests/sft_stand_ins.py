@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-
 from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 WORDS = 60
 LEVELS = (("<a_0>", "<a_1>", "<a_2>"), ("<b_0>", "<b_1>", "<b_2>"))

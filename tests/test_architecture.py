@@ -45,7 +45,9 @@ def test_imports_go_up_the_table_only(repo_root, room):
 
 
 def test_no_room_has_an_init_file(repo_root):
-    found = [str(p.relative_to(repo_root)) for room in (*ROOMS, "tests") for p in (repo_root / room).rglob("__init__.py")]
+    found = [
+        str(p.relative_to(repo_root)) for room in (*ROOMS, "tests") for p in (repo_root / room).rglob("__init__.py")
+    ]
     assert not found, f"{found}: with it, tokenizers/ shadows the Hugging Face library of that name."
 
 
@@ -94,4 +96,4 @@ def test_every_public_name_of_the_package_exists():
     for name in sidtune.__all__:
         assert getattr(sidtune, name) is not None
     with pytest.raises(AttributeError):
-        sidtune.nothing_like_this
+        _ = sidtune.nothing_like_this

@@ -30,9 +30,15 @@ def write(tmp_path: Path, text: str) -> str:
 
 
 def test_yaml_and_command_line_agree_and_the_command_line_wins(tmp_path):
-    file = write(tmp_path, "output_dir: a\nsteps: 5\nnested: {x: {y: 1}}\nstages: [{args: {max_steps: 1}}, {args: {}}]\n")
-    got = parse(Options, ["--config", file, "--steps=7", "--nested.x.y", "2", "--stages.1.args.max_steps", "9", "--flag"])
-    assert got == Options("a", 7, 0.1, True, None, [1], {"x": {"y": 2}}, [{"args": {"max_steps": 1}}, {"args": {"max_steps": 9}}])
+    file = write(
+        tmp_path, "output_dir: a\nsteps: 5\nnested: {x: {y: 1}}\nstages: [{args: {max_steps: 1}}, {args: {}}]\n"
+    )
+    got = parse(
+        Options, ["--config", file, "--steps=7", "--nested.x.y", "2", "--stages.1.args.max_steps", "9", "--flag"]
+    )
+    assert got == Options(
+        "a", 7, 0.1, True, None, [1], {"x": {"y": 2}}, [{"args": {"max_steps": 1}}, {"args": {"max_steps": 9}}]
+    )
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,12 @@ def refused(recipe, argv, capsys, tmp_path: Path) -> str:
 def test_bad_tables_end_build_data(name, tmp_path, capsys):
     change, place, fix = (CONTENTS | TYPES)[name]
     source = write_jsonl(tmp_path / "in", change(sound_rows()))
-    text = refused(build_data, ["--reader", "sidtune", "--path", source, "--output_dir", tmp_path / "out", *SPLIT], capsys, tmp_path)
+    text = refused(
+        build_data,
+        ["--reader", "sidtune", "--path", source, "--output_dir", tmp_path / "out", *SPLIT],
+        capsys,
+        tmp_path,
+    )
     assert place in text and fix in text
 
 
@@ -43,7 +48,12 @@ def test_bad_files_end_build_data(name, tmp_path, capsys):
     kind, damage, place, fix = FILES[name]
     source = (write_jsonl if kind == "jsonl" else write_parquet)(tmp_path / "in", sound_rows())
     damage(source)
-    text = refused(build_data, ["--reader", "sidtune", "--path", source, "--output_dir", tmp_path / "out", *SPLIT], capsys, tmp_path)
+    text = refused(
+        build_data,
+        ["--reader", "sidtune", "--path", source, "--output_dir", tmp_path / "out", *SPLIT],
+        capsys,
+        tmp_path,
+    )
     assert place in text and fix in text
 
 
@@ -91,7 +101,9 @@ def inputs(folder: Path, *names: str) -> list[str]:
     ],
 )
 def test_bad_options_of_learn_sids(shop, options, words, tmp_path, capsys):
-    text = refused(learn_sids, [*inputs(shop, "data_dir"), "--output_dir", tmp_path / "out", *options], capsys, tmp_path)
+    text = refused(
+        learn_sids, [*inputs(shop, "data_dir"), "--output_dir", tmp_path / "out", *options], capsys, tmp_path
+    )
     assert words in text, text
 
 
@@ -153,7 +165,15 @@ def test_a_broken_template_names_file_and_line(shop, tmp_path, capsys):
 
 def test_models_and_sids_that_do_not_belong_together(shop, tmp_path, capsys):
     other = tmp_path / "other"
-    argv = [*inputs(shop, "data_dir"), "--output_dir", other, "--quantizer.level_sizes", "[4, 4]", "--encoder.dims", "8"]
+    argv = [
+        *inputs(shop, "data_dir"),
+        "--output_dir",
+        other,
+        "--quantizer.level_sizes",
+        "[4, 4]",
+        "--encoder.dims",
+        "8",
+    ]
     learn_sids.main(parse(learn_sids.Arguments, [str(word) for word in argv]))
     words = ["--sids_dir", other, "--output_dir", tmp_path / "out", "--num_beams", "10", "--ks", "[10]"]
     text = refused(evaluate, [*inputs(shop, "data_dir", "model_dir"), *words], capsys, tmp_path)
@@ -174,7 +194,13 @@ def test_damaged_model_folders(shop, tmp_path, capsys):
 
 
 def test_missing_earlier_steps_are_named(shop, tmp_path, capsys):
-    argv = [*inputs(shop, "data_dir", "sids_dir", "model_dir"), "--eval_dir", tmp_path / "eval", "--output_dir", tmp_path / "out"]
+    argv = [
+        *inputs(shop, "data_dir", "sids_dir", "model_dir"),
+        "--eval_dir",
+        tmp_path / "eval",
+        "--output_dir",
+        tmp_path / "out",
+    ]
     assert "does not exist" in refused(report, argv, capsys, tmp_path)
     assert "does not exist" in refused(publish, argv, capsys, tmp_path)
     assert "hub_model_id is missing" in refused(publish, [*argv, "--push_to_hub", "true"], capsys, tmp_path)

@@ -20,7 +20,11 @@ def run(words, cwd, **environment):
 
 def test_python_c_import_transformers_from_the_root(repo_root):
     out = run(
-        [sys.executable, "-c", "import transformers, tokenizers, sidtune.tokenizers.semantic_ids as s; print(tokenizers.__file__); print(s.__file__)"],
+        [
+            sys.executable,
+            "-c",
+            "import transformers, tokenizers, sidtune.tokenizers.semantic_ids as s; print(tokenizers.__file__); print(s.__file__)",
+        ],
         repo_root,
     ).split()
     assert "site-packages" in out[0]
@@ -33,7 +37,16 @@ def test_python_m_pytest_from_the_root(repo_root):
 
 
 def test_accelerate_launch_m_from_the_root(repo_root):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+    ]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     out = run([*launch, "-m", "sidtune.recipes.build_data", "--help"], repo_root)
     assert "--reader" in out
@@ -41,7 +54,17 @@ def test_accelerate_launch_m_from_the_root(repo_root):
 
 def test_declared_packages_are_the_folders_that_hold_code(repo_root):
     declared = set(tomllib.loads((repo_root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
-    rooms = ["core", "data_builders", "tokenizers", "models", "decoding", "metrics", "trainers", "recipes", "benchmarks"]
+    rooms = [
+        "core",
+        "data_builders",
+        "tokenizers",
+        "models",
+        "decoding",
+        "metrics",
+        "trainers",
+        "recipes",
+        "benchmarks",
+    ]
     found = {"sidtune"}
     for room in rooms:
         for file in (repo_root / room).rglob("*.py"):
@@ -55,11 +78,29 @@ def test_a_wheel_installed_elsewhere_is_complete_and_leaves_the_checkout_alone(r
     source = tmp_path / "source"
     skip = shutil.ignore_patterns(".git", ".venv", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
     shutil.copytree(repo_root, source, ignore=skip)
-    run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path / "dist", source], tmp_path)
+    run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "-q",
+            "--no-deps",
+            "--no-build-isolation",
+            "-w",
+            tmp_path / "dist",
+            source,
+        ],
+        tmp_path,
+    )
     (wheel,) = (tmp_path / "dist").glob("sidtune-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert all(name.startswith(("sidtune/", "sidtune-")) for name in names)
-    expected = [p for room in ("recipes", "accelerate_configs", "data_builders", "metrics") for p in (repo_root / room).rglob("*")]
+    expected = [
+        p
+        for room in ("recipes", "accelerate_configs", "data_builders", "metrics")
+        for p in (repo_root / room).rglob("*")
+    ]
     for path in expected:
         if path.suffix in (".yaml", ".jinja", ".py") and "__pycache__" not in path.parts:
             assert f"sidtune/{path.relative_to(repo_root).as_posix()}" in names, f"the wheel lacks {path.name}"
@@ -69,8 +110,8 @@ def test_a_wheel_installed_elsewhere_is_complete_and_leaves_the_checkout_alone(r
     run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site, wheel], tmp_path)
     code = (
         "import sys, importlib, pkgutil, pathlib, sidtune\n"
-        "for name in ['recipes.run', 'recipes.sft', 'recipes.evaluate', 'recipes.report', 'recipes.publish', 'data_builders.serializer']:\n"
-        "    importlib.import_module('sidtune.' + name)\n"
+        "for name in ['run', 'sft', 'evaluate', 'report', 'publish', 'learn_sids', 'init_model']:\n"
+        "    importlib.import_module('sidtune.recipes.' + name)\n"
         "files = {m.__file__ for n, m in sys.modules.items() if n.split('.')[0] == 'sidtune' and getattr(m, '__file__', None)}\n"
         f"outside = [f for f in files if not f.startswith({str(site)!r})]\n"
         "assert files and not outside, outside\n"

@@ -21,7 +21,16 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def start(config: Path, output: Path, *options: str) -> subprocess.Popen:
-    words = [sys.executable, "-m", "sidtune.recipes.run", "--config", str(config), "--output_dir", str(output), *options]
+    words = [
+        sys.executable,
+        "-m",
+        "sidtune.recipes.run",
+        "--config",
+        str(config),
+        "--output_dir",
+        str(output),
+        *options,
+    ]
     return subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT, start_new_session=True
     )
@@ -80,7 +89,9 @@ def test_a_second_run_skips_everything_and_a_change_reruns_what_follows(finished
     assert [run.is_done(step) for step in run.resolve(arguments)] == [True] * 7
     changed = pipeline()
     changed["steps"][4]["args"]["num_beams"] = 12
-    done = [run.is_done(step) for step in run.resolve(run.RunArguments(steps=changed["steps"], output_dir=str(finished)))]
+    done = [
+        run.is_done(step) for step in run.resolve(run.RunArguments(steps=changed["steps"], output_dir=str(finished)))
+    ]
     assert done == [True] * 4 + [False] + [True] * 2  # bundle and report follow once the new evaluation is written
 
 
@@ -101,7 +112,10 @@ def test_the_seed_reaches_every_step(tmp_path):
         (lambda p: p["steps"][4]["args"].update(baselines=["bm52"]), "did you mean 'bm25'?"),
         (lambda p: p["steps"][3]["args"]["stages"][0].update(task={}), "did you mean 'tasks'?"),
         (lambda p: p["steps"][3]["args"]["stages"][0]["tasks"].update(item_to_sidd={}), "did you mean 'item_to_sid'?"),
-        (lambda p: p["steps"][3]["args"]["stages"][0]["args"].update(lerning_rate=1.0), "did you mean 'learning_rate'?"),
+        (
+            lambda p: p["steps"][3]["args"]["stages"][0]["args"].update(lerning_rate=1.0),
+            "did you mean 'learning_rate'?",
+        ),
         (lambda p: p["steps"][3].update(inputs={"data_dir": "dta"}), "no earlier step"),
         (lambda p: p["steps"][6].update(name="eval"), "used twice"),
         (lambda p: p["steps"][5]["args"].update(push_to_hub=True), "hub_model_id is missing"),

@@ -23,7 +23,10 @@ def finished(tmp_path_factory):
 
 
 def folders(finished):
-    return {f"{n}_dir": str(finished / d) for n, d in (("data", "data"), ("sids", "sids"), ("model", "sft"), ("eval", "eval"))}
+    return {
+        f"{n}_dir": str(finished / d)
+        for n, d in (("data", "data"), ("sids", "sids"), ("model", "sft"), ("eval", "eval"))
+    }
 
 
 def test_push_and_fetch_give_the_same_answers(finished, tmp_path):
@@ -37,16 +40,29 @@ def test_push_and_fetch_give_the_same_answers(finished, tmp_path):
         done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr
         assert "me/tiny-shop" in done.stdout and state.private["me/tiny-shop"] and "hf_test" in state.tokens
-        wanted = {"model.safetensors", "config.json", "tokenizer.json", "sid_vocabulary.json", "README.md", "metrics.json"}
+        wanted = {
+            "model.safetensors",
+            "config.json",
+            "tokenizer.json",
+            "sid_vocabulary.json",
+            "README.md",
+            "metrics.json",
+        }
         wanted |= {"catalogue.parquet", "serializer.json", "templates/turn.jinja"}
         pushed = state.repos["me/tiny-shop"]
-        assert wanted <= set(pushed) and any(p.startswith("sids/") for p in pushed) and any(p.startswith("trie/") for p in pushed)
+        assert (
+            wanted <= set(pushed)
+            and any(p.startswith("sids/") for p in pushed)
+            and any(p.startswith("trie/") for p in pushed)
+        )
         code = (
             "import sys, json\nfrom huggingface_hub import snapshot_download\nfrom sidtune import SidRetriever\n"
             "r = SidRetriever.from_pretrained(snapshot_download('me/tiny-shop'))\n"
             "print(json.dumps([(h.item_id, h.score) for h in r.search(query='cup', k=5, num_beams=10)]))\n"
         )
-        fetched = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200)
+        fetched = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200
+        )
         assert fetched.returncode == 0, fetched.stderr
     local = SidRetriever.from_pretrained(finished / "bundle")
     expected = [(hit.item_id, hit.score) for hit in local.search(query="cup", k=5, num_beams=10)]
@@ -60,7 +76,11 @@ def test_search_answers_as_the_evaluation_did(finished):
     data = finished / "data"
     retriever = SidRetriever.from_pretrained(finished / "bundle")
     users = {u["user_id"]: u["profile"] for u in pq.read_table(data / "users.parquet").to_pylist()}
-    requests = {r["request_id"]: r for s in ("train", "valid", "test") for r in pq.read_table(data / f"requests/{s}.parquet").to_pylist()}
+    requests = {
+        r["request_id"]: r
+        for s in ("train", "valid", "test")
+        for r in pq.read_table(data / f"requests/{s}.parquet").to_pylist()
+    }
     events = pq.read_table(data / "events.parquet").to_pylist()
     strength = {"order": 0, "like": 1, "click": 2}
     checked = 0
@@ -73,7 +93,8 @@ def test_search_answers_as_the_evaluation_did(finished):
                 past[key] = min(past.get(key, 9), strength[e["action"]])
         ordered = sorted(past, key=lambda k: (requests[k[0]]["time"], past[k], k[1]))
         turns = [
-            PastTurn(item, requests[r]["query"], [(c["name"], c["value"]) for c in requests[r]["context"]]) for r, item in ordered
+            PastTurn(item, requests[r]["query"], [(c["name"], c["value"]) for c in requests[r]["context"]])
+            for r, item in ordered
         ]
         hits = retriever.search(
             request["query"],
@@ -95,13 +116,17 @@ def test_the_card_holds_table_revision_and_command(finished):
     value = {r["metrics"][0]["type"]: r["metrics"][0]["value"] for r in results}
     own = read_json(finished / "eval" / "metrics.json")["systems"][0]
     assert value["ndcg@10"] == pytest.approx(own["metrics"]["ndcg@10"]["value"], abs=1e-6)
-    assert results[0]["dataset"]["revision"] == fingerprint(finished / "data") and fingerprint(finished / "data") in text
+    assert (
+        results[0]["dataset"]["revision"] == fingerprint(finished / "data") and fingerprint(finished / "data") in text
+    )
     assert "upper bound" in text and "Seed: 0" in text
 
 
 def test_a_stranger_s_name_cannot_break_the_card(finished, tmp_path):
     nasty = 'x"\n---\n# [click](http://bad) {{ 7 * 7 }} <script>'
-    arguments = publish.Arguments(**folders(finished), output_dir=str(tmp_path / "b"), model_name=nasty, dataset_name=nasty)
+    arguments = publish.Arguments(
+        **folders(finished), output_dir=str(tmp_path / "b"), model_name=nasty, dataset_name=nasty
+    )
     publish.main(arguments)
     text = (tmp_path / "b" / "README.md").read_text("utf-8")
     header = yaml.safe_load(text.split("\n---\n")[0].removeprefix("---"))

@@ -8,12 +8,13 @@ import torch
 import trl.trainer.utils as trl_utils
 from datasets import Dataset
 from sft_stand_ins import VOCABULARY, level_token_ids, random_examples, tiny_model, tiny_tokenizer
+from torch.nn.functional import log_softmax
+from transformers import T5Config, T5ForConditionalGeneration
+
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.trainers.batches import EpochSampler, epoch_order, measure
 from sidtune.trainers.sft import SidSFTTrainer, packing_error, score_labelled_only
 from sidtune.trainers.sft_args import sft_config
-from torch.nn.functional import log_softmax
-from transformers import T5Config, T5ForConditionalGeneration
 
 
 def config(tmp_path, **values):

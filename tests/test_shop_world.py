@@ -10,6 +10,7 @@ import dataclasses
 import numpy as np
 import pytest
 from scipy import stats
+
 from sidtune.benchmarks import shop_world as slow
 from sidtune.data_builders import shop_words as words
 from sidtune.data_builders.shop_logging import PageLayout, best

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pyarrow as pa
 import pytest
+
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.data_builders import shop_words as words
 from sidtune.data_builders.schema import SCHEMAS

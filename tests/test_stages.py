@@ -410,6 +410,29 @@ def test_wrong_tasks_are_refused_before_any_training(shop, tmp_path, change, wor
     assert not list(tmp_path.glob("stage_*"))
 
 
+def test_how_examples_are_rendered_is_part_of_what_identifies_a_stage(shop, tmp_path):
+    from sidtune.trainers.task_examples import TaskExamples
+
+    def identity(**options):
+        return json.dumps(TaskExamples(shop / "data", shop / "sids", **options).identity(), sort_keys=True)
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "turn.jinja").write_text("{{ query }}:")
+    found = [
+        identity(),
+        identity(max_chars={"title": 9}),
+        identity(history_context=False),
+        identity(templates="chatml"),
+        identity(templates=tmp_path / "mine"),
+        identity(seed=1),
+    ]
+    (tmp_path / "mine" / "turn.jinja").write_text("{{ query }} ?")
+    assert len({*found, identity(templates=tmp_path / "mine")}) == 7
+    assert identity() == found[0]
+    with pytest.raises(ConfigError, match="no templates 'chatm': did you mean 'chatml'"):
+        identity(templates="chatm")
+
+
 def test_semantic_ids_of_another_model_are_refused(shop, tmp_path):
     from sidtune.tokenizers.semantic_ids import SemanticIds
 

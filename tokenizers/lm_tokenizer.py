@@ -12,8 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from sidtune.core.config import check_keys
-from sidtune.core.errors import ConfigError, DataError, nearest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -24,7 +23,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from sidtune.core.config import check_keys
+from sidtune.core.errors import ConfigError, DataError, nearest
 
 PAD, END_OF_TEXT, TURN_START, TURN_END = "<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sidtune.core.errors import ConfigError, DataError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,6 +20,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from sidtune.core.errors import ConfigError, DataError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 

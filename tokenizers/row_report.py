@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.stats import spearmanr
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
 from sidtune.core.errors import DataError
 from sidtune.tokenizers.row_training import token_matrix
 from sidtune.tokenizers.vocabulary import Vocabulary
-from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 if TYPE_CHECKING:
     from sidtune.tokenizers.semantic_ids import SemanticIds

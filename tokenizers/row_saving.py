@@ -21,6 +21,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import fingerprint, read_json, write_json
 from sidtune.tokenizers.model_files import check_place, load_plain, load_tokenizer
@@ -28,8 +31,6 @@ from sidtune.tokenizers.row_training import ROWS, plain_model, split_matrices, s
 from sidtune.tokenizers.vocab_matrices import base_of, gathered, grow, is_split, vocab_matrices
 from sidtune.tokenizers.vocabulary import Vocabulary, fill_spare_rows
 from sidtune.tokenizers.vocabulary_init import OldRows
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TRAINED_FILE, ROWS_FILE, ADAPTER_FILE = "trained.json", "sid_rows.safetensors", "adapter_model.safetensors"
 _ADAPTER_CONFIG = "adapter_config.json"

@@ -24,12 +24,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
 from sidtune.core.config import check_keys
 from sidtune.core.errors import ConfigError, nearest
 from sidtune.tokenizers.vocab_matrices import VocabMatrix, base_of, gathered, is_split, vocab_matrices
 from sidtune.tokenizers.vocabulary import Vocabulary
-from torch import nn
-from transformers import PreTrainedModel
 
 MODES = ("rows", "lora", "all")
 ROWS = "sid_rows"

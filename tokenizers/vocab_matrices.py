@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sidtune.core.errors import ConfigError
 from torch import nn
 from transformers import PreTrainedModel
+
+from sidtune.core.errors import ConfigError
 
 
 @dataclass

@@ -19,6 +19,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
+from tokenizers import AddedToken
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from sidtune.core.errors import ConfigError, DataError, nearest
 from sidtune.core.folders import read_json, write_json
 from sidtune.tokenizers.model_files import load_base as load_base
@@ -33,9 +36,6 @@ from sidtune.tokenizers.vocabulary_init import (
     text_rows,
     token_shares,
 )
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from tokenizers import AddedToken
 
 if TYPE_CHECKING:
     from sidtune.tokenizers.semantic_ids import SemanticIds

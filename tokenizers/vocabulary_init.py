@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import scipy.sparse as sp
 import torch
-from sidtune.core.errors import DataError
 from transformers import PreTrainedTokenizerBase
+
+from sidtune.core.errors import DataError
 
 if TYPE_CHECKING:
     from sidtune.tokenizers.semantic_ids import SemanticIds

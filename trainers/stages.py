@@ -105,14 +105,13 @@ def run_stages(
     for number, stage in enumerate(stages, 1):
         _config(stage, output, number, seed)  # a typo in the last stage is told before the first one trains
     inputs = {"data": Path(data), "sids": Path(sids), **{k: Path(v) for k, v in (extra_inputs or {}).items()}}
-    build = build_examples
-    if build is None:
-        build = TaskExamples(data, sids, seed=seed, **(settings or {}))
+    build = TaskExamples(data, sids, seed=seed, **(settings or {})) if build_examples is None else build_examples
+    told: dict[str, Any] = {"settings": settings or {}}
+    if isinstance(build, TaskExamples):
         build.check(stages)
-        if build.templates_folder is not None:
-            inputs["templates"] = build.templates_folder
+        told["examples"] = build.identity()
     known = on_main(lambda: {role: fingerprint(path) for role, path in inputs.items()})
-    known["settings"] = _digest(settings or {})
+    known["settings"] = _digest(told)
     folders: list[Path] = []
     previous = Path(model_folder)
     for number, stage in enumerate(stages, 1):

@@ -9,12 +9,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset
 
 from sidtune.core.config import check_keys
-from sidtune.core.errors import ConfigError
+from sidtune.core.errors import ConfigError, nearest
+from sidtune.core.folders import fingerprint
+from sidtune.data_builders import serializer
 from sidtune.data_builders.encoding import encode_examples
 from sidtune.data_builders.serializer import Serializer
 from sidtune.data_builders.store import DataFolder, load_folder
@@ -56,6 +59,14 @@ class TaskExamples:
         self.templates_folder = Path(templates) if Path(templates).is_dir() else None
         self._tables: tuple[DataFolder, SemanticIds] | None = None
 
+    def identity(self) -> dict[str, Any]:
+        """What the examples depend on beside data, SIDs and stage; a change of it trains the stages again."""
+        packaged = Path(serializer.__file__).parent / "templates" / str(self.rendering["templates"])
+        folder = self.templates_folder or packaged
+        if not folder.is_dir():
+            raise ConfigError(f"There are no templates '{folder.name}': {nearest(folder.name, serializer.BUILT_IN)}")
+        return {**self.rendering, "templates": fingerprint(folder), "seed": self.seed}
+
     def check(self, stages: Sequence[StageConfig]) -> None:
         """Refuses unknown tasks, unknown options and tasks that cannot be evaluated, before any work.
 
@@ -83,10 +94,9 @@ class TaskExamples:
         """
         data, sids = self._load()
         model.vocabulary.check(model.tokenizer, sids)
-        serializer = Serializer(model.tokenizer, **self.rendering)
-        source = self._input(data, sids, serializer, split, stage.max_history)
+        source = self._input(data, sids, Serializer(model.tokenizer, **self.rendering), split, stage.max_history)
         mixes = stage.tasks if split == "train" else stage.eval_tasks
-        return {task: self._encoded(task, mix, source, serializer, stage, model) for task, mix in mixes.items()}
+        return {task: self._encoded(task, mix, source, stage, model) for task, mix in mixes.items()}
 
     def _load(self) -> tuple[DataFolder, SemanticIds]:
         if self._tables is None:
@@ -94,7 +104,7 @@ class TaskExamples:
         return self._tables
 
     def _input(
-        self, data: DataFolder, sids: SemanticIds, serializer: Serializer, split: str, max_history: int | None
+        self, data: DataFolder, sids: SemanticIds, renderer: Serializer, split: str, max_history: int | None
     ) -> TaskInput:
         shown = [table for table in data.requests.values() if table.num_rows]
         return TaskInput(
@@ -103,19 +113,17 @@ class TaskExamples:
             events=data.events,
             requests=data.requests[split],
             sids=sids.texts(),
-            serializer=serializer,
+            serializer=renderer,
             max_history=_ALL_TURNS if max_history is None else max_history,
             seed=self.seed,
             context_requests=pa.concat_tables(shown) if shown else None,
         )
 
     @staticmethod
-    def _encoded(
-        task: str, mix: TaskMix, source: TaskInput, serializer: Serializer, stage: StageConfig, model: StageModel
-    ) -> Dataset:
+    def _encoded(task: str, mix: TaskMix, source: TaskInput, stage: StageConfig, model: StageModel) -> Dataset:
         function: Callable[..., Dataset] = TASKS.get(task)
         options = dict(mix.options)
         if "max_tokens" in inspect.signature(function).parameters and stage.max_length is not None:
             options.setdefault("max_tokens", stage.max_length)
         examples = function(source, limit=mix.limit, **options)
-        return encode_examples(model.tokenizer, examples, stage.max_length, allowed_ids=serializer.literal_ids())
+        return encode_examples(model.tokenizer, examples, stage.max_length, allowed_ids=source.serializer.literal_ids())
