@@ -242,7 +242,9 @@ def _chunks(
             stop = min(stop, start + max_turns, int(end[user]))
             if stop > first:
                 chunks.append(np.array([[user, start, first, stop]]))
-                first, start = stop, max(start, stop - overlap)
+                # Where tokens are short, an overlap as long as the chunk would copy the history for each target again.
+                shared = overlap if stop - start == max_turns else min(overlap, (stop - start) // 4)
+                first, start = stop, max(start, stop - shared)
             elif (fits := int(np.searchsorted(ends, ends[first + 1] - room[user]))) <= first:
                 start = fits  # a shorter overlap leaves room for one more turn
             else:
@@ -266,7 +268,8 @@ def whole_history(
     Args:
         limit: at most so many users, drawn at random.
         max_turns: longest example; longer users are cut into chunks, and every target is learned in exactly one.
-        overlap: turns at the start of a chunk that repeat the end of the one before, as context only.
+        overlap: turns at the start of a chunk that repeat the end of the one before, as context only; at most a quarter
+            of a chunk that `max_tokens` cut short.
         max_tokens: also cut so that an example, with one token for bos, has at most so many tokens; use the
             `max_length` of the encoding, then no target is lost. None counts turns only.
 

@@ -53,6 +53,7 @@ MAX_CHARS = {
     "profile": 40,
 }
 BUILT_IN = ("plain", "chatml")
+VARIANTS = {"compact": "plain"}  # built-in sets that change some files of another
 _FOLDER = Path(__file__).parent / "templates"
 # Private-use characters mark the parts of a rendered text; a sanitised field never holds one.
 _FIELD, _SID, _END = "\ue000", "\ue001", "\ue002"
@@ -85,8 +86,8 @@ class Serializer:
     Args:
         tokenizer: a transformers tokenizer with the SID tokens in it. None renders for the training of a new
             tokenizer: no eos, and nothing is checked against added tokens.
-        templates: `plain` (short, for small models), `chatml` (multi-turn `<|im_start|>` blocks), or a folder whose
-            `.jinja` files override those of `base`.
+        templates: `plain` (short, for small models), `compact` (shorter still: context values without their names),
+            `chatml` (multi-turn `<|im_start|>` blocks), or a folder whose `.jinja` files override those of `base`.
         max_chars: longest field in characters, by field name; overrides single entries of `MAX_CHARS` (None: no
             limit).
         history_context: whether turns of the history show the context of their request. With false only the target
@@ -395,14 +396,17 @@ def _load(templates: str | Path, base: str) -> tuple[dict[str, str], dict[str, s
     if base not in BUILT_IN:
         raise ConfigError(f"There are no base templates named '{base}': {nearest(base, BUILT_IN)}")
     folder = Path(templates)
+    if str(templates) in VARIANTS:
+        base, folder = VARIANTS[str(templates)], _FOLDER / str(templates)
     if str(templates) in BUILT_IN:
         base, own = str(templates), {}
     elif folder.is_dir():
         own = {path.name: path for path in sorted(folder.iterdir()) if path.name[0] != "." and path.suffix != ".md"}
     else:
+        known = (*BUILT_IN, *VARIANTS)
         raise ConfigError(
-            f"The templates '{templates}' are neither a folder nor built in: {nearest(str(templates), BUILT_IN)} "
-            "Give one of plain, chatml, or the path of a folder of .jinja files."
+            f"The templates '{templates}' are neither a folder nor built in: {nearest(str(templates), known)} "
+            f"Give one of {', '.join(known)}, or the path of a folder of .jinja files."
         )
     for name in own:
         if name not in TEMPLATES:

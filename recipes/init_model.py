@@ -35,6 +35,7 @@ class Arguments:
         revision: revision of `base` on the hub.
         scratch: config of the model built from scratch: `model_type` and fields of its transformers config.
         text_vocab_size: size of the byte-level BPE trained for a model built from scratch.
+        templates: templates that render the texts of that BPE; those of `sft` fit best.
         init: start values of SID rows: `codebook`, `text` or `mean`.
         pad_to_multiple_of: rows of the embedding are padded to a multiple of this.
         dtype: `float32`, `bfloat16`, ... the weights are stored in.
@@ -48,6 +49,7 @@ class Arguments:
     revision: str | None = None
     scratch: dict = field(default_factory=lambda: {"model_type": "qwen3"})
     text_vocab_size: int = 4096
+    templates: str = "plain"
     init: str = "codebook"
     pad_to_multiple_of: int = 64
     dtype: str = "float32"
@@ -65,7 +67,7 @@ def main(arguments: Arguments) -> None:
     data = load_folder(arguments.data_dir)
     sids = SemanticIds.from_pretrained(Path(arguments.sids_dir) / "sids")
     if arguments.base is None:
-        tokenizer = train_lm_tokenizer(_texts(data), vocab_size=arguments.text_vocab_size)
+        tokenizer = train_lm_tokenizer(_texts(data, arguments.templates), vocab_size=arguments.text_vocab_size)
         model = build_model(arguments.scratch, tokenizer, seed=arguments.seed)
     else:
         tokenizer = load_tokenizer(arguments.base, revision=arguments.revision)
@@ -105,9 +107,9 @@ def main(arguments: Arguments) -> None:
     )
 
 
-def _texts(data: DataFolder) -> Iterator[str]:
+def _texts(data: DataFolder, templates: str) -> Iterator[str]:
     """What the BPE is trained on: the catalogue, profiles and training requests, rendered as prompts render them."""
-    serializer = Serializer(None)
+    serializer = Serializer(None, templates)
     yield from (str(serializer.item(row)) for row in data.items.to_pylist())
     yield from (str(serializer.head(row)) for row in data.users.slice(0, MOST_TEXTS).to_pylist())
     asked = data.requests["train"].select(["query", "context"]).slice(0, MOST_TEXTS)

@@ -114,7 +114,8 @@ def card_data(arguments: Arguments) -> Any:
     systems = [SystemRow.from_dict(row) for row in metrics["systems"]]
     own = next(system for system in systems if system.kind == "model")
     name = arguments.model_name or (arguments.hub_model_id or Path(arguments.output_dir).resolve().name).split("/")[-1]
-    start = read_json(Path(arguments.model_dir).parent / "model" / "run.json") if _has_start(arguments) else {}
+    start = Path(trained["inputs"].get("model_dir", {}).get("path", "")) / "run.json"
+    base = read_json(start)["config"].get("base") if start.is_file() else None
     queries = [s["query"] for s in read_json(Path(arguments.eval_dir) / "samples.json") if s["query"]]
     return CardData(
         name=name,
@@ -138,13 +139,9 @@ def card_data(arguments: Arguments) -> Any:
         versions=versions(),
         seed=trained["config"].get("seed", 0),
         license=arguments.license,
-        base_model=start.get("config", {}).get("base"),
+        base_model=base,
         sample_query=queries[0] if queries else "",
     )
-
-
-def _has_start(arguments: Arguments) -> bool:
-    return (Path(arguments.model_dir).parent / "model" / "run.json").exists()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ accelerate launch ... tests/sft_worker.py ROOT OUTPUT KINDS RESUMED
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -99,6 +100,7 @@ def pretend_accelerator() -> None:
 def main(root: Path, output: str, kinds: str, resumed: str) -> None:
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         pretend_accelerator()
+    gc.freeze()  # each stage collects garbage; the imported libraries need not be looked at each time
     fail(root, f"{output}_failed")
     train(root, output, kinds.split(","))
     if resumed:

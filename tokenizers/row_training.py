@@ -80,12 +80,26 @@ class NewRows(nn.Module):
         """(n, d), whole; a copy where ZeRO-3 frees the parameter after this call."""
         weight = self.weight
         if hasattr(weight, "full_tensor"):
-            return weight.full_tensor()
+            return _whole_with_mean_gradient(weight)
         return weight.clone() if hasattr(weight, "ds_id") else weight
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         if not self.written:
             super()._save_to_state_dict(destination, prefix, keep_vars)
+
+
+def _whole_with_mean_gradient(weight: Any) -> torch.Tensor:
+    """A DTensor put together, whose gradient is averaged over the processes as FSDP2 does for what it gathers itself.
+
+    Needed where the head is a unit of its own, which TRL never calls, so that FSDP2 neither gathers nor reduces it.
+    """
+    from torch.distributed.tensor import Partial
+
+    mesh = weight.device_mesh
+    whole = weight.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda gradient: gradient / mesh.size())
+    return whole
 
 
 class _SplitMatrix:
