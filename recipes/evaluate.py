@@ -90,11 +90,13 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     """Evaluates; prints the metric table."""
+    import torch
     from accelerate import PartialState
 
     from sidtune.metrics.report import console_table
 
-    started, state = time.time(), PartialState()
+    # Several CPU processes form a group only when told that the CPU is meant.
+    started, state = time.time(), PartialState(cpu=not torch.accelerator.is_available())
     data = load_folder(arguments.data_dir)
     requests = _choose(data, arguments)
     ranked, scores, decoding = _rank_with_model(arguments, data, requests, state)

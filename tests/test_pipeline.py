@@ -148,6 +148,22 @@ def test_seeds_are_summarised_as_mean_and_spread(finished, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_evaluate_exactly_as_one(finished, tmp_path, repo_root):
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    words += [str(repo_root / "accelerate_configs" / "ddp_cpu.yaml"), "--num_processes", "2", "--main_process_port", "0"]
+    words += ["-m", "sidtune.recipes.evaluate", "--output_dir", str(tmp_path / "eval"), "--num_beams", "10"]
+    words += ["--ks", "[5, 10]", "--samples", "200"]
+    for option, folder in (("data_dir", "data"), ("sids_dir", "sids"), ("model_dir", "sft")):
+        words += [f"--{option}", str(finished / folder)]
+    done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one = pq.read_table(finished / "eval" / "predictions" / "sidtune.parquet")
+    two = pq.read_table(tmp_path / "eval" / "predictions" / "sidtune.parquet")
+    assert one["request_id"].equals(two["request_id"]) and one["items"].equals(two["items"])
+    assert _values(tmp_path) == _values(finished)
+
+
+@pytest.mark.slow
 def test_a_pipeline_killed_at_every_step_ends_with_the_metrics_of_an_uninterrupted_one(finished, tmp_path):
     """Kills the runner and all its children as soon as each step has begun, then once more inside training."""
     values = pipeline()

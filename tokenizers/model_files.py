@@ -23,6 +23,8 @@ from transformers import (
 
 from sidtune.core.errors import ConfigError, DataError
 
+_TOKENIZER_FILES = ("tokenizer*.json", "*.model", "vocab*")
+_FEWEST_TOKENS = 64
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 
 
@@ -88,10 +90,17 @@ def load_tokenizer(folder_or_id: str | Path, revision: str | None = None) -> Pre
     """The tokenizer of a model folder or hub id. Raises DataError when there is none."""
     place = check_place(folder_or_id)
     hub = {"revision": revision} if revision is not None else {}
+    local = Path(place).is_dir()
+    # transformers 5 makes an empty tokenizer of the model's family where a folder holds only a model.
+    if local and not any(next(Path(place).glob(pattern), None) for pattern in _TOKENIZER_FILES):
+        raise DataError(f"The folder {place} holds no tokenizer; save one there with tokenizer.save_pretrained.")
     try:
-        return AutoTokenizer.from_pretrained(place, **hub)
+        tokenizer = AutoTokenizer.from_pretrained(place, **hub)
     except Exception as error:
         raise _unreadable("tokenizer", place, error) from None
+    if not local and len(tokenizer) < _FEWEST_TOKENS:
+        raise DataError(f"The hub model {place} has a tokenizer of {len(tokenizer)} tokens, so its files are missing.")
+    return tokenizer
 
 
 def load_base(

@@ -287,10 +287,10 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: list[str], sids
     name, base = type(tokenizer).__name__, len(tokenizer)
     trial = copy.deepcopy(tokenizer)
     trial.add_tokens(_added(tokens))
-    if trial.convert_tokens_to_ids(tokens) != list(range(base, base + len(tokens))):
+    if max(known.values()) >= base or trial.convert_tokens_to_ids(tokens) != list(range(base, base + len(tokens))):
         raise ConfigError(
-            f"{name} does not give new tokens the ids from {base} on, because its ids have gaps or repeats; use a "
-            "tokenizer whose ids run from 0 to its length."
+            f"{name} has {base} tokens but ids up to {max(known.values())}, with gaps that new tokens would fall into; "
+            "use a tokenizer whose ids run from 0 to its length."
         )
     random = np.random.default_rng(0)
     drawn = np.stack([random.integers(0, size, _PROBES) for size in sids.level_sizes], axis=1)
