@@ -225,7 +225,7 @@ def _bounds(arguments: Arguments, data: DataFolder, requests: pa.Table) -> dict[
     from sidtune.data_builders.shop_world import ShopWorld
 
     world = ShopWorld.from_options(**data.meta["options"])
-    return {"upper bound": world.oracle_ranking(world.request_rows(requests["request_id"]), max(arguments.ks))}
+    return {"oracle": world.oracle_ranking(world.request_rows(requests["request_id"]), max(arguments.ks))}
 
 
 def _compared(arguments: Arguments, requests: pa.Table, data: DataFolder) -> dict[str, np.ndarray]:

@@ -1,7 +1,7 @@
 """Runs a pipeline with several seeds and writes mean and spread of each system as the table of a README.
 
     python -m sidtune.recipes.seeds --config recipes/amazon_office/pipeline.yaml --seeds '[0, 1, 2]' \\
-        --output_dir runs/amazon_office --results recipes/amazon_office/results.json --readme recipes/amazon_office/README.md
+        --output_dir runs/amazon_office --results recipes/amazon_office/results.json --readme '[recipes/amazon_office/README.md]'
 
 Each seed has its own folder below output_dir, so finished seeds are skipped like finished steps. The table goes between the lines
 `<!-- results -->` and `<!-- /results -->` of the README; the figures themselves go to the results file.
@@ -33,22 +33,22 @@ class SeedsArguments(run.RunArguments):
         eval_step: name of the step whose metrics are collected.
         metrics: metrics shown, default ndcg@10, hr@10, recall@10, mrr@10.
         results: JSON file that receives all figures.
-        readme: README whose table is replaced; null writes none.
+        readme: README files whose table is replaced.
     """
 
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     eval_step: str = "eval"
     metrics: list[str] = field(default_factory=lambda: ["ndcg@10", "hr@10", "recall@10", "mrr@10"])
     results: str | None = None
-    readme: str | None = None
+    readme: list[str] = field(default_factory=list)
 
 
 def main(arguments: SeedsArguments) -> None:
     """Runs all seeds and writes results and table."""
     if len(set(arguments.seeds)) != len(arguments.seeds) or len(arguments.seeds) < 2:
         raise ConfigError(f"seeds must be at least two different integers, got {arguments.seeds}.")
-    if arguments.readme is not None:
-        _parts(Path(arguments.readme))
+    for readme in arguments.readme:
+        _parts(Path(readme))
     started = time.time()
     found = {}
     for seed in arguments.seeds:
@@ -61,8 +61,8 @@ def main(arguments: SeedsArguments) -> None:
     if arguments.results is not None:
         write_json(arguments.results, record)
     table = markdown(record)
-    if arguments.readme is not None:
-        _replace(Path(arguments.readme), table)
+    for readme in arguments.readme:
+        _replace(Path(readme), table)
     print(table)
 
 

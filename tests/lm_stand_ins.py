@@ -7,10 +7,11 @@ import functools
 
 import numpy as np
 import torch
+from torch import nn
+
 from sidtune.tokenizers.lm_tokenizer import build_model, train_lm_tokenizer
 from sidtune.tokenizers.semantic_ids import SemanticIds
 from sidtune.tokenizers.vocabulary import Vocabulary, extend_vocabulary
-from torch import nn
 
 LEVEL_SIZES = (4, 3, 5)
 TITLES = [

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lm_stand_ins import CASES, TITLES, tiny_model, tiny_tokenizer
+from transformers import AutoTokenizer
+
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.tokenizers.lm_tokenizer import build_model, train_lm_tokenizer
-from transformers import AutoTokenizer
 
 
 @settings(max_examples=150, deadline=None)
@@ -40,9 +41,7 @@ def test_special_tokens_and_chat():
     chat = tiny_tokenizer()
     assert (chat.pad_token, chat.eos_token, chat.bos_token) == ("<|pad|>", "<|im_end|>", None)
     assert chat.encode("<|im_start|>") == [chat.convert_tokens_to_ids("<|im_start|>")]
-    text = chat.apply_chat_template(
-        [{"role": "user", "content": "pen"}], add_generation_prompt=True, tokenize=False
-    )
+    text = chat.apply_chat_template([{"role": "user", "content": "pen"}], add_generation_prompt=True, tokenize=False)
     assert text == "<|im_start|>user\npen<|im_end|>\n<|im_start|>assistant\n"
     plain = train_lm_tokenizer(TITLES, 300, chat_tokens=False)
     assert plain.eos_token == "<|endoftext|>" and "<|im_start|>" not in plain.get_vocab()

@@ -51,9 +51,9 @@ def test_every_step_leaves_a_complete_folder(finished):
 
 def test_metrics_are_of_all_systems_and_the_bound_is_above(finished):
     systems = {s["name"]: s for s in read_json(finished / "eval" / "metrics.json")["systems"]}
-    assert set(systems) == {"sidtune", "popularity", "bm25", "item_knn", "upper bound"}
+    assert set(systems) == {"sidtune", "popularity", "bm25", "item_knn", "oracle"}
     value = {name: system["metrics"]["ndcg@10"]["value"] for name, system in systems.items()}
-    assert value["upper bound"] > max(v for name, v in value.items() if name != "upper bound")
+    assert value["oracle"] > max(v for name, v in value.items() if name != "oracle")
     assert all(0 <= v <= 1 for v in value.values())
 
 
@@ -150,7 +150,13 @@ def test_seeds_are_summarised_as_mean_and_spread(finished, tmp_path):
 @pytest.mark.slow
 def test_two_processes_evaluate_exactly_as_one(finished, tmp_path, repo_root):
     words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-    words += [str(repo_root / "accelerate_configs" / "ddp_cpu.yaml"), "--num_processes", "2", "--main_process_port", "0"]
+    words += [
+        str(repo_root / "accelerate_configs" / "ddp_cpu.yaml"),
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+    ]
     words += ["-m", "sidtune.recipes.evaluate", "--output_dir", str(tmp_path / "eval"), "--num_beams", "10"]
     words += ["--ks", "[5, 10]", "--samples", "200"]
     for option, folder in (("data_dir", "data"), ("sids_dir", "sids"), ("model_dir", "sft")):

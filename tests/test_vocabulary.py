@@ -20,14 +20,15 @@ from lm_stand_ins import (
     tiny_sids,
     tiny_tokenizer,
 )
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.tokenizers.model_files import load_base, load_plain
 from sidtune.tokenizers.row_training import set_trainable
 from sidtune.tokenizers.vocab_matrices import grow, vocab_matrices
 from sidtune.tokenizers.vocabulary import Vocabulary, extend_vocabulary
 from sidtune.tokenizers.vocabulary_init import token_shares
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 NEW = sum(LEVEL_SIZES)
 

@@ -319,7 +319,7 @@ def _with_adapter(model: PreTrainedModel, folder: Path, tensors: dict[str, torch
         config = PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, OSError) as error:
         raise DataError(f"The adapter config in {folder} is damaged ({' '.join(str(error).split())[:200]}).") from None
-    config.trainable_token_indices = None
+    config.trainable_token_indices = config.base_model_name_or_path = None
     config.inference_mode = True
     model = get_peft_model(model, config)  # type: ignore[assignment]
     result = set_peft_model_state_dict(model, {k: v for k, v in tensors.items() if not k.endswith(_PEFT_ROWS)})

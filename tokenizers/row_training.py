@@ -263,7 +263,7 @@ def set_trainable(
     vocabulary: Vocabulary,
     mode: str = "rows",
     lora: dict[str, Any] | None = None,
-    seed: int = 0,
+    seed: int | None = None,
 ) -> nn.Module:
     """Chooses what trains and returns the model to train.
 
@@ -273,7 +273,8 @@ def set_trainable(
         mode: "rows" trains the SID rows of embedding and head, nothing else. "lora" trains LoRA factors and the SID
             rows and returns a `PeftModel`. "all" trains everything, the spare rows behind the last token included.
         lora: fields of `peft.LoraConfig` for "lora"; defaults r=16, lora_alpha=32, no dropout, all linear layers.
-        seed: seed of the LoRA factors; the caller's random state is left alone.
+        seed: seed of the LoRA factors, which then leaves the caller's random state alone; default that state, so seed it
+            before, equally on every process.
 
     Under DeepSpeed and FSDP2 call it before the trainer is made, on every process. Weights keep their dtype: train
     float32 weights under `bf16=True` rather than bfloat16 weights, whose small updates are lost.
@@ -307,7 +308,7 @@ def _set_grad(model: nn.Module, trains: bool) -> None:
             parameter.requires_grad_(trains)
 
 
-def _with_lora(model: PreTrainedModel, vocabulary: Vocabulary, options: dict[str, Any], seed: int) -> nn.Module:
+def _with_lora(model: PreTrainedModel, vocabulary: Vocabulary, options: dict[str, Any], seed: int | None) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     known = [f.name for f in dataclasses.fields(LoraConfig) if f.name not in _LORA_RESERVED]
@@ -321,8 +322,9 @@ def _with_lora(model: PreTrainedModel, vocabulary: Vocabulary, options: dict[str
         # ZeRO-3 gathers parameters in groups of one dtype, so LoRA factors must not be raised to float32 there.
         sharded = any(is_split(parameter) for parameter in model.parameters()) or _zero3()
         devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
+        with torch.random.fork_rng(devices=devices, enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
             adapted = get_peft_model(model, config, autocast_adapter_dtype=not sharded)
         _watch_forward(adapted, model.__dict__["_rows_forward"])  # PEFT skips the hooks of the model inside
         return adapted
