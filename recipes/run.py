@@ -116,7 +116,7 @@ def resolve(arguments: RunArguments) -> list[Step]:
             raise ConfigError(f"steps[{place}]: the name '{spec.name}' is used twice; give every step its own name.")
         module = importlib.import_module(SCRIPTS[spec.script])
         values = load_yaml(root / spec.config) if spec.config else {}
-        values.update(spec.args)
+        values = merged(values, spec.args, f"steps[{place}].args")
         names = {f.name for f in dataclasses.fields(module.Arguments)}
         if "seed" in names:
             values.setdefault("seed", arguments.seed)
@@ -129,6 +129,27 @@ def resolve(arguments: RunArguments) -> list[Step]:
         if name not in (step.name for step in steps):
             raise ConfigError(f"There is no step '{name}': {nearest(name, [step.name for step in steps])}")
     return steps
+
+
+def merged(values: Any, changes: Any, where: str) -> Any:
+    """`values` with `changes` laid over them: mappings key by key, a list by the numbers of its elements, anything else replaced.
+
+    So `args: {stages: {2: {args: {max_steps: 5}}}}`, or the option `--steps.3.args.stages.2.args.max_steps 5`, changes one value
+    of the step's config file.
+
+    Raises:
+        ConfigError: a number that the list does not have.
+    """
+    if isinstance(values, dict) and isinstance(changes, dict):
+        return {**values, **{key: merged(values.get(key), new, f"{where}.{key}") for key, new in changes.items()}}
+    if isinstance(values, list) and isinstance(changes, dict) and all(str(key).isdigit() for key in changes):
+        made = list(values)
+        for key, new in changes.items():
+            if int(key) >= len(made):
+                raise ConfigError(f"{where} names element {key} of a list of {len(made)}; count from 0.")
+            made[int(key)] = merged(made[int(key)], new, f"{where}.{key}")
+        return made
+    return changes
 
 
 def _input_path(source: str, steps: list[Step], arguments: RunArguments, place: int) -> str:

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from tiny_pipeline import pipeline, run_in_process, write_pipeline
 
+from sidtune.core.config import parse
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import read_json
 from sidtune.recipes import run, seeds
@@ -128,6 +129,20 @@ def test_every_config_is_checked_before_the_first_step(tmp_path, change, words):
         run.main(run.RunArguments(steps=values["steps"], output_dir=str(tmp_path)))
     assert words in str(caught.value), str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_value_of_a_step_s_config_file_can_be_changed(tmp_path):
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump(pipeline()["steps"][3]["args"]), "utf-8")
+    values = pipeline()
+    values["steps"][3] = {**values["steps"][3], "config": "sft.yaml", "args": {}}
+    file = write_pipeline(tmp_path / "p.yaml", values)
+    argv = ["--config", str(file), "--output_dir", "out", "--steps.3.args.stages.1.args.max_steps", "5"]
+    steps = run.resolve(parse(run.RunArguments, run.with_root(argv)))
+    stages = steps[3].config.stages
+    assert stages[1]["args"] == {**pipeline()["steps"][3]["args"]["stages"][1]["args"], "max_steps": 5}
+    assert stages[0] == pipeline()["steps"][3]["args"]["stages"][0] and steps[3].config.max_length == 256
+    with pytest.raises(ConfigError, match="element 7 of a list of 2"):
+        run.resolve(parse(run.RunArguments, run.with_root([*argv, "--steps.3.args.stages.7.name", "x"])))
 
 
 def test_seeds_are_summarised_as_mean_and_spread(finished, tmp_path):
