@@ -1,13 +1,16 @@
-"""Strict configs: dataclasses filled by TRL's `TrlParser` from a YAML file and the command line.
+"""Strict configs: dataclasses of the kind `TrlParser` takes, filled from a YAML file and the command line.
 
-Over TrlParser this adds what a user of a recipe needs: an unknown key is refused with the nearest known one, a value of the
-wrong type is refused before any work starts, dotted options reach into nested values (`--stages.0.args.max_steps 5`), and
-`command` turns every sidtune error into one sentence on stderr and exit code 2.
+`--help` is TrlParser's own. Filling is ours, because TrlParser knows no nested values and lets wrong types pass: an
+unknown key is refused with the nearest known one, a value of the wrong type before any work starts, dotted options
+reach into nested values (`--stages.0.args.max_steps 5`), and `command` turns every sidtune error into one sentence on
+stderr and exit code 2.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import inspect
 import logging
 import os
 import sys
@@ -206,7 +209,9 @@ def parse(cls: type[T], argv: Sequence[str] | None = None) -> T:
 
     config_path, options, flags = _split_options(sys.argv[1:] if argv is None else argv)
     if flags:
-        TrlParser(cls).parse_args_and_config(flags)  # prints the help and exits
+        about = inspect.cleandoc(cls.__doc__ or "")
+        parser = TrlParser(cls, description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.parse_args_and_config(flags)  # prints the help and exits
     values = load_yaml(config_path) if config_path else {}
     names = [f.name for f in dataclasses.fields(cls) if f.init]
     where = f"In {config_path}" if config_path else "On the command line"
