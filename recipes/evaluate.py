@@ -26,6 +26,7 @@ from sidtune.core.folders import write_folder, write_json, write_run
 from sidtune.data_builders.history import History
 from sidtune.data_builders.store import DataFolder, load_folder
 from sidtune.metrics.baselines import BaselineRequests
+from sidtune.metrics.bootstrap import paired_bootstrap
 from sidtune.metrics.compare import SystemRow, compare_systems
 from sidtune.metrics.ranking import RankingResult, evaluate_ranking
 from sidtune.metrics.registry import BASELINES
@@ -104,9 +105,10 @@ def main(arguments: Arguments) -> None:
         return
     relevance = relevance_of(requests, data.items, arguments.labels)
     history = History(data.events).before(requests["user_id"], requests["time"].to_numpy())
+    others = _compared(arguments, requests, data)
     predictions = {
         MODEL: ranked,
-        **_compared(arguments, requests, data),
+        **others,
         **_baselines(arguments, data, requests, history),
     }
     bounds = _bounds(arguments, data, requests)
@@ -131,6 +133,7 @@ def main(arguments: Arguments) -> None:
         "level": arguments.level,
         "systems": [as_dict(system.to_dict()) for system in systems],
         "slices": {name: [as_dict(row) for row in rows] for name, rows in slices.items()},
+        "against": _paired(arguments, results, list(others), options),
         "decoding": decoding,
     }
     with write_folder(arguments.output_dir) as scratch:
@@ -149,6 +152,19 @@ def main(arguments: Arguments) -> None:
         )
     print(f"{requests.num_rows:,} {arguments.split} requests, {data.items.num_rows:,} items, whole catalogue ranked")
     rich.print(console_table(_shown(systems, arguments)))
+    for name, pair in record["against"].items():
+        print(
+            f"{arguments.primary} against {name}: {pair['difference']:+.4f} [{pair['low']:+.4f}, {pair['high']:+.4f}], "
+            f"p = {pair['p_value']:.3f} (paired bootstrap over users)"
+        )
+
+
+def _paired(
+    arguments: Arguments, results: dict[str, RankingResult], others: list[str], options: dict
+) -> dict[str, Any]:
+    """The model minus each compared run on the primary metric, request by request."""
+    own = results[MODEL].values(arguments.primary)
+    return {name: as_dict(paired_bootstrap(own, results[name].values(arguments.primary), **options)) for name in others}
 
 
 def _shown(systems: list[SystemRow], arguments: Arguments) -> list[SystemRow]:

@@ -1,5 +1,6 @@
 """The whole way on a tiny shop: results, skipping, resuming after a kill at any step, preflight of every config."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -14,9 +15,9 @@ import yaml
 from tiny_pipeline import pipeline, run_in_process, write_pipeline
 
 from sidtune.core.config import parse
-from sidtune.core.errors import ConfigError
+from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import read_json
-from sidtune.recipes import run, seeds
+from sidtune.recipes import evaluate, run, seeds
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -74,6 +75,33 @@ def test_predictions_are_catalogue_items_and_metrics_follow_from_them(finished):
     recorded = read_json(finished / "eval" / "metrics.json")["systems"][0]
     assert recorded["name"] == "sidtune"
     assert recorded["metrics"]["ndcg@10"]["value"] == pytest.approx(total / len(table), abs=1e-9)
+
+
+def test_another_run_is_compared_request_by_request(finished, tmp_path, capsys):
+    folders = {f"{option}_dir": str(finished / name) for option, name in (("data", "data"), ("sids", "sids"))}
+    start = evaluate.Arguments(
+        **folders,
+        model_dir=str(finished / "model"),
+        output_dir=str(tmp_path / "start"),
+        num_beams=10,
+        ks=[10],
+        samples=200,
+    )
+    evaluate.main(start)
+    trained = dataclasses.replace(
+        start, model_dir=str(finished / "sft"), output_dir=str(tmp_path / "two"), compare_to={"start": start.output_dir}
+    )
+    evaluate.main(trained)
+    assert "ndcg@10 against start: " in capsys.readouterr().out
+    record = read_json(tmp_path / "two" / "metrics.json")
+    value = {s["name"]: s["metrics"]["ndcg@10"]["value"] for s in record["systems"]}
+    first = read_json(tmp_path / "start" / "metrics.json")["systems"][0]["metrics"]["ndcg@10"]["value"]
+    assert value["start"] == pytest.approx(first) and value["sidtune"] != value["start"]
+    pair = record["against"]["start"]
+    assert pair["difference"] == pytest.approx(value["sidtune"] - value["start"])
+    assert pair["low"] <= pair["difference"] <= pair["high"]
+    with pytest.raises(DataError, match="does not exist"):
+        evaluate.main(dataclasses.replace(trained, compare_to={"x": str(tmp_path / "nothing")}))
 
 
 def test_the_report_shows_the_run(finished):
