@@ -109,7 +109,7 @@ def split_levels(trie: SidTrie, sid_token_ids: np.ndarray | Tensor, vocabulary: 
     Raises:
         DataError: not one distinct id per code of all levels, or an id outside the vocabulary (None: size unknown).
     """
-    ids = torch.as_tensor(sid_token_ids)
+    ids = sid_token_ids if isinstance(sid_token_ids, Tensor) else torch.tensor(sid_token_ids)
     expected = sum(trie.level_sizes)
     if ids.shape != (expected,) or ids.is_floating_point():
         raise DataError(

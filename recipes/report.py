@@ -114,7 +114,12 @@ def _notes(metrics: dict[str, Any]) -> list[str]:
     return [
         f"{metrics['requests_without_feedback']:,} requests of the split have no positive feedback and are left out.",
         f"{100 * metrics['decoding']['invalid_share']:.1f} % of the decoded SIDs are outside the catalogue.",
-        "Metrics are on items after expansion of shared SIDs; ties are broken by item order, so a rerun gives the same numbers.",
+        "Metrics are on items after expansion of shared SIDs; ties are broken by fixed rules, so a rerun gives the same numbers.",
+        *(
+            f"{metrics['primary']} against the run '{name}': {pair['difference']:+.4f} [{pair['low']:+.4f}, "
+            f"{pair['high']:+.4f}], p = {pair['p_value']:.3f} (paired bootstrap over users)."
+            for name, pair in metrics.get("against", {}).items()
+        ),
     ]
 
 
