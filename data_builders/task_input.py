@@ -24,10 +24,12 @@ from sidtune.data_builders.encoding import SID_TEXT
 from sidtune.data_builders.history import History, action_strength
 from sidtune.data_builders.serializer import Serializer
 from sidtune.data_builders.splits import TimeCut
+from sidtune.data_builders.store import DataFolder
 
 logger = logging.getLogger(__name__)
 
 _REQUESTS_AT_A_TIME = 50_000
+ALL_TURNS = 1_000_000  # "no limit" for builders that want a number
 LABELS = ("order", "like", "click")  # strongest first
 
 
@@ -131,6 +133,39 @@ class TaskInput:
             raise DataError(
                 f"The semantic ID of item '{bad}' is {self.sids[bad]!r}; it must look like <a_12><b_7><c_0>."
             )
+
+    @classmethod
+    def of_split(
+        cls,
+        data: DataFolder,
+        sids: Mapping[str, str],
+        serializer: Serializer,
+        split: str,
+        max_history: int | None,
+        seed: int = 0,
+    ) -> TaskInput:
+        """One split of a data folder: its requests are the targets, the requests of all splits explain past turns.
+
+        Args:
+            data: data folder.
+            sids: item id → SID text.
+            serializer: renders the rows.
+            split: `train`, `valid` or `test`.
+            max_history: longest history in turns, None for no limit.
+            seed: of every random choice.
+        """
+        shown = [table for table in data.requests.values() if table.num_rows]
+        return cls(
+            items=data.items,
+            users=data.users,
+            events=data.events,
+            requests=data.requests[split],
+            sids=sids,
+            serializer=serializer,
+            max_history=ALL_TURNS if max_history is None else max_history,
+            seed=seed,
+            context_requests=pa.concat_tables(shown) if shown else None,
+        )
 
     def rng(self, task: str) -> np.random.Generator:
         """The random generator of a task: the same for the same seed, whatever other tasks draw."""

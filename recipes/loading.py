@@ -26,9 +26,6 @@ from sidtune.tokenizers.row_saving import load_model
 from sidtune.tokenizers.semantic_ids import SemanticIds
 from sidtune.tokenizers.vocabulary import Vocabulary
 
-# Prompts without a limit on turns still need a number for the history builder.
-ALL_TURNS = 1_000_000
-
 
 def final_model(folder: str | Path) -> Path:
     """The model folder itself, or the last stage below a folder of `sft`. Raises DataError when there is neither."""
@@ -73,26 +70,8 @@ def load_retriever(model_folder: str | Path, sids_dir: str | Path) -> SidRetriev
     return SidRetriever(model, tokenizer, vocabulary, sids, serializer, settings)
 
 
-def task_input(
-    data: DataFolder, serializer: Serializer, sids: SemanticIds, split: str, max_history: int | None, seed: int
-):
-    """`TaskInput` of one split: its requests as targets, all requests to explain past turns."""
-    shown = pa.concat_tables([table for table in data.requests.values() if table.num_rows])
-    return TaskInput(
-        items=data.items,
-        users=data.users,
-        events=data.events,
-        requests=data.requests[split],
-        sids=sids.texts(),
-        serializer=serializer,
-        max_history=ALL_TURNS if max_history is None else max_history,
-        seed=seed,
-        context_requests=shown,
-    )
-
-
 def prompts_of(retriever: SidRetriever, data: DataFolder, requests: pa.Table) -> list[list[str]]:
     """Prompts (pieces) of requests, rendered by the code and the settings of training."""
     limit = retriever.settings.max_history
-    source = task_input(data, retriever.serializer, retriever.sids, "train", limit, seed=0)
+    source = TaskInput.of_split(data, retriever.sids.texts(), retriever.serializer, "train", limit)
     return prompt_for_requests(source, requests)

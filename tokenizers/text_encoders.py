@@ -7,6 +7,7 @@ the hub. Code that comes with a model repository is never run.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
@@ -107,11 +108,13 @@ class _PretrainedEncoder(Encoder):
         vectors = check_vectors(self._vectors(filled), what=f"vectors of {self.config.model}")
         return np.ascontiguousarray(unit_rows(vectors), dtype=np.float32) if self.config.normalize else vectors
 
+    @abc.abstractmethod
     def _load_model(self) -> None:
-        raise NotImplementedError
+        """Loads `self.config.model`; a ConfigError when that is not possible."""
 
+    @abc.abstractmethod
     def _vectors(self, texts: list[str]) -> np.ndarray:
-        raise NotImplementedError
+        """(n, d) vectors of the texts."""
 
 
 class SentenceTransformersEncoder(_PretrainedEncoder):

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from datasets import Dataset
 
 from sidtune.core.config import check_keys
@@ -26,8 +25,6 @@ from sidtune.data_builders.task_registry import TASKS
 from sidtune.tokenizers.semantic_ids import SemanticIds
 from sidtune.trainers.mixture import StageConfig, TaskMix
 from sidtune.trainers.stage_model import StageModel
-
-_ALL_TURNS = 1_000_000  # "no limit" for builders that want a number
 
 
 class TaskExamples:
@@ -94,7 +91,8 @@ class TaskExamples:
         """
         data, sids = self._load()
         model.vocabulary.check(model.tokenizer, sids)
-        source = self._input(data, sids, Serializer(model.tokenizer, **self.rendering), split, stage.max_history)
+        renderer = Serializer(model.tokenizer, **self.rendering)
+        source = TaskInput.of_split(data, sids.texts(), renderer, split, stage.max_history, self.seed)
         mixes = stage.tasks if split == "train" else stage.eval_tasks
         return {task: self._encoded(task, mix, source, stage, model) for task, mix in mixes.items()}
 
@@ -102,22 +100,6 @@ class TaskExamples:
         if self._tables is None:
             self._tables = load_folder(self.data), SemanticIds.from_pretrained(self.sids)
         return self._tables
-
-    def _input(
-        self, data: DataFolder, sids: SemanticIds, renderer: Serializer, split: str, max_history: int | None
-    ) -> TaskInput:
-        shown = [table for table in data.requests.values() if table.num_rows]
-        return TaskInput(
-            items=data.items,
-            users=data.users,
-            events=data.events,
-            requests=data.requests[split],
-            sids=sids.texts(),
-            serializer=renderer,
-            max_history=_ALL_TURNS if max_history is None else max_history,
-            seed=self.seed,
-            context_requests=pa.concat_tables(shown) if shown else None,
-        )
 
     @staticmethod
     def _encoded(task: str, mix: TaskMix, source: TaskInput, stage: StageConfig, model: StageModel) -> Dataset:
