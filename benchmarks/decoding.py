@@ -100,7 +100,9 @@ class Job:
             self.mask[row, : row * self.case.prompt // 8] = 0
 
     def ours(self) -> BeamOutput:
-        return sid_beam_search(self.model, self.trie, self.tokens, self.ids, self.mask, self.case.beams)
+        return sid_beam_search(
+            self.model, self.ids, self.mask, trie=self.trie, sid_token_ids=self.tokens, num_beams=self.case.beams
+        )
 
     def generate(self, **constraint: Any) -> BeamOutput:
         beams = self.case.beams

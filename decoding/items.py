@@ -5,8 +5,8 @@ lexicographic rank of their codes); items that share a leaf have equal scores an
 popularity falling, then item id rising. So a ranking is a function of the scores alone.
 
 How exact it is: the first k items are those of an exhaustive ranking as far as the beams are (the true best leaves, and
-enough of them to fill k). Items excluded here use up beams; to search as if they did not exist, filter the trie instead
-(`SidTrie.restrict`, a leaf allowed while any of its items is), which stays exact.
+enough of them to fill k). Items excluded here use up beams; to search as if they did not exist, filter the trie as well
+(`SidTrie.restrict` for all requests, `sidtune.decoding.filters.ItemFilter` for each), which stays exact.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ def rank_items(
     *,
     max_items_per_leaf: int | None = None,
     exclude: Any = None,
+    only: Sequence[Any] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k best items of every request.
 
@@ -59,6 +60,7 @@ def rank_items(
         max_items_per_leaf: keep only that many items of a leaf, counted after exclusion. Default: all.
         exclude: item rows that request b must not get: an object with `offsets (B + 1,)` and `rows`, or B sequences of
             rows. They are taken out before anything is counted.
+        only: the only item rows that request b may get: B sequences of rows, None where all are allowed.
 
     Returns:
         rows: (B, k) int64 item rows, best first, distinct, -1 where the beams hold fewer items.
@@ -74,12 +76,17 @@ def rank_items(
     requests = len(leaves)
     hidden_request, hidden_row = _excluded(exclude, requests)
     hidden_count = np.bincount(hidden_request, minlength=requests)
+    kept_request, kept_row, limited = _only(only, requests)
+    # How many of a leaf's items an `only` list takes out is not known, so all of its items are looked at.
+    hidden_count = np.where(limited, len(items.rows), hidden_count)
     takes = _takes(leaves, items.offsets, k, max_items_per_leaf, hidden_count)
     place = _ragged_arange(takes.ravel())
     slot = np.repeat(np.arange(takes.size), takes.ravel())
     request = slot // leaves.shape[1]
     row = items.rows[items.offsets[leaves.ravel()[slot]] + place]
     keep = ~_is_pair_in(request, row, hidden_request, hidden_row, len(items.rows))
+    if limited.any():
+        keep &= ~limited[request] | _is_pair_in(request, row, kept_request, kept_row, len(items.rows))
     request, row, slot = request[keep], row[keep], slot[keep]
     if max_items_per_leaf is not None:
         keep = _ragged_arange(np.bincount(slot, minlength=takes.size)) < max_items_per_leaf
@@ -126,6 +133,15 @@ def _excluded(exclude: Any, requests: int) -> tuple[np.ndarray, np.ndarray]:
     if len(lengths) != requests:
         raise DataError(f"`exclude` has {len(lengths)} requests but the beams {requests}; pass one entry each.")
     return np.repeat(np.arange(requests), lengths), rows
+
+
+def _only(only: Sequence[Any] | None, requests: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Flat (request, item row) pairs that are allowed, and (B,) whether a request is limited to its pairs at all."""
+    if only is None:
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(requests, dtype=bool)
+    limited = np.array([rows is not None for rows in only], dtype=bool)
+    pairs = _excluded([() if rows is None else rows for rows in only], requests)
+    return *pairs, limited
 
 
 def _takes(leaves: np.ndarray, offsets: np.ndarray, k: int, cap: int | None, hidden_count: np.ndarray) -> np.ndarray:

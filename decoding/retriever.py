@@ -1,7 +1,8 @@
 """From requests to ranked items: serializer, tokenizer, constrained beams and item expansion in one object.
 
 `SidRetriever` is what evaluation runs and what a published repository is loaded into, so a served answer is the evaluated one.
-Prompts are sorted by length and decoded in batches; the result does not depend on the batch.
+Prompts are sorted by length and decoded in batches; the result does not depend on the batch (scores up to the rounding
+of float arithmetic). Filters take part in the search, so a filtered answer is the one of a catalogue without those items.
 """
 
 from __future__ import annotations
@@ -13,55 +14,46 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
-from sidtune.core.errors import ConfigError, DataError
-from sidtune.core.folders import read_json
-from sidtune.data_builders.encoding import encode_prompts
+from sidtune.core.errors import DataError
 from sidtune.data_builders.serializer import Serializer
 from sidtune.decoding.beam_search import BeamOutput, sid_beam_search
-from sidtune.decoding.items import LeafItems, rank_items
+from sidtune.decoding.catalogue import Catalogue, Narrowing, Scope, Target
+from sidtune.decoding.filters import RequestFilter
+from sidtune.decoding.items import rank_items
+from sidtune.decoding.prompter import (
+    MAX_QUERY_CHARS,
+    SERIALIZER_FILE,
+    TEMPLATES_FOLDER,
+    Prompter,
+    PromptSettings,
+    make_serializer,
+)
+from sidtune.decoding.search_request import PastTurn, SearchRequest
 from sidtune.decoding.trie import SidTrie
-from sidtune.tokenizers.model_files import load_tokenizer
 from sidtune.tokenizers.row_saving import load_model
 from sidtune.tokenizers.semantic_ids import SemanticIds
 from sidtune.tokenizers.vocabulary import Vocabulary
 
-SERIALIZER_FILE = "serializer.json"
-TEMPLATES_FOLDER = "templates"
-MAX_QUERY_CHARS = 1000
-
-
-@dataclass(frozen=True)
-class PromptSettings:
-    """How requests become prompts; saved beside a model so that serving renders what training rendered.
-
-    Attributes:
-        max_history: most past turns in a prompt, None for all.
-        max_length: most tokens of prompt and SID together, None for no limit.
-        max_chars: longest text of a field, by name (see `serializer.MAX_CHARS`).
-        history_context: render the context of past turns too.
-    """
-
-    max_history: int | None = 20
-    max_length: int | None = 1024
-    max_chars: dict[str, int | None] | None = None
-    history_context: bool = True
-
-
-@dataclass(frozen=True)
-class PastTurn:
-    """One past action of the user: the item, and what was asked when it was found."""
-
-    item_id: str
-    query: str | None = None
-    context: Sequence[tuple[str, str]] = ()
+__all__ = [
+    "MAX_QUERY_CHARS",
+    "SERIALIZER_FILE",
+    "TEMPLATES_FOLDER",
+    "Hit",
+    "PastTurn",
+    "PromptSettings",
+    "SearchRequest",
+    "SidRetriever",
+    "catalogue_table",
+    "check_levels",
+    "make_serializer",
+]
 
 
 @dataclass(frozen=True)
 class Hit:
-    """One ranked item: id, title, SID text and log-probability of the SID (renormalised over the catalogue)."""
+    """One ranked item: id, title, SID text and log-probability of the SID (renormalised over what may be found)."""
 
     item_id: str
     title: str | None
@@ -70,7 +62,7 @@ class Hit:
 
 
 class SidRetriever:
-    """Ranks the whole catalogue for requests.
+    """Ranks the whole catalogue for requests. Not thread-safe.
 
     Args:
         model, tokenizer, vocabulary: an extended language model.
@@ -78,6 +70,7 @@ class SidRetriever:
         serializer: renders requests; made for the same tokenizer.
         settings: see `PromptSettings`.
         titles: item id → title, for results that people read.
+        catalogue: titles, categories and stock of `sids`; default: made from `sids` and `titles`.
     """
 
     def __init__(
@@ -89,37 +82,40 @@ class SidRetriever:
         serializer: Serializer,
         settings: PromptSettings | None = None,
         titles: dict[str, str | None] | None = None,
+        catalogue: Catalogue | None = None,
     ) -> None:
-        if tuple(vocabulary.level_sizes) != tuple(sids.level_sizes):
-            raise DataError(
-                f"The model was made for SIDs of sizes {tuple(vocabulary.level_sizes)}, the catalogue has "
-                f"{tuple(sids.level_sizes)}; use the SIDs that the model was extended with."
-            )
+        check_levels(vocabulary, sids)
         self.model, self.tokenizer, self.vocabulary = model.eval(), tokenizer, vocabulary
-        self.sids, self.serializer, self.settings = sids, serializer, settings or PromptSettings()
-        self.titles = titles or {}
-        self.trie = SidTrie.from_semantic_ids(sids)
-        self.leaves = LeafItems.from_semantic_ids(sids)
-        self._texts = sids.texts()
+        self.catalogue = Catalogue(sids, titles) if catalogue is None else catalogue
+        self.prompter = Prompter(tokenizer, serializer, settings, self.catalogue)
+        self.sids, self.serializer, self.settings = sids, serializer, self.prompter.settings
+        self.titles = self.catalogue.titles
+        self.trie, self.leaves = self.catalogue.whole.trie, self.catalogue.whole.leaves
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device | None = None) -> SidRetriever:
         """Loads a folder written by the publish recipe (model, `sids/`, `serializer.json`, `templates/`, `catalogue.parquet`)."""
-        folder = Path(folder)
-        if not (folder / SERIALIZER_FILE).exists():
-            raise DataError(
-                f"{folder} holds no {SERIALIZER_FILE}, so it is no sidtune bundle; write one with recipes/publish."
-            )
-        vocabulary, tokenizer, model = Vocabulary.from_pretrained(folder), load_tokenizer(folder), load_model(folder)
-        settings = PromptSettings(**read_json(folder / SERIALIZER_FILE))
-        serializer = make_serializer(tokenizer, folder / TEMPLATES_FOLDER, settings)
-        titles = {}
-        if (folder / "catalogue.parquet").exists():
-            table = pq.read_table(folder / "catalogue.parquet", columns=["item_id", "title"])
-            titles = dict(zip(table["item_id"].to_pylist(), table["title"].to_pylist(), strict=True))
+        return cls.from_prompter(Prompter.from_bundle(folder), folder, device)
+
+    @classmethod
+    def from_prompter(
+        cls, prompter: Prompter, model_folder: str | Path, device: str | torch.device | None = None
+    ) -> SidRetriever:
+        """Adds the model of a folder to a prompter. `device` defaults to the GPU if there is one."""
+        vocabulary = Vocabulary.from_pretrained(model_folder)
+        check_levels(vocabulary, prompter.sids)
+        model = load_model(model_folder)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        sids = SemanticIds.from_pretrained(folder / "sids")
-        return cls(model.to(device), tokenizer, vocabulary, sids, serializer, settings, titles)
+        catalogue = prompter.catalogue
+        return cls(
+            model.to(device),
+            prompter.tokenizer,
+            vocabulary,
+            catalogue.sids,
+            prompter.serializer,
+            prompter.settings,
+            catalogue=catalogue,
+        )
 
     def beams(
         self,
@@ -128,6 +124,7 @@ class SidRetriever:
         batch_size: int = 32,
         trie: SidTrie | None = None,
         progress: Callable[[int], Any] | None = None,
+        narrowings: Sequence[Narrowing] | None = None,
     ) -> BeamOutput:
         """Beams of every prompt (pieces), in the order given.
 
@@ -136,21 +133,28 @@ class SidRetriever:
             num_beams: K. batch_size: prompts in one pass.
             trie: a restricted trie instead of the whole catalogue.
             progress: called with the number of prompts finished in each batch.
+            narrowings: what each prompt takes out of `trie`.
 
         Returns:
             leaves and scores (R, K) on the CPU.
         """
-        ids = encode_prompts(
-            self.tokenizer, [list(p) for p in prompts], self.settings.max_length, reserve=self.sids.depth
-        )
+        ids = self.prompter.encode(prompts)
         order = np.argsort([-len(row) for row in ids], kind="stable")
         leaves = torch.full((len(ids), num_beams), -1, dtype=torch.int64)
         scores = torch.full((len(ids), num_beams), -torch.inf)
+        trie = self.trie if trie is None else trie
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             input_ids, mask = self._pad([ids[row] for row in rows])
+            filters = None if narrowings is None else _request_filter(trie, [narrowings[row] for row in rows])
             out = sid_beam_search(
-                self.model, trie or self.trie, self.vocabulary.sid_token_ids, input_ids, mask, num_beams
+                self.model,
+                input_ids,
+                mask,
+                trie=trie,
+                sid_token_ids=self.vocabulary.sid_token_ids,
+                num_beams=num_beams,
+                filters=filters,
             )
             leaves[rows], scores[rows] = out.leaves.cpu(), out.scores.float().cpu()
             if progress is not None:
@@ -163,6 +167,53 @@ class SidRetriever:
         """Item rows and scores (R, k) of every prompt; -1 and -inf where the beams hold fewer items."""
         return rank_items(self.beams(prompts, num_beams or max(k, 10), **options), self.leaves, k)
 
+    def rank_targets(
+        self,
+        prompts: Sequence[Sequence[str]],
+        targets: Sequence[Target],
+        batch_size: int = 32,
+        progress: Callable[[int], Any] | None = None,
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Item rows and scores of every prompt (pieces), at most `targets[i].k` each, best first.
+
+        Prompts with another beam width or another part of the catalogue are decoded apart, so that the answer of one does
+        not depend on the others. Arguments as in `beams`.
+        """
+        groups: dict[tuple[int, int], list[int]] = {}
+        for place, target in enumerate(targets):
+            groups.setdefault((target.num_beams, id(target.scope)), []).append(place)
+        found: list[Any] = [None] * len(prompts)
+        for (num_beams, _), places in groups.items():
+            scope: Scope = targets[places[0]].scope
+            narrowings = [targets[place].narrowing for place in places]
+            beams = self.beams(
+                [prompts[place] for place in places], num_beams, batch_size, scope.trie, progress, narrowings
+            )
+            widest = max(targets[place].k for place in places)
+            hidden = [narrowing.hidden for narrowing in narrowings]
+            rows, scores = rank_items(beams, scope.leaves, widest, exclude=hidden)
+            for place, own_rows, own_scores in zip(places, rows, scores, strict=True):
+                own_rows, own_scores = own_rows[: targets[place].k], own_scores[: targets[place].k]
+                found[place] = own_rows[own_rows >= 0], own_scores[own_rows >= 0]
+        return found
+
+    def hits(self, rows: np.ndarray, scores: np.ndarray) -> list[Hit]:
+        """Item rows and scores (n,) as what people read."""
+        ids, texts = self.sids.item_ids, self.catalogue.texts
+        items = [ids[row] for row in rows.tolist()]
+        return [Hit(i, self.titles.get(i), texts[i], score) for i, score in zip(items, scores.tolist(), strict=True)]
+
+    def search_batch(self, requests: Sequence[SearchRequest], batch_size: int = 32) -> list[list[Hit]]:
+        """Answers requests, each as `search` would alone.
+
+        Raises:
+            DataError: an item or a category that is not in the catalogue, a text that is too long.
+            ConfigError: k or num_beams below 1.
+        """
+        prompts = [self.prompter.pieces(request) for request in requests]
+        targets = [self.prompter.target(request) for request in requests]
+        return [self.hits(*found) for found in self.rank_targets(prompts, targets, batch_size)]
+
     def search(
         self,
         query: str | None = None,
@@ -172,6 +223,7 @@ class SidRetriever:
         history: Sequence[PastTurn] = (),
         k: int = 10,
         num_beams: int | None = None,
+        **filters: Any,
     ) -> list[Hit]:
         """Answers one request; all texts are data and are sanitised.
 
@@ -181,32 +233,14 @@ class SidRetriever:
             history: past turns, oldest first.
             k: items wanted.
             num_beams: default max(k, 10).
+            filters: `exclude_items`, `exclude_seen`, `only_items`, `only_categories`, `in_stock_only`; see
+                `SearchRequest`.
 
         Raises:
             DataError: an item of the history is not in the catalogue, or a text is too long.
         """
-        if query is not None and len(query) > MAX_QUERY_CHARS:
-            raise DataError(
-                f"The query has {len(query)} characters; at most {MAX_QUERY_CHARS} are allowed, shorten it."
-            )
-        if k < 1:
-            raise ConfigError(f"k must be at least 1, got {k}.")
-        head = self.serializer.head({"profile": _pairs(profile)})
-        prompt = [head, *self._past(history), self.serializer.turn(query, _pairs(context))]
-        rows, scores = self.rank([prompt], k, num_beams)
-        found = [(int(row), float(score)) for row, score in zip(rows[0], scores[0], strict=True) if row >= 0]
-        ids = self.sids.item_ids
-        return [Hit(ids[row], self.titles.get(ids[row]), self._texts[ids[row]], score) for row, score in found]
-
-    def _past(self, history: Sequence[PastTurn]) -> list[str]:
-        limit = self.settings.max_history
-        pieces: list[str] = []
-        for turn in history if limit is None else history[max(0, len(history) - limit) :]:
-            if turn.item_id not in self._texts:
-                raise DataError(f"The item '{turn.item_id}' of the history is not in the catalogue; leave it out.")
-            context = _pairs(turn.context) if self.settings.history_context else []
-            pieces += [self.serializer.turn(turn.query, context), self._texts[turn.item_id]]
-        return pieces
+        request = SearchRequest(query, profile, context, history, k, num_beams, **filters)
+        return self.search_batch([request])[0]
 
     def _pad(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         length = max(map(len, rows))
@@ -222,17 +256,22 @@ class SidRetriever:
         return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
-def _pairs(values: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
-    return [{"name": str(name), "value": str(value)} for name, value in values]
+def check_levels(vocabulary: Vocabulary, sids: SemanticIds) -> None:
+    """Raises DataError when a model's SID tokens are not those of the catalogue."""
+    if tuple(vocabulary.level_sizes) != tuple(sids.level_sizes):
+        raise DataError(
+            f"The model was made for SIDs of sizes {tuple(vocabulary.level_sizes)}, the catalogue has "
+            f"{tuple(sids.level_sizes)}; use the SIDs that the model was extended with."
+        )
 
 
-def make_serializer(tokenizer: Any, templates: str | Path, settings: PromptSettings) -> Serializer:
-    """The serializer that `settings` describe."""
-    return Serializer(
-        tokenizer, templates=templates, max_chars=settings.max_chars, history_context=settings.history_context
-    )
+def _request_filter(trie: SidTrie, narrowings: Sequence[Narrowing]) -> RequestFilter | None:
+    """The filter of one batch, or None when leaving items out of their leaves afterwards is enough."""
+    if not any(narrowing.changes_leaves for narrowing in narrowings):
+        return None
+    return RequestFilter(trie, [n.dead for n in narrowings], [n.only for n in narrowings])
 
 
 def catalogue_table(items: pa.Table) -> pa.Table:
-    """What a bundle carries of the catalogue: item id, title, clicks."""
-    return items.select(["item_id", "title", "clicks"])
+    """What a bundle carries of the catalogue: item id, title, category, clicks."""
+    return items.select(["item_id", "title", "category", "clicks"])

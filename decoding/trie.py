@@ -47,7 +47,10 @@ class SidTrie:
         codes: (num_nodes,) int32, the code on the edge into each node; -1 for the root.
         child_start: (num_inner + 1,) int64, first child of each inner node.
         alive: None, or (num_nodes,) bool: nodes with an allowed leaf below (see `restrict`).
+        token_ids: None, or (sum(level_sizes),) int64 token ids of all codes, level by level (see `bind`).
     """
+
+    token_ids: Tensor | None = None
 
     def __init__(self, codes: Tensor, child_start: Tensor, level_sizes: tuple[int, ...], alive: Tensor | None = None):
         self.codes = codes
@@ -133,7 +136,31 @@ class SidTrie:
         moved.__dict__.update(self.__dict__)
         moved.codes, moved.child_start = self.codes.to(device), self.child_start.to(device)
         moved.alive = None if self.alive is None else self.alive.to(device)
+        moved.token_ids = None if self.token_ids is None else self.token_ids.to(device)
         return moved
+
+    def bind(self, sid_token_ids: np.ndarray | Tensor) -> SidTrie:
+        """The same trie that also knows the token of each code in one model's vocabulary; tensors are shared.
+
+        A search then needs no `sid_token_ids`. They are saved with the trie, so one folder says all of a catalogue.
+
+        Args:
+            sid_token_ids: (sum(level_sizes),) distinct token ids, level by level, as `Vocabulary.sid_token_ids`.
+
+        Raises:
+            DataError: not one distinct, non-negative integer per code.
+        """
+        ids = sid_token_ids if isinstance(sid_token_ids, Tensor) else torch.tensor(np.asarray(sid_token_ids))
+        expected = sum(self.level_sizes)
+        if ids.shape != (expected,) or ids.is_floating_point() or len(ids.unique()) != expected or int(ids.min()) < 0:
+            raise DataError(
+                f"sid_token_ids must hold one distinct token id per code of all {self.depth} levels, shape "
+                f"({expected},), got {tuple(ids.shape)}; pass the `sid_token_ids` of the vocabulary made for these SIDs."
+            )
+        bound = object.__new__(SidTrie)
+        bound.__dict__.update(self.__dict__)
+        bound.token_ids = ids.to(device=self.device, dtype=torch.int64)
+        return bound
 
     def children(self, nodes: Tensor, level: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The exact legal continuations of each node.
@@ -234,7 +261,9 @@ class SidTrie:
             running = torch.nn.functional.pad(alive[last:end].cumsum(0), (1, 0))
             edges = self.child_start[first : last + 1] - last
             alive[first:last] = running[edges].diff() > 0
-        return SidTrie(self.codes, self.child_start, self.level_sizes, alive)
+        restricted = SidTrie(self.codes, self.child_start, self.level_sizes, alive)
+        restricted.token_ids = self.token_ids
+        return restricted
 
     def _count_allowed(self, level: int) -> int:
         first, end = self.level_starts[level], self.level_starts[level + 1]
@@ -247,6 +276,8 @@ class SidTrie:
         tensors = {"codes": self.codes, "child_start": self.child_start}
         if self.alive is not None:
             tensors["alive"] = self.alive
+        if self.token_ids is not None:
+            tensors["token_ids"] = self.token_ids
         partial = folder / f".{TENSOR_FILE}.partial"
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
         partial.replace(folder / TENSOR_FILE)
@@ -276,7 +307,8 @@ class SidTrie:
                 f"The files {META_FILE} and {TENSOR_FILE} in {folder} do not hold one sound trie; "
                 "write it again with save_pretrained."
             )
-        return cls(tensors["codes"], tensors["child_start"], tuple(meta["level_sizes"]), tensors.get("alive"))
+        trie = cls(tensors["codes"], tensors["child_start"], tuple(meta["level_sizes"]), tensors.get("alive"))
+        return trie if "token_ids" not in tensors else trie.bind(tensors["token_ids"])
 
 
 def _check_codes(codes: np.ndarray, level_sizes: tuple[int, ...] | None) -> tuple[int, ...]:

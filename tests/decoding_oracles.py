@@ -8,12 +8,18 @@ from torch import nn
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    BloomConfig,
+    BloomForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MT5Config,
+    MT5ForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
     T5Config,
@@ -68,7 +74,12 @@ def _bart_biased():
     return model
 
 
-def _t5(**more):
+def _bloom():
+    """ALiBi reads positions off the mask's columns, so its beams cannot share a row."""
+    return BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=2, n_head=4, initializer_range=0.5, **_TOKENS))
+
+
+def _t5(model_class=T5ForConditionalGeneration, config_class=T5Config, **more):
     config = {
         "d_model": 32,
         "d_kv": 8,
@@ -78,7 +89,7 @@ def _t5(**more):
         "decoder_start_token_id": 0,
         **more,
     }
-    return T5ForConditionalGeneration(T5Config(**config, **_TOKENS))
+    return model_class(config_class(**config, **_TOKENS))
 
 
 def _lora(model, targets, task):
@@ -100,6 +111,10 @@ MODELS = {
     "t5": _t5,
     "t5-v1.1": lambda: _t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
     "bart-logits-bias": _bart_biased,
+    "mt5": lambda: _t5(MT5ForConditionalGeneration, MT5Config),
+    "bloom-alibi": _bloom,
+    "qwen3-some-sliding": lambda: _qwen3(use_sliding_window=True, sliding_window=4, max_window_layers=1),
+    "mistral-all-sliding": lambda: MistralForCausalLM(MistralConfig(**_DECODER, sliding_window=4)),
     "gemma2-softcap-sliding": lambda: Gemma2ForCausalLM(
         Gemma2Config(**_DECODER, final_logit_softcapping=2.0, sliding_window=4)
     ),
@@ -151,8 +166,10 @@ def sorted_leaves(codes: np.ndarray) -> list[tuple[int, ...]]:
 class Oracle:
     """Log-probability of any prefix given one prompt, by teacher forcing on unpadded rows without a cache."""
 
-    def __init__(self, model: nn.Module, codes: np.ndarray, token_ids: np.ndarray, renormalize: bool) -> None:
-        self.model, self.token_ids, self.renormalize = model, token_ids, renormalize
+    def __init__(
+        self, model: nn.Module, codes: np.ndarray, token_ids: np.ndarray, renormalize: bool, temperature: float = 1.0
+    ) -> None:
+        self.model, self.token_ids, self.renormalize, self.temperature = model, token_ids, renormalize, temperature
         self.legal, self.leaves = prefix_dictionary(codes), sorted_leaves(codes)
         self.offsets = np.cumsum([0, *LEVEL_SIZES])
 
@@ -168,7 +185,7 @@ class Oracle:
             run = {"input_ids": torch.tensor([prompt]), "decoder_input_ids": torch.tensor([[start, *read]])}
         else:
             run = {"input_ids": torch.tensor([prompt + read])}
-        logits = self.model(**run, use_cache=False).logits[0, -1].double()
+        logits = self.model(**run, use_cache=False).logits[0, -1].double() / self.temperature
         legal = self.legal[prefix]
         tokens = [self.token(len(prefix), code) for code in legal]
         chosen = logits[tokens]
