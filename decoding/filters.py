@@ -49,37 +49,51 @@ class RequestFilter:
             )
         self.trie = trie
         self.requests = len(lists[0])
-        dropped = [_leaves(trie, entry) for entry in exclude] if exclude is not None else [_none()] * self.requests
-        kept = [None if entry is None else _leaves(trie, entry) for entry in only or [None] * self.requests]
-        sets: dict[Any, int] = {}
-        keys: list[np.ndarray] = []
-        which, is_only = np.zeros(self.requests, dtype=np.int64), np.zeros(self.requests, dtype=bool)
-        for request in range(self.requests):
-            name = _name(exclude, request), _name(only, request)
-            if name not in sets:
-                sets[name] = len(sets)
-                keys.append(self._nodes(kept[request], dropped[request]) + sets[name] * trie.num_nodes)
-            which[request], is_only[request] = sets[name], kept[request] is not None
-        self._keys = torch.from_numpy(np.concatenate([*keys, _none()])).to(trie.device)
-        self._which = torch.from_numpy(which).to(trie.device)
-        self._only = torch.from_numpy(is_only).to(trie.device)
+        only_of = _Sets([_name(only, request) for request in range(self.requests)])
+        pair_of = _Sets([(_name(exclude, request), _name(only, request)) for request in range(self.requests)])
+        limited = np.array([only is not None and only[request] is not None for request in range(self.requests)])
+        kept = _pairs(trie, only, only_of.first)
+        legal = self._levels(kept)
+        dropped = _pairs(trie, exclude, pair_of.first)
+        pair, leaf = dropped // trie.num_leaves, dropped % trie.num_leaves
+        # Leaves that a request may not get anyway do not count towards what takes a node away from it.
+        its_only, is_limited = only_of.which[pair_of.first][pair], limited[pair_of.first][pair]
+        counts = ~is_limited | np.isin(its_only * trie.num_leaves + leaf, kept)
+        illegal = self._emptied(
+            self._levels(dropped[counts]), legal, only_of.which[pair_of.first], limited[pair_of.first]
+        )
+        keys = np.concatenate([key for key, _ in legal])
+        self._legal = torch.from_numpy(np.sort(keys)).to(trie.device)
+        self._illegal = torch.from_numpy(np.sort(illegal)).to(trie.device)
+        self._only = torch.from_numpy(np.where(limited, only_of.which, -1)).to(trie.device)
+        self._pair = torch.from_numpy(pair_of.which).to(trie.device)
 
-    def _nodes(self, kept: np.ndarray | None, dropped: np.ndarray) -> np.ndarray:
-        """Sorted nodes: those that stay legal when `kept` is given, else those that `dropped` makes illegal."""
+    def _levels(self, pairs: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Per level, from the leaves up: sorted keys (set, node) above the pairs, and how many of them lie below each."""
         trie = self.trie.to("cpu")
-        if kept is not None:
-            leaves, counts = np.setdiff1d(kept, dropped), None
-        else:
-            leaves, counts = dropped, True
+        sets, leaves = pairs // trie.num_leaves, pairs % trie.num_leaves
         if trie.alive is not None:
-            leaves = leaves[trie.alive.numpy()[leaves + trie.level_starts[trie.depth]]]
-        child_start = trie.child_start.numpy()
+            allowed = trie.alive.numpy()[leaves + trie.level_starts[trie.depth]]
+            sets, leaves = sets[allowed], leaves[allowed]
         node, found = leaves + trie.level_starts[trie.depth], []
         for _ in range(trie.depth + 1):
-            unique, count = np.unique(node, return_counts=True)
-            node = np.searchsorted(child_start, node, side="right") - 1
-            found.append(unique if counts is None else unique[count == _leaves_below(trie, unique)])
-        return np.concatenate(found[::-1])
+            found.append(np.unique(sets * trie.num_nodes + node, return_counts=True))
+            node = np.searchsorted(trie.child_start.numpy(), node, side="right") - 1
+        return found
+
+    def _emptied(self, dropped: list, legal: list, only_of: np.ndarray, limited: np.ndarray) -> np.ndarray:
+        """Keys of the nodes whose allowed leaves are all dropped."""
+        trie, found = self.trie.to("cpu"), []
+        for (keys, count), (only_keys, only_count) in zip(dropped, legal, strict=True):
+            pair, node = keys // trie.num_nodes, keys % trie.num_nodes
+            below = _leaves_below(trie, node)
+            if len(only_keys):
+                wanted = only_of[pair] * trie.num_nodes + node
+                place = np.searchsorted(only_keys, wanted).clip(max=len(only_keys) - 1)
+                inside = np.where(only_keys[place] == wanted, only_count[place], 0)
+                below = np.where(limited[pair], inside, below)
+            found.append(keys[count == below])
+        return np.concatenate(found)
 
     def __len__(self) -> int:
         return self.requests
@@ -88,28 +102,49 @@ class RequestFilter:
         """The filter of some of the requests; keys are shared."""
         chosen = object.__new__(RequestFilter)
         chosen.__dict__.update(self.__dict__)
-        chosen._which, chosen._only = self._which[rows], self._only[rows]
-        chosen.requests = len(chosen._which)
+        chosen._pair, chosen._only = self._pair[rows], self._only[rows]
+        chosen.requests = len(chosen._pair)
         return chosen
 
     def to(self, device: torch.device | str) -> RequestFilter:
         """The same filter on `device`."""
         moved = object.__new__(RequestFilter)
         moved.__dict__.update(self.__dict__)
-        for name in ("_keys", "_which", "_only"):
+        for name in ("_legal", "_illegal", "_only", "_pair"):
             setattr(moved, name, getattr(self, name).to(device))
         return moved
 
     def allows(self, nodes: Tensor) -> Tensor:
         """(B, ...) int64 nodes give (B, ...) bool; what -1 (no node) gives is of no meaning."""
         shape = (-1, *[1] * (nodes.ndim - 1))
-        keys = nodes + (self._which * self.trie.num_nodes).view(shape)
-        if not len(self._keys):
-            found = torch.zeros_like(nodes, dtype=torch.bool)
-        else:
-            place = torch.searchsorted(self._keys, keys).clamp(max=len(self._keys) - 1)
-            found = self._keys[place] == keys
-        return found == self._only.view(shape)
+        only, pair = self._only.view(shape), self._pair.view(shape)
+        allowed = (only < 0) | _among(self._legal, nodes + only * self.trie.num_nodes)
+        return allowed & ~_among(self._illegal, nodes + pair * self.trie.num_nodes)
+
+
+class _Sets:
+    """Equal names are one set: `which (requests,)` its number, `first` the first request of each."""
+
+    def __init__(self, names: list[Any]) -> None:
+        first: dict[Any, int] = {}
+        for request, name in enumerate(names):
+            first.setdefault(name, request)
+        place = {name: n for n, name in enumerate(first)}
+        self.first = np.array(list(first.values()), dtype=np.int64)
+        self.which = np.array([place[name] for name in names], dtype=np.int64)
+
+
+def _among(keys: Tensor, wanted: Tensor) -> Tensor:
+    if not len(keys):
+        return torch.zeros_like(wanted, dtype=torch.bool)
+    place = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
+    return keys[place] == wanted
+
+
+def _in_sorted(values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    if not len(values):
+        return np.zeros(len(wanted), dtype=bool)
+    return values[np.searchsorted(values, wanted).clip(max=len(values) - 1)] == wanted
 
 
 def _none() -> np.ndarray:
@@ -120,16 +155,22 @@ def _name(lists: LeafLists | None, request: int) -> int | None:
     return None if lists is None or lists[request] is None else id(lists[request])
 
 
-def _leaves(trie: SidTrie, entry: Any) -> np.ndarray:
-    if entry is None:
+def _pairs(trie: SidTrie, lists: LeafLists | None, requests: np.ndarray) -> np.ndarray:
+    """Sorted distinct `set * num_leaves + leaf` of the lists of some requests; set n is `requests[n]`."""
+    if lists is None:
         return _none()
-    leaves = np.unique(entry.cpu().numpy() if isinstance(entry, Tensor) else np.asarray(entry, dtype=np.int64))
-    if leaves.size and (leaves[0] < 0 or leaves[-1] >= trie.num_leaves):
+    parts = [_none() if lists[request] is None else _numbers(lists[request]) for request in requests]
+    leaves = np.concatenate([*parts, _none()])
+    if leaves.size and (leaves.min() < 0 or leaves.max() >= trie.num_leaves):
         raise DataError(
-            f"A request filter names leaves from {leaves[0]} to {leaves[-1]}, but the trie has leaves 0 to "
+            f"A request filter names leaves from {leaves.min()} to {leaves.max()}, but the trie has leaves 0 to "
             f"{trie.num_leaves - 1}; pass leaf numbers of this trie (`ItemFilter` takes item rows)."
         )
-    return leaves.astype(np.int64)
+    return np.unique(np.repeat(np.arange(len(parts)), [len(part) for part in parts]) * trie.num_leaves + leaves)
+
+
+def _numbers(entry: Any) -> np.ndarray:
+    return np.asarray(entry.cpu().numpy() if isinstance(entry, Tensor) else entry, dtype=np.int64)
 
 
 def _leaves_below(trie: SidTrie, nodes: np.ndarray) -> np.ndarray:
@@ -163,24 +204,33 @@ class ItemFilter:
         """The same filter in leaves: a leaf is allowed while one of its items is. None when nothing is filtered."""
         if self.exclude is None and self.only is None:
             return None
-        leaf_of = self._leaf_of()
-        size = np.diff(self.items.offsets)
+        leaf_of, size = self._leaf_of(), np.diff(self.items.offsets)
         requests = len(self.exclude if self.exclude is not None else self.only)  # type: ignore[arg-type]
-        exclude, only, shared = [], [], {}
+        exclude: list[np.ndarray] = []
+        only: list[np.ndarray | None] = []
+        known: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         for request in range(requests):
-            rows, kept = self._of(self.exclude, request), self._of(self.only, request)
-            dropped = _none() if rows is None else np.unique(rows)
-            if kept is None:
-                leaf, count = np.unique(leaf_of[dropped], return_counts=True)
-                exclude.append(leaf[count == size[leaf]])
-                only.append(None)
-                continue
-            key = _name(self.exclude, request), _name(self.only, request)
-            if key not in shared:
-                shared[key] = np.unique(leaf_of[np.setdiff1d(kept, dropped)])
-            exclude.append(None)
-            only.append(shared[key])
+            limit = self._limit(request, leaf_of, known)
+            dropped = self._of(self.exclude, request)
+            rows = _none() if dropped is None else np.unique(dropped)
+            if limit is not None:
+                rows = rows[_in_sorted(limit[0], rows)]
+            leaf, count = np.unique(leaf_of[rows], return_counts=True)
+            held = size[leaf] if limit is None else limit[2][np.searchsorted(limit[1], leaf)]
+            exclude.append(leaf[count == held])
+            only.append(None if limit is None else limit[1])
         return RequestFilter(trie, exclude, only)
+
+    def _limit(self, request: int, leaf_of: np.ndarray, known: dict[int, Any]) -> tuple[np.ndarray, ...] | None:
+        """Of a request with an `only` list: its sorted rows, their leaves, and how many of the rows each leaf holds."""
+        rows = self._of(self.only, request)
+        if rows is None:
+            return None
+        key = id(self.only[request])  # type: ignore[index]
+        if key not in known:
+            rows = np.unique(rows)
+            known[key] = rows, *np.unique(leaf_of[rows], return_counts=True)
+        return known[key]
 
     def rank(self, beam: BeamOutput, k: int, **options: Any) -> tuple[np.ndarray, np.ndarray]:
         """`rank_items` of a search that ran with this filter: items that are not allowed are left out of their leaf."""
