@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from sidtune.core.errors import ConfigError, SidtuneError
-from sidtune.decoding.search import NOT_NUMBERS, GenerateCall, Search
+from sidtune.decoding.search import NOT_NUMBERS, GenerateCall, Search, check_limits
 from sidtune.decoding.trie import SidTrie
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def sid_beam_search(
     num_beams: int = 10,
     renormalize: bool = True,
     max_rows: int | None = None,
+    memory_budget: int | None = None,
     filters: RequestFilter | None = None,
     num_return_sequences: int | None = None,
     **generate_arguments: Any,
@@ -81,6 +82,7 @@ def sid_beam_search(
         renormalize: scores over the legal codes (default), or over the whole vocabulary.
         max_rows: upper limit for prompts x beams in one pass, to bound memory. Prompts are split into chunks of at
             least one; the beam is never cut. Default: all at once.
+        memory_budget: upper limit in bytes for the same purpose, by an estimate of cache, activations and candidates.
         filters: what each prompt may get, on top of the trie; see `sidtune.decoding.filters`.
         num_return_sequences: R, for `generate` only: how many of the K SIDs come back; default all.
 
@@ -90,8 +92,7 @@ def sid_beam_search(
     """
     call = GenerateCall.of(generate_arguments, input_ids, "sid_beam_search")
     mask = call.mask if mask is None else mask
-    if num_beams < 1 or (max_rows is not None and max_rows < 1):
-        raise ConfigError(f"num_beams and max_rows must be at least 1, got {num_beams} and {max_rows}; raise them.")
+    check_limits("num_beams", num_beams, max_rows, memory_budget)
     if num_return_sequences is not None and not 1 <= num_return_sequences <= num_beams:
         raise ConfigError(f"num_return_sequences must be 1 to num_beams = {num_beams}, got {num_return_sequences}.")
     search = Search.prepare(model, call, mask, trie, sid_token_ids, filters, whole_vocabulary=not renormalize)
@@ -99,7 +100,7 @@ def sid_beam_search(
     leaves = torch.full((search.prompts, num_beams), -1, dtype=torch.int64, device=search.device)
     scores = torch.full((search.prompts, num_beams), _NEVER, dtype=torch.float32, device=search.device)
     if width:
-        for rows in search.chunks(max_rows, width):
+        for rows in search.chunks(max_rows, width, memory_budget):
             leaves[rows, :width], scores[rows, :width] = _search(search, width)
     if bool(scores.isnan().any()):
         raise SidtuneError(NOT_NUMBERS)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from sidtune.core.errors import ConfigError, SidtuneError
-from sidtune.decoding.search import NOT_NUMBERS, GenerateCall, Search
+from sidtune.decoding.search import NOT_NUMBERS, GenerateCall, Search, check_limits
 from sidtune.decoding.trie import SidTrie
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ def sid_sample(
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
     max_rows: int | None = None,
+    memory_budget: int | None = None,
     filters: RequestFilter | None = None,
     **generate_arguments: Any,
 ) -> Any:
@@ -97,7 +98,7 @@ def sid_sample(
         temperature: divides the logits before the softmax over the legal codes; positive.
         generator: source of randomness on any device; default torch's own. Its state and the shape of the call fix the
             result; with replacement the result does not depend on `max_rows` either.
-        max_rows: upper limit for prompts x samples in one pass.
+        max_rows, memory_budget: limits for one pass, as for `sid_beam_search`, in rows (prompts x samples) and in bytes.
 
     Raises:
         ConfigError: the model or an option does not fit. DataError: prompts or token ids do not fit.
@@ -105,15 +106,14 @@ def sid_sample(
     """
     call = GenerateCall.of(generate_arguments, input_ids, "sid_sample")
     mask = call.mask if mask is None else mask
-    if num_samples < 1 or (max_rows is not None and max_rows < 1):
-        raise ConfigError(f"num_samples and max_rows must be at least 1, got {num_samples} and {max_rows}; raise them.")
+    check_limits("num_samples", num_samples, max_rows, memory_budget)
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ConfigError(f"temperature must be a positive number, got {temperature}; for the best SIDs use beams.")
     search = Search.prepare(model, call, mask, trie, sid_token_ids, filters)
     draw = _WithReplacement if replacement else _WithoutReplacement
     drawn = draw(search, num_samples, temperature, generator)
     if search.trie.num_allowed_leaves:
-        for rows in search.chunks(max_rows, num_samples):
+        for rows in search.chunks(max_rows, num_samples, memory_budget):
             drawn.chunk(rows)
     found = drawn.output()
     if bool(found.log_probs.isnan().any()):

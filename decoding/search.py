@@ -24,11 +24,19 @@ from sidtune.decoding.trie import SidTrie
 if TYPE_CHECKING:
     from sidtune.decoding.filters import RequestFilter
 
+
 NOT_NUMBERS = (
     "The model's scores are not numbers (NaN), so no ranking exists; check the checkpoint for NaN weights, or use "
     "bfloat16 or float32 instead of float16."
 )
 _PLAIN_NAMES = ("attention_mask",)
+
+
+def check_limits(count_name: str, count: int, max_rows: int | None, memory_budget: int | None) -> None:
+    """Raises ConfigError unless all are at least 1 (None: no limit)."""
+    for name, value in ((count_name, count), ("max_rows", max_rows), ("memory_budget", memory_budget)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}; raise it.")
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,10 @@ class GenerateCall:
         if config is None:
             for name in arguments:
                 if name not in _PLAIN_NAMES:
-                    hint = nearest(name, (*_PLAIN_NAMES, "trie", "sid_token_ids", "max_rows", "filters", "num_beams"))
+                    hint = nearest(
+                        name,
+                        (*_PLAIN_NAMES, "trie", "sid_token_ids", "max_rows", "memory_budget", "filters", "num_beams"),
+                    )
                     raise ConfigError(f"{function} knows no argument '{name}'; did you mean '{hint}'?")
             return cls(input_ids, arguments.get("attention_mask"))
         # A generation config with beams or several samples makes `generate` repeat its inputs; one row each is enough.
@@ -139,9 +150,11 @@ class Search:
         self._filters = None if filters is None else filters.to(self.device)
         return self
 
-    def chunks(self, max_rows: int | None, width: int) -> Iterator[slice]:
-        """Slices of the prompts with at most `max_rows` beams of `width` each; each chunk's prompts have been read."""
+    def chunks(self, max_rows: int | None, width: int, memory_budget: int | None = None) -> Iterator[slice]:
+        """Slices of the prompts that keep to both limits at `width` beams each; each chunk's prompts have been read."""
         size = self.prompts if max_rows is None else max(1, max_rows // max(1, width))
+        if memory_budget is not None:
+            size = max(1, min(size, memory_budget // self.bytes_per_prompt(width)))
         longest = int(self._mask.sum(dim=1).max()) + self.trie.depth
         with evaluating(self.steps.model):
             self.steps.share_prompts(longest)
@@ -156,6 +169,22 @@ class Search:
                 ids = None if self._ids is None else self._ids[part][:, columns]
                 self.steps.read_prompt(ids, mask[:, columns], encoded)
                 yield part
+
+    def bytes_per_prompt(self, width: int) -> int:
+        """Estimate of what a prompt with `width` beams needs: keys and values, one layer's activations, candidates."""
+        config = self.steps.config
+        config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+        hidden, layers = config.hidden_size, config.num_hidden_layers
+        heads = config.num_attention_heads
+        kept = (getattr(config, "num_key_value_heads", None) or heads) * (
+            getattr(config, "head_dim", None) or hidden // heads
+        )
+        fed, size = width * self.trie.depth, self.steps.model.dtype.itemsize
+        columns = self._mask.shape[1]
+        cache = 2 * layers * kept * size * (columns + fed)
+        inner = getattr(config, "intermediate_size", None) or getattr(config, "d_ff", None) or 4 * hidden
+        layer = size * max(columns, width) * (6 * hidden + 2 * inner)
+        return cache + layer + 48 * width * max(self.trie.max_children)
 
     def children(self, nodes: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor]:
         """`SidTrie.children` of (B, W) nodes under the filters of the chunk."""

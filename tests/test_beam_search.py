@@ -422,6 +422,7 @@ LONG = torch.ones(1, 70, dtype=torch.int64)
 BAD_CALLS = {
     "no beams": (ConfigError, "num_beams", {"num_beams": 0}),
     "no rows": (ConfigError, "max_rows", {"max_rows": 0}),
+    "no memory": (ConfigError, "memory_budget", {"memory_budget": 0}),
     "right padding": (DataError, "padding_side", {"attention_mask": MASK.flip(1)}),
     "empty prompt": (DataError, "every prompt", {"attention_mask": torch.cat([MASK[:3], 0 * MASK[:1]])}),
     "mask shape": (DataError, "same shape", {"attention_mask": MASK[:, 1:]}),

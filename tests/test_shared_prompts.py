@@ -22,6 +22,7 @@ from sidtune.decoding.beam_search import sid_beam_search
 from sidtune.decoding.model_steps import ModelSteps
 from sidtune.decoding.prompt_cache import CopiedBeams, PackedBeams, SharedEncoder
 from sidtune.decoding.sampling import sid_sample
+from sidtune.decoding.search import GenerateCall, Search
 from sidtune.decoding.trie import SidTrie
 
 CODES = random_codes(1)
@@ -191,3 +192,17 @@ def test_unknown_arguments_and_missing_tokens_are_refused():
         sid_beam_search(model, IDS, MASK, trie=TRIE)
     with pytest.raises(ConfigError, match="num_return_sequences"):
         sid_beam_search(model, IDS, MASK, trie=TRIE.bind(TOKENS), num_beams=2, num_return_sequences=3)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "bart", "t5"])
+def test_a_memory_budget_splits_the_prompts_and_never_the_beam(name):
+    model = make_model(name)
+    options = {"trie": TRIE, "sid_token_ids": TOKENS, "num_beams": 9}
+    whole, read = sid_beam_search(model, IDS, MASK, **options), []
+    search = Search.prepare(model, GenerateCall(IDS), MASK, TRIE, TOKENS, None)
+    two = 2 * search.bytes_per_prompt(9)
+    for budget, chunks in ((1, [1, 1, 1, 1]), (two, [2, 2]), (10**12, [4])):
+        read.append([part.stop - part.start for part in search.chunks(None, 9, budget)])
+        assert read[-1] == chunks
+        assert torch.equal(sid_beam_search(model, IDS, MASK, **options, memory_budget=budget).leaves, whole.leaves)
+    assert search.bytes_per_prompt(90) > search.bytes_per_prompt(9)
