@@ -35,6 +35,8 @@ _PUBLIC = {
     "LeafItems": "sidtune.decoding.items",
     "SidLogitsProcessor": "sidtune.decoding.logits_processor",
     "rank_items": "sidtune.decoding.items",
+    "reason_then_search": "sidtune.decoding.reasoning",
+    "ReasonedBeams": "sidtune.decoding.reasoning",
     "SidRetriever": "sidtune.decoding.retriever",
     "PastTurn": "sidtune.decoding.retriever",
     "evaluate_ranking": "sidtune.metrics.ranking",
