@@ -181,8 +181,7 @@ def _leaves_below(trie: SidTrie, nodes: np.ndarray) -> np.ndarray:
         first, end = child_start[first], child_start[end]
     if trie.alive is None:
         return end - first
-    leaf_start = trie.level_starts[trie.depth]
-    running = np.concatenate([[0], np.cumsum(trie.alive.numpy()[leaf_start:])])
+    leaf_start, running = trie.level_starts[trie.depth], trie.allowed_before()
     return running[end - leaf_start] - running[first - leaf_start]
 
 

@@ -7,6 +7,7 @@ of float arithmetic). Filters take part in the search, so a filtered answer is t
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,6 @@ from sidtune.decoding.catalogue import Catalogue, Narrowing, Scope, Target
 from sidtune.decoding.filters import RequestFilter
 from sidtune.decoding.items import rank_items
 from sidtune.decoding.prompter import (
-    MAX_QUERY_CHARS,
     SERIALIZER_FILE,
     TEMPLATES_FOLDER,
     Prompter,
@@ -35,6 +35,8 @@ from sidtune.decoding.trie import SidTrie
 from sidtune.tokenizers.row_saving import load_model
 from sidtune.tokenizers.semantic_ids import SemanticIds
 from sidtune.tokenizers.vocabulary import Vocabulary
+
+MAX_QUERY_CHARS = 1000
 
 __all__ = [
     "MAX_QUERY_CHARS",
@@ -90,6 +92,7 @@ class SidRetriever:
         self.prompter = Prompter(tokenizer, serializer, settings, self.catalogue)
         self.sids, self.serializer, self.settings = sids, serializer, self.prompter.settings
         self.titles = self.catalogue.titles
+        self._tries: weakref.WeakKeyDictionary[SidTrie, SidTrie] = weakref.WeakKeyDictionary()
         self.trie, self.leaves = self.catalogue.whole.trie, self.catalogue.whole.leaves
 
     @classmethod
@@ -151,7 +154,7 @@ class SidRetriever:
                 self.model,
                 input_ids,
                 mask,
-                trie=trie,
+                trie=self._placed(trie),
                 sid_token_ids=self.vocabulary.sid_token_ids,
                 num_beams=num_beams,
                 filters=filters,
@@ -207,7 +210,7 @@ class SidRetriever:
         """Answers requests, each as `search` would alone.
 
         Raises:
-            DataError: an item or a category that is not in the catalogue, a text that is too long.
+            DataError: an item or a category that is not in the catalogue, a prompt that does not fit into the model.
             ConfigError: k or num_beams below 1.
         """
         prompts = [self.prompter.pieces(request) for request in requests]
@@ -239,8 +242,21 @@ class SidRetriever:
         Raises:
             DataError: an item of the history is not in the catalogue, or a text is too long.
         """
+        if query is not None and len(query) > MAX_QUERY_CHARS:
+            raise DataError(
+                f"The query has {len(query)} characters; at most {MAX_QUERY_CHARS} are allowed, shorten it."
+            )
         request = SearchRequest(query, profile, context, history, k, num_beams, **filters)
         return self.search_batch([request])[0]
+
+    def _placed(self, trie: SidTrie) -> SidTrie:
+        """The trie on the model's device, copied there once and not for every batch."""
+        device = next(self.model.parameters()).device
+        if trie.device == device:
+            return trie
+        if self._tries.get(trie) is None or self._tries[trie].device != device:
+            self._tries[trie] = trie.to(device)
+        return self._tries[trie]
 
     def _pad(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         length = max(map(len, rows))

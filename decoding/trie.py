@@ -51,6 +51,7 @@ class SidTrie:
     """
 
     token_ids: Tensor | None = None
+    _allowed_before: np.ndarray | None = None
 
     def __init__(self, codes: Tensor, child_start: Tensor, level_sizes: tuple[int, ...], alive: Tensor | None = None):
         self.codes = codes
@@ -264,6 +265,13 @@ class SidTrie:
         restricted = SidTrie(self.codes, self.child_start, self.level_sizes, alive)
         restricted.token_ids = self.token_ids
         return restricted
+
+    def allowed_before(self) -> np.ndarray:
+        """(num_leaves + 1,) int64: how many allowed leaves stand before each one; computed once. Needs a filter."""
+        if self._allowed_before is None:
+            alive = self.alive[self.level_starts[self.depth] :].cpu().numpy()  # type: ignore[index]
+            self._allowed_before = np.concatenate([[0], np.cumsum(alive)])
+        return self._allowed_before
 
     def _count_allowed(self, level: int) -> int:
         first, end = self.level_starts[level], self.level_starts[level + 1]
