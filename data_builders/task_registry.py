@@ -20,6 +20,7 @@ TASKS = Registry(
         "item_text_to_query": "sidtune.data_builders.tasks:item_text_to_query",
         "history_to_sid": "sidtune.data_builders.examples:history_to_sid",
         "request_to_sid": "sidtune.data_builders.examples:request_to_sid",
+        "reason_to_sid": "sidtune.data_builders.reasoning:reason_to_sid",
         "whole_history": "sidtune.data_builders.examples:whole_history",
     },
 )

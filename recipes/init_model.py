@@ -36,6 +36,7 @@ class Arguments:
         scratch: config of the model built from scratch: `model_type` and fields of its transformers config.
         text_vocab_size: size of the byte-level BPE trained for a model built from scratch.
         templates: templates that render the texts of that BPE; those of `sft` fit best.
+        extra_tokens: words that become tokens of their own, such as `<think>` and `</think>` for reasoning.
         init: start values of SID rows: `codebook`, `text` or `mean`.
         pad_to_multiple_of: rows of the embedding are padded to a multiple of this.
         dtype: `float32`, `bfloat16`, ... the weights are stored in.
@@ -50,6 +51,7 @@ class Arguments:
     scratch: dict = field(default_factory=lambda: {"model_type": "qwen3"})
     text_vocab_size: int = 4096
     templates: str = "plain"
+    extra_tokens: list[str] = field(default_factory=list)
     init: str = "codebook"
     pad_to_multiple_of: int = 64
     dtype: str = "float32"
@@ -58,7 +60,7 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     """Builds or loads the model, extends it and saves it."""
-    from sidtune.tokenizers.lm_tokenizer import build_model, train_lm_tokenizer
+    from sidtune.tokenizers.lm_tokenizer import add_plain_tokens, build_model, train_lm_tokenizer
     from sidtune.tokenizers.model_files import load_plain, load_tokenizer
     from sidtune.tokenizers.registry import load_quantizer
     from sidtune.tokenizers.vocabulary import extend_vocabulary
@@ -68,10 +70,12 @@ def main(arguments: Arguments) -> None:
     sids = SemanticIds.from_pretrained(Path(arguments.sids_dir) / "sids")
     if arguments.base is None:
         tokenizer = train_lm_tokenizer(_texts(data, arguments.templates), vocab_size=arguments.text_vocab_size)
+        add_plain_tokens(tokenizer, arguments.extra_tokens)
         model = build_model(arguments.scratch, tokenizer, seed=arguments.seed)
     else:
         tokenizer = load_tokenizer(arguments.base, revision=arguments.revision)
         model = load_plain(arguments.base, revision=arguments.revision, dtype=arguments.dtype)
+        add_plain_tokens(tokenizer, arguments.extra_tokens, model, seed=arguments.seed)
     quantizer = load_quantizer(Path(arguments.sids_dir) / "quantizer")
     ids, titles = data.items["item_id"].to_pylist(), data.items["title"].to_pylist()
     vocabulary = extend_vocabulary(

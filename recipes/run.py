@@ -33,8 +33,13 @@ SCRIPTS = {
     "learn_sids": "sidtune.recipes.learn_sids",
     "init_model": "sidtune.recipes.init_model",
     "sft": "sidtune.recipes.sft",
+    "grpo": "sidtune.recipes.grpo",
+    "trajectories": "sidtune.recipes.trajectories",
+    "self_evolve": "sidtune.recipes.self_evolve",
+    "reason": "sidtune.recipes.reason",
     "evaluate": "sidtune.recipes.evaluate",
     "publish": "sidtune.recipes.publish",
+    "retrieve": "sidtune.recipes.retrieve",
     "report": "sidtune.recipes.report",
 }
 # These fields say where a result lies or how fast it is made, not what it is.
@@ -186,7 +191,7 @@ def launch_command(step: Step, options: dict[str, Any], config_file: Path) -> li
 def run_step(step: Step, options: dict[str, Any]) -> None:
     """Starts one step and waits for it. Raises SidtuneError with the step's own sentence when it fails."""
     with tempfile.TemporaryDirectory() as scratch:
-        config_file, error_file = Path(scratch) / f"{step.name}.yaml", Path(scratch) / "error.txt"
+        config_file, error_file = Path(scratch) / "config.yaml", Path(scratch) / "error.txt"
         config_file.write_text(yaml.safe_dump(as_dict(step.config), allow_unicode=True, sort_keys=False), "utf-8")
         environment = {**os.environ, ERROR_FILE_VARIABLE: str(error_file)}
         words = launch_command(step, options, config_file)
@@ -218,14 +223,14 @@ def main(arguments: RunArguments) -> None:
         else:
             print(f"{title}: started", flush=True)
             begin = time.time()
-            run_step(step, _launch_options(arguments))
+            run_step(step, launch_options(arguments))
             print(f"{title}: done in {time.time() - begin:.0f} s", flush=True)
         if step.name == arguments.until:
             break
     print(f"{arguments.name}: finished in {time.time() - started:.0f} s, results in {arguments.output_dir}", flush=True)
 
 
-def _launch_options(arguments: RunArguments) -> dict[str, Any]:
+def launch_options(arguments: RunArguments) -> dict[str, Any]:
     options = dict(arguments.launch)
     file = options.get("config_file")
     if file is not None and not Path(file).exists():

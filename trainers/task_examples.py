@@ -108,4 +108,6 @@ class TaskExamples:
         if "max_tokens" in inspect.signature(function).parameters and stage.max_length is not None:
             options.setdefault("max_tokens", stage.max_length)
         examples = function(source, limit=mix.limit, **options)
-        return encode_examples(model.tokenizer, examples, stage.max_length, allowed_ids=source.serializer.literal_ids())
+        marks = model.tokenizer.convert_tokens_to_ids(list(getattr(function, "marks", ())))
+        allowed = [*source.serializer.literal_ids(), *marks]
+        return encode_examples(model.tokenizer, examples, stage.max_length, allowed_ids=allowed)
