@@ -45,6 +45,11 @@ _PUBLIC = {
     "load_metric": "sidtune.metrics.hf",
     "SidSFTTrainer": "sidtune.trainers.sft",
     "run_stages": "sidtune.trainers.stages",
+    "DebiasedGRPOTrainer": "sidtune.trainers.grpo",
+    "DebiasedGRPOConfig": "sidtune.trainers.grpo_config",
+    "SidCatalogue": "sidtune.trainers.grpo_rewards",
+    "build_rewards": "sidtune.trainers.rewards",
+    "group_logps": "sidtune.trainers.group_logps",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -76,11 +76,11 @@ class ReasonedBeams:
 @torch.no_grad()
 def reason_then_search(
     model: nn.Module,
-    trie: SidTrie,
-    sid_token_ids: np.ndarray | Tensor | None,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     *,
+    trie: SidTrie,
+    sid_token_ids: np.ndarray | Tensor | None = None,
     end_token_id: int,
     eos_token_id: int,
     pad_token_id: int,
@@ -106,9 +106,9 @@ def reason_then_search(
 
     Args:
         model: decoder-only language model of transformers, or one wrapped by PEFT.
-        trie, sid_token_ids: as for `sid_beam_search`.
         input_ids: (B, T) prompts that end where the reasoning begins, padded on the left.
         attention_mask: (B, T); default all 1.
+        trie, sid_token_ids: as for `sid_beam_search`.
         end_token_id: ends a reasoning, for example the token of `</think>`; no SID token.
         eos_token_id: also stops a reasoning; the end token then takes its place.
         pad_token_id: padding behind shorter texts and before shorter prompts; may equal `eos_token_id`.

@@ -48,7 +48,7 @@ def main(arguments: SeedsArguments) -> None:
     if len(set(arguments.seeds)) != len(arguments.seeds) or len(arguments.seeds) < 2:
         raise ConfigError(f"seeds must be at least two different integers, got {arguments.seeds}.")
     for readme in arguments.readme:
-        _parts(Path(readme))
+        check_readme(Path(readme))
     started = time.time()
     found = {}
     for seed in arguments.seeds:
@@ -62,7 +62,7 @@ def main(arguments: SeedsArguments) -> None:
         write_json(arguments.results, record)
     table = markdown(record)
     for readme in arguments.readme:
-        _replace(Path(readme), table)
+        replace_table(Path(readme), table)
     print(table)
 
 
@@ -124,7 +124,8 @@ def markdown(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _parts(readme: Path) -> tuple[str, str]:
+def check_readme(readme: Path) -> tuple[str, str]:
+    """The text before and after the table of a README. Raises DataError when there is no place for one."""
     try:
         text = readme.read_text("utf-8")
     except FileNotFoundError:
@@ -136,8 +137,9 @@ def _parts(readme: Path) -> tuple[str, str]:
     return before, after
 
 
-def _replace(readme: Path, table: str) -> None:
-    before, after = _parts(readme)
+def replace_table(readme: Path, table: str) -> None:
+    """Writes a table between the marks of a README."""
+    before, after = check_readme(readme)
     readme.write_text(f"{before}{BEGIN}\n{table}{END}{after}", "utf-8")
 
 

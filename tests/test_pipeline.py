@@ -185,7 +185,7 @@ def test_seeds_are_summarised_as_mean_and_spread(finished, tmp_path):
     assert one["mean"] == pytest.approx(base + 0.01) and one["std"] == pytest.approx(0.02 / 2**0.5)
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{seeds.BEGIN}\nold\n{seeds.END}\nafter\n")
-    seeds._replace(readme, seeds.markdown(summary))
+    seeds.replace_table(readme, seeds.markdown(summary))
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "**sidtune**" in text
 

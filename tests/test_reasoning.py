@@ -70,7 +70,9 @@ def test_greedy_reasoning_and_exhaustive_search_equal_the_oracle(name, forbid_si
     model = ending(name)
     oracle = Oracle(model, CODES, TOKENS, True)
     options = {"forbid_sids": forbid_sids, "forbid_eos": forbid_eos}
-    found = reason_then_search(model, TRIE, TOKENS, IDS, MASK, num_beams=len(LEAVES) + 2, **CALL, **options)
+    found = reason_then_search(
+        model, IDS, MASK, trie=TRIE, sid_token_ids=TOKENS, num_beams=len(LEAVES) + 2, **CALL, **options
+    )
     expected = [write(model, prompt, forbid_sids, forbid_eos) for prompt in prompts_of(IDS, MASK)]
     assert [text for (text,) in found.texts()] == [text for text, _, _ in expected]
     assert found.closed[:, 0].tolist() == [closed for _, closed, _ in expected]
@@ -96,7 +98,7 @@ def test_the_oracle_sees_every_kind_of_ending():
 @pytest.mark.parametrize("name", ["qwen3", "gpt2"])
 def test_one_generation_with_the_processor_gives_the_same_text_and_the_greedy_sid(name):
     model = ending(name)
-    found = reason_then_search(model, TRIE, TOKENS, IDS, MASK, num_beams=1, **CALL, forbid_eos=True)
+    found = reason_then_search(model, IDS, MASK, trie=TRIE, sid_token_ids=TOKENS, num_beams=1, **CALL, forbid_eos=True)
     processor = SidLogitsProcessor(
         TRIE, TOKENS, IDS.shape[1], eos_token_id=EOS, start_after=END, max_free_tokens=LONGEST
     )
@@ -115,7 +117,16 @@ def test_sampled_groups_are_those_of_a_plain_generate():
     options = {"do_sample": True, "temperature": 0.8, "top_p": 0.9}
     generator = torch.Generator().manual_seed(11)
     found = reason_then_search(
-        model, TRIE, TOKENS, IDS, MASK, num_beams=3, num_reasonings=group, generator=generator, **CALL, **options
+        model,
+        IDS,
+        MASK,
+        trie=TRIE,
+        sid_token_ids=TOKENS,
+        num_beams=3,
+        num_reasonings=group,
+        generator=generator,
+        **CALL,
+        **options,
     )
     seed = int(torch.randint(2**62, (1,), generator=torch.Generator().manual_seed(11)))
     torch.manual_seed(seed)
@@ -142,17 +153,19 @@ def test_a_generator_repeats_and_leaves_the_global_source_alone():
     model, options = ending(), {"do_sample": True, "num_reasonings": 3, "num_beams": 2, **CALL}
     torch.manual_seed(5)
     state = torch.random.get_rng_state()
-    first = reason_then_search(model, TRIE, TOKENS, IDS, MASK, generator=torch.Generator().manual_seed(1), **options)
+    first = reason_then_search(
+        model, IDS, MASK, trie=TRIE, sid_token_ids=TOKENS, generator=torch.Generator().manual_seed(1), **options
+    )
     assert torch.equal(torch.random.get_rng_state(), state)
     again = torch.Generator().manual_seed(1)
-    second = reason_then_search(model, TRIE, TOKENS, IDS, MASK, generator=again, **options)
-    third = reason_then_search(model, TRIE, TOKENS, IDS, MASK, generator=again, **options)
+    second = reason_then_search(model, IDS, MASK, trie=TRIE, sid_token_ids=TOKENS, generator=again, **options)
+    third = reason_then_search(model, IDS, MASK, trie=TRIE, sid_token_ids=TOKENS, generator=again, **options)
     assert first.texts() == second.texts() != third.texts()
 
 
 def test_the_models_own_settings_and_its_dropout_are_neither_used_nor_changed():
     model = ending("gpt2")
-    expected = reason_then_search(model, TRIE, TOKENS, IDS, MASK, num_beams=3, **CALL)
+    expected = reason_then_search(model, IDS, MASK, trie=TRIE, sid_token_ids=TOKENS, num_beams=3, **CALL)
     model.generation_config = GenerationConfig(
         do_sample=True, top_k=3, temperature=3.0, repetition_penalty=5.0, no_repeat_ngram_size=1, max_length=12,
         min_new_tokens=6, num_beams=4, suppress_tokens=[END], forced_eos_token_id=5, eos_token_id=5, pad_token_id=7,
@@ -160,7 +173,7 @@ def test_the_models_own_settings_and_its_dropout_are_neither_used_nor_changed():
     )  # fmt: skip
     before = model.generation_config.to_dict()
     model.train()
-    found = reason_then_search(model, TRIE, TOKENS, IDS, MASK, num_beams=3, **CALL)
+    found = reason_then_search(model, IDS, MASK, trie=TRIE, sid_token_ids=TOKENS, num_beams=3, **CALL)
     assert model.generation_config.to_dict() == before and model.training
     assert found.texts() == expected.texts() and torch.equal(found.beams.scores, expected.beams.scores)
 
@@ -179,7 +192,7 @@ def calls(model, monkeypatch, peers):
     real = model.generate
     monkeypatch.setattr(model, "generate", lambda **k: (counts.update(generate=counts["generate"] + 1), real(**k))[1])
     hook = model.register_forward_pre_hook(lambda *_: counts.update(forward=counts["forward"] + 1))
-    found = reason_then_search(model, TRIE, TOKENS, IDS, MASK, num_beams=3, synced_gpus=True, **CALL)
+    found = reason_then_search(model, IDS, MASK, trie=TRIE, sid_token_ids=TOKENS, num_beams=3, synced_gpus=True, **CALL)
     hook.remove()
     monkeypatch.undo()
     return counts, found
@@ -208,9 +221,13 @@ def test_texts_are_closed_exactly_once():
 
 
 def test_search_options_reach_the_search():
-    whole = reason_then_search(ending(), TRIE, TOKENS, IDS, MASK, num_beams=4, renormalize=False, **CALL)
-    parts = reason_then_search(ending(), TRIE, TOKENS, IDS, MASK, num_beams=4, renormalize=False, max_rows=8, **CALL)
-    other = reason_then_search(ending(), TRIE, TOKENS, IDS, MASK, num_beams=4, **CALL)
+    whole = reason_then_search(
+        ending(), IDS, MASK, trie=TRIE, sid_token_ids=TOKENS, num_beams=4, renormalize=False, **CALL
+    )
+    parts = reason_then_search(
+        ending(), IDS, MASK, trie=TRIE, sid_token_ids=TOKENS, num_beams=4, renormalize=False, max_rows=8, **CALL
+    )
+    other = reason_then_search(ending(), IDS, MASK, trie=TRIE, sid_token_ids=TOKENS, num_beams=4, **CALL)
     np.testing.assert_allclose(whole.beams.scores, parts.beams.scores, atol=1e-5)
     assert (whole.beams.scores < other.beams.scores - 0.01).all()
 
@@ -239,4 +256,4 @@ def test_bad_calls_are_one_sentence_before_the_model_runs(case):
 
 def test_an_encoder_decoder_is_sent_to_the_processor():
     with pytest.raises(ConfigError, match="SidLogitsProcessor"):
-        reason_then_search(make_model("bart"), TRIE, TOKENS, IDS, MASK, **CALL)
+        reason_then_search(make_model("bart"), IDS, MASK, trie=TRIE, sid_token_ids=TOKENS, **CALL)

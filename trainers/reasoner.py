@@ -123,10 +123,10 @@ class Reasoner:
             ids, mask = self._pad([prompts[row] for row in rows])
             out = reason_then_search(
                 self.retriever.model,
-                self.retriever.trie,
-                self._sid_ids,
                 ids,
                 mask,
+                trie=self.retriever.trie,
+                sid_token_ids=self._sid_ids,
                 end_token_id=self.end,
                 eos_token_id=self.retriever.tokenizer.eos_token_id,
                 pad_token_id=self._pad_id,

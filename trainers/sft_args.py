@@ -76,7 +76,7 @@ def machine_defaults() -> dict[str, Any]:
             "FSDP was asked for, but this machine has no accelerator and accelerate shards on accelerators only; "
             "launch with ddp_cpu.yaml or zero2_cpu.yaml instead."
         )
-    if _deepspeed_launch():
+    if deepspeed_launch():
         return values | {"ddp_backend": "gloo"}
     return values | {"use_cpu": True}
 
@@ -99,7 +99,7 @@ def checked_args(values: dict[str, Any], where: str) -> dict[str, Any]:
             if new in values:
                 raise ConfigError(f"{where}: '{old}' and '{new}' mean the same; keep one of them.")
             values[new] = values.pop(old)
-    values = {key: _number(value, known[key]) for key, value in values.items()}
+    values = {key: number(value, known[key]) for key, value in values.items()}
     check_types(SFTConfig, values, where)
     return values
 
@@ -121,7 +121,7 @@ def sft_config(
         ConfigError: an unknown or reserved key, a value of the wrong type, or values that do not go together.
     """
     values = checked_args(values, where)
-    if values.get("use_cpu") and _deepspeed_launch():
+    if values.get("use_cpu") and deepspeed_launch():
         raise ConfigError(
             f"{where}: use_cpu hides the DeepSpeed launch; remove it, the CPU is used where nothing else is."
         )
@@ -141,7 +141,7 @@ def sft_config(
     try:
         config = SFTConfig(output_dir=str(output_dir), max_length=max_length, **{**defaults, **values})
     except (ValueError, TypeError, ImportError, AssertionError) as error:
-        raise ConfigError(f"{where}: the arguments do not go together ({_sentence(error)}).") from None
+        raise ConfigError(f"{where}: the arguments do not go together ({sentence(error)}).") from None
     if config.packing and max_length is None:
         raise ConfigError(
             f"{where}: packing needs max_length, the length of a packed row; set max_length of the stage."
@@ -154,7 +154,7 @@ def _fields() -> dict[str, Any]:
     return {f.name: hints[f.name] for f in dataclasses.fields(SFTConfig) if f.init}
 
 
-def _number(value: Any, hint: Any) -> Any:
+def number(value: Any, hint: Any) -> Any:
     """YAML reads `1e-4` as a text; where a number is expected it becomes one."""
     inner = typing.get_args(hint) or (hint,)
     if isinstance(value, str) and float in inner and str not in inner:
@@ -165,9 +165,9 @@ def _number(value: Any, hint: Any) -> Any:
     return value
 
 
-def _deepspeed_launch() -> bool:
+def deepspeed_launch() -> bool:
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
 
 
-def _sentence(error: BaseException) -> str:
+def sentence(error: BaseException) -> str:
     return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__

@@ -105,6 +105,83 @@ NAMES: tuple[Name, ...] = (
     Name("accelerate:Accelerator.get_state_dict", ("model",), "gathers sharded weights"),
     Name("accelerate.utils:broadcast_object_list", ("object_list",), "processes agree on what to do"),
 )
+_GRPO = "trl.trainer.grpo_trainer:GRPOTrainer"
+GRPO_NAMES: tuple[Name, ...] = (
+    Name(
+        f"{_GRPO}.__init__",
+        (
+            "model",
+            "reward_funcs",
+            "args",
+            "train_dataset",
+            "eval_dataset",
+            "processing_class",
+            "callbacks",
+            "rollout_func",
+        ),
+        "DebiasedGRPOTrainer passes these on",
+    ),
+    Name(f"{_GRPO}._generate_and_score_completions", ("inputs",), "sets the advantages of our estimators"),
+    Name(
+        f"{_GRPO}._calculate_rewards",
+        ("inputs", "prompts", "completions", "completion_ids_list"),
+        "scores rollouts by leaf numbers and keeps the gathered rewards",
+    ),
+    Name(f"{_GRPO}._prepare_inputs", ("generation_batch",), "keeps groups together in micro-batches"),
+    Name(
+        f"{_GRPO}._get_per_token_logps_and_entropies",
+        (
+            "model",
+            "input_ids",
+            "attention_mask",
+            "logits_to_keep",
+            "batch_size",
+            "compute_entropy",
+            "compute_aux_loss",
+        ),
+        "log-probabilities over the trie, of old, new and reference policy",
+    ),
+    Name(f"{_GRPO}._compute_loss", ("model", "inputs"), "ECPO and the surrogate of searched lists"),
+    Name(f"{_GRPO}._tokenize_prompts", ("prompts",), "prompts that are not encoded yet"),
+    Name(f"{_GRPO}._get_train_sampler", ("dataset",), "the order of an epoch is a function of seed and epoch"),
+    Name(f"{_GRPO}.get_decay_parameter_names", ("model",), "no weight decay on embedding rows"),
+    Name(f"{_GRPO}.log", ("logs", "start_time"), "our metrics are added there"),
+    Name(f"{_GRPO}._send_telemetry", (), "switched off: sidtune opens no connection the user did not ask for"),
+    Name("trl.models:unwrap_model_for_generation", ("model", "accelerator", "gather_deepspeed3_params"), "rollouts"),
+    Name(
+        "trl.trainer.utils:RepeatSampler",
+        ("data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed"),
+        "our sampler extends it",
+    ),
+    Name(
+        "trl.trainer.grpo_config:GRPOConfig",
+        (
+            "loss_type",
+            "scale_rewards",
+            "beta",
+            "epsilon",
+            "epsilon_high",
+            "delta",
+            "mask_truncated_completions",
+            "use_bias_correction_kl",
+            "importance_sampling_level",
+            "multi_objective_aggregation",
+            "num_generations",
+            "num_generations_eval",
+            "num_iterations",
+            "steps_per_generation",
+            "generation_batch_size",
+            "max_completion_length",
+            "reward_weights",
+            "temperature",
+            "ds3_gather_for_generation",
+            "shuffle_dataset",
+            "use_vllm",
+        ),
+        "fields the presets and the recipe set",
+    ),
+    Name("trl.kernels.chunked_logprob:ChunkedLogProbFunction", (), "log-probabilities over the whole vocabulary"),
+)
 
 
 def missing(names: tuple[Name, ...] = NAMES) -> list[str]:

@@ -1,0 +1,207 @@
+"""Compares variants of one step over several seeds: what each change of GRPO does to the model it starts from.
+
+    python -m sidtune.recipes.ablation --config recipes/grpo_ablation/shop.yaml --output_dir runs/ablation
+
+The config names a pipeline, its step that the variants start from, and the variants: name → options laid over the
+variant step's config. Every seed runs the pipeline up to that step once, then each variant and its evaluation, on the
+same requests. The table holds mean and standard deviation over the seeds, and the difference to the start with a paired
+bootstrap over the users of all seeds, p-values adjusted for the number of variants (Holm). Finished steps are skipped,
+so an interrupted comparison goes on where it was. Choose settings on `split: valid`, report on `test`.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from sidtune.core.config import as_dict, command, load_yaml
+from sidtune.core.errors import ConfigError, DataError
+from sidtune.core.folders import read_json, versions, write_json
+from sidtune.metrics.bootstrap import holm, paired_bootstrap
+from sidtune.recipes import run
+from sidtune.recipes.seeds import check_readme, replace_table
+
+START = "start"
+
+
+@dataclass
+class Arguments:
+    """Options of ablation.
+
+    Attributes:
+        pipeline: pipeline file, relative to this config.
+        start: name of its step that the variants start from; steps behind it are not run.
+        variants: name → options of the script, laid over `config`.
+        output_dir: folder that receives `seed_<n>/<step>`.
+        script: script of the variants. config: its YAML, relative to this config.
+        evaluate: YAML of the evaluation, relative to this config.
+        split: split that is evaluated, `test` or `valid`.
+        seeds: at least two.
+        metric: the metric compared.
+        shown: further metrics in the table.
+        level, samples: of the paired bootstrap.
+        results: JSON file that receives all figures. readme: README files whose table is replaced.
+        root: folder of this config; set by the runner.
+    """
+
+    pipeline: str
+    start: str
+    variants: dict
+    output_dir: str
+    script: str = "grpo"
+    config: str = "grpo.yaml"
+    evaluate: str = "evaluate.yaml"
+    split: str = "test"
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    metric: str = "ndcg@10"
+    shown: list[str] = field(default_factory=lambda: ["hr@10"])
+    level: float = 0.95
+    samples: int = 2000
+    results: str | None = None
+    readme: list[str] = field(default_factory=list)
+    root: str | None = None
+
+    def __post_init__(self) -> None:
+        if len(set(self.seeds)) != len(self.seeds) or len(self.seeds) < 2:
+            raise ConfigError(f"seeds must be at least two different integers, got {self.seeds}.")
+        wrong = [name for name in self.variants if name == START or "/" in name or not isinstance(name, str)]
+        if not self.variants or wrong:
+            raise ConfigError(
+                f"variants must be names (no '/', not '{START}') with options each, got {wrong or 'none'}."
+            )
+
+    def pipeline_of(self, seed: int) -> run.RunArguments:
+        """The pipeline of one seed: its own steps up to the start, then each variant and its evaluation."""
+        root = Path(self.root or ".")
+        file = root / self.pipeline
+        base = load_yaml(file)
+        names = [step["name"] for step in base["steps"]]
+        if self.start not in names:
+            raise ConfigError(f"The pipeline {file} has no step '{self.start}'; it has {', '.join(names)}.")
+        steps = base["steps"][: names.index(self.start) + 1]
+        for step in steps:
+            if step.get("config"):
+                step["config"] = str((file.parent / step["config"]).resolve())
+        used = dict(next(step for step in steps if step["name"] == self.start).get("inputs", {}))
+        data = {name: used[name] for name in ("data_dir", "sids_dir") if name in used}
+        steps.append(self._evaluation(START, self.start, data))
+        for name, options in self.variants.items():
+            config = str((root / self.config).resolve())
+            inputs = {**data, "model_dir": self.start}
+            steps.append({"name": name, "script": self.script, "config": config, "inputs": inputs, "args": options})
+            steps.append(self._evaluation(name, name, data))
+        folder = Path(self.output_dir) / f"seed_{seed}"
+        launch = base.get("launch", {})
+        return run.RunArguments(steps, str(folder), name=f"seed {seed}", launch=launch, seed=seed, root=str(root))
+
+    def _evaluation(self, name: str, model: str, data: dict[str, str]) -> dict[str, Any]:
+        config = str((Path(self.root or ".") / self.evaluate).resolve())
+        args = {"split": self.split, "baselines": [], "upper_bound": False}
+        inputs = {**data, "model_dir": model}
+        step = f"{self.split}_{name}"
+        return {"name": step, "script": "evaluate", "config": config, "inputs": inputs, "args": args}
+
+
+def main(arguments: Arguments) -> None:
+    """Runs all seeds and writes results and table."""
+    for readme in arguments.readme:
+        check_readme(Path(readme))
+    pipelines = {seed: arguments.pipeline_of(seed) for seed in arguments.seeds}
+    for pipeline in pipelines.values():
+        run.resolve(pipeline)
+    started = time.time()
+    for pipeline in pipelines.values():
+        run.main(pipeline)
+    record = compare(arguments)
+    record["seconds"] = round(time.time() - started)
+    if arguments.results is not None:
+        write_json(arguments.results, record)
+    table = markdown(record)
+    for readme in arguments.readme:
+        replace_table(Path(readme), table)
+    print(table)
+
+
+def compare(arguments: Arguments) -> dict[str, Any]:
+    """Mean and spread of every variant, and its difference to the start, request by request."""
+    metrics = [arguments.metric, *arguments.shown]
+    names = [START, *arguments.variants]
+    found = {name: [_values(arguments, seed, name, metrics) for seed in arguments.seeds] for name in names}
+    rows: dict[str, Any] = {}
+    for name, seeds in found.items():
+        means = {metric: [float(values[metric].mean()) for values in seeds] for metric in metrics}
+        rows[name] = {
+            "metrics": {
+                m: {"mean": statistics.fmean(v), "std": statistics.stdev(v), "values": v} for m, v in means.items()
+            }
+        }
+    pairs = {}
+    for name in arguments.variants:
+        one, other = (np.concatenate([values[arguments.metric] for values in found[n]]) for n in (name, START))
+        # A user of one seed's shop is another person than the user of that name in another's.
+        users = [f"{n}/{user}" for n, values in enumerate(found[name]) for user in values["users"]]
+        pairs[name] = paired_bootstrap(one, other, arguments.level, arguments.samples, clusters=users)
+    adjusted = holm([pair.p_value for pair in pairs.values()])
+    for (name, pair), p_value in zip(pairs.items(), adjusted, strict=True):
+        rows[name]["against_start"] = {**as_dict(pair), "adjusted_p_value": p_value}
+    return {
+        "metric": arguments.metric,
+        "split": arguments.split,
+        "seeds": arguments.seeds,
+        "requests": [len(values["users"]) for values in found[START]],
+        "variants": {name: as_dict(options) for name, options in arguments.variants.items()},
+        "rows": rows,
+        "versions": versions(),
+    }
+
+
+def _values(arguments: Arguments, seed: int, name: str, metrics: list[str]) -> dict[str, Any]:
+    folder = Path(arguments.output_dir) / f"seed_{seed}" / f"{arguments.split}_{name}"
+    table = pq.read_table(folder / "per_request.parquet")
+    missing = [metric for metric in metrics if f"sidtune/{metric}" not in table.column_names]
+    if missing:
+        raise DataError(
+            f"{folder} has no {', '.join(missing)}; let the evaluation compute it, or compare another metric."
+        )
+    values: dict[str, Any] = {metric: table[f"sidtune/{metric}"].to_numpy() for metric in metrics}
+    return {**values, "users": table["user_id"].to_pylist(), "seconds": _seconds(folder.parent / name)}
+
+
+def _seconds(folder: Path) -> float | None:
+    return read_json(folder / "run.json").get("seconds") if (folder / "run.json").exists() else None
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The comparison as a GitHub table."""
+    metrics = list(record["rows"][START]["metrics"])
+    against = f"{record['metric']} against start"
+    lines = [
+        "| variant | " + " | ".join(metrics) + f" | {against} | p (Holm) |",
+        "|---|" + "---:|" * (len(metrics) + 2),
+    ]
+    for name, row in record["rows"].items():
+        cells = [f"{row['metrics'][m]['mean']:.4f} ± {row['metrics'][m]['std']:.4f}" for m in metrics]
+        pair = row.get("against_start")
+        cells += ["", ""] if pair is None else [
+            f"{pair['difference']:+.4f} [{pair['low']:+.4f}, {pair['high']:+.4f}]",
+            f"{pair['adjusted_p_value']:.3f}",
+        ]  # fmt: skip
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    seeds, counts = ", ".join(map(str, record["seeds"])), sorted(set(record["requests"]))
+    counted = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+    lines += [
+        "",
+        f"Mean ± standard deviation over seeds {seeds}; {counted} {record['split']} requests each; paired bootstrap over users.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    command(main, Arguments, run.with_root(sys.argv[1:]))

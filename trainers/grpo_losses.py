@@ -1,0 +1,67 @@
+"""Parts of the GRPO objective that TRL lacks, as pure tensor functions.
+
+TRL's surrogates stay TRL's. Added here: the dual clip of ECPO (OneRec-V1), written as a change of the *old*
+log-probabilities so that it works inside TRL's own loss; the surrogate of a searched list (credit "list"); and the
+weight that TRL's aggregations give a row, which that surrogate must share. TRL's `delta` also bounds the ratio of a bad
+sample, but with a zero gradient above it (`specs/crs_debiased_grpo.md` 4, row 6).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+
+
+def ecpo_old_logps(log_probs: Tensor, old: Tensor, advantages: Tensor, epsilon_high: float, delta: float) -> Tensor:
+    """Old log-probabilities that cap the ratio of bad samples at 1 + epsilon_high + delta and keep its gradient.
+
+    ECPO replaces the old policy of samples with a negative advantage by max(stop_gradient(policy) / (1 + epsilon +
+    delta), old).
+
+    Args:
+        log_probs: (B, T) of the policy; no gradient flows through this use.
+        old: (B, T). advantages: (B,) or (B, T).
+    """
+    advantages = advantages[:, None] if advantages.ndim == 1 else advantages
+    cap = torch.log(torch.tensor(1 + epsilon_high + delta, dtype=old.dtype, device=old.device))
+    return torch.where(advantages < 0, torch.maximum(log_probs.detach() - cap, old), old)
+
+
+def list_surrogate(log_probs: Tensor, old: Tensor, coefficients: Tensor, low: float, high: float) -> Tensor:
+    """(R,) loss of the searched lists: clipped ratios weighted by each item's coefficient
+    (`grpo_advantages.list_credit`).
+
+    Args:
+        log_probs: (R, K) log-probability of each item. old: the same when the list was searched, -inf at dead places.
+        coefficients: (R, K), 0 at dead places.
+        low, high: how far the ratio may leave 1 downwards and upwards.
+    """
+    alive = old > float("-inf")
+    ratio = (log_probs - old).where(alive, 0.0).exp()
+    value = torch.minimum(ratio * coefficients, ratio.clamp(1 - low, 1 + high) * coefficients)
+    return -value.where(alive, 0.0).sum(1)
+
+
+def row_weights(
+    loss_type: str, mask: Tensor, max_completion_length: int, accumulation: float, global_normalizer: Tensor | None
+) -> Tensor:
+    """(B,) what TRL's aggregation multiplies the summed token losses of each row by.
+
+    Args:
+        loss_type: one of TRL's with a row-wise or token-wise mean.
+        mask: (B, T) tokens in the loss. accumulation: micro-batches of an optimizer step (1 in evaluation).
+        global_normalizer: what "dapo", "cispo" and "vespo" divide by in this micro-batch.
+    """
+    rows, tokens = len(mask), mask.sum(1).clamp(min=1.0)
+    if loss_type in ("grpo", "sapo"):
+        return 1 / (tokens * rows * accumulation)
+    one = torch.ones_like(tokens, dtype=torch.float32)
+    if loss_type == "bnpo":
+        return one / (mask.sum().clamp(min=1.0) * accumulation)
+    if loss_type == "dr_grpo":
+        return one / (rows * max_completion_length * accumulation)
+    if loss_type == "luspo":
+        return one / (rows * accumulation)
+    return one / global_normalizer
