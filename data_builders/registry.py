@@ -14,6 +14,7 @@ READERS = Registry(
         "kuaisearch": "sidtune.data_builders.readers.kuaisearch:read",
         "jdsearch": "sidtune.data_builders.readers.jdsearch:read",
         "amazon_search": "sidtune.data_builders.readers.amazon_search:read",
+        "movielens": "sidtune.data_builders.readers.movielens:read",
         "shop_world": "sidtune.data_builders.shop_world:read",
     },
 )
