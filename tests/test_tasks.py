@@ -18,7 +18,9 @@ from sidtune.data_builders.tasks import query_to_sid
 
 EOS = "<|endoftext|>"
 WORLD = make_world(11)
-GENERAL = [task for task in TASKS if task != "reason_to_sid"]  # that one needs tokens of its own: test_reasoning_task.py
+GENERAL = [
+    task for task in TASKS if task != "reason_to_sid"
+]  # that one needs tokens of its own: test_reasoning_task.py
 
 
 def inputs(templates="plain", world=WORLD, **options):
