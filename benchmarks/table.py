@@ -1,0 +1,72 @@
+"""Writes the rows of benchmark results as a table of a README, between two marks.
+
+    python benchmarks/table.py benchmarks/results/decoding.json --readme decoding/README.md --mark "decoding results"
+
+The marks are the lines `<!-- NAME -->` and `<!-- /NAME -->`. Columns that no row has are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+COLUMNS = {
+    "name": "case",
+    "baseline": "against",
+    "ours_s": "ours, s",
+    "baseline_s": "other, s",
+    "ratio": "ratio",
+    "equal": "equal",
+    "times_least": "ours over least work",
+    "cache_prompt_mb": "prompt cache, MB",
+    "cache_beams_mb": "beams' cache, MB",
+    "cache_per_beam_mb": "copied per beam, MB",
+}
+
+
+def cell(name: str, value: Any) -> str:
+    """One value as people read it."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if name == "ratio":
+        return f"{value:.1f}×" if value >= 2 else f"{value:.2f}×"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """GitHub table of all rows, and what they were measured on."""
+    rows = [row for result in results for row in result["rows"]]
+    names = [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
+    lines = [
+        "| " + " | ".join(COLUMNS[name] for name in names) + " |",
+        "|" + "".join("---:|" if name not in ("name", "baseline", "equal") else "---|" for name in names),
+    ]
+    lines += ["| " + " | ".join(cell(name, row.get(name)) for name in names) + " |" for row in rows]
+    machine = results[0]["machine"]
+    measured = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in machine.items())
+    return "\n".join([*lines, "", f"Measured with: {measured}."]) + "\n"
+
+
+def main(argv: list[str] | None = None) -> str:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+", help="JSON files of benchmarks, in the order of the rows")
+    parser.add_argument("--readme", type=Path, required=True)
+    parser.add_argument("--mark", required=True)
+    options = parser.parse_args(argv)
+    begin, end = f"<!-- {options.mark} -->", f"<!-- /{options.mark} -->"
+    text = options.readme.read_text("utf-8")
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        parser.error(f"{options.readme} has no lines '{begin}' and '{end}'; add them where the table belongs.")
+    made = table([json.loads(file.read_text("utf-8")) for file in options.results])
+    options.readme.write_text(f"{before}{begin}\n{made}{end}{after}", "utf-8")
+    return made
+
+
+if __name__ == "__main__":
+    print(main())
