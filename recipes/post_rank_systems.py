@@ -1,0 +1,227 @@
+"""Trains and runs one system of `recipes.post_rank`: a variant of LLM4PR from a backbone to orders, and what it costs.
+
+| variant | adapter | feature adaptation | auxiliary task |
+|---|---|---|---|
+| `llm4pr` | query-instructed | yes | yes |
+| `no_qia`, `no_qia_query` | MLP on the fields; on fields and query | yes | yes |
+| `no_adaptation` | query-instructed | no | yes |
+| `no_aux` | query-instructed | yes | no |
+| `ptpr` | none: features as words | – | yes |
+
+The paper's "w/o QIA" is a DNN of unstated shape, so there are two. A backbone built from scratch has no language to adapt to;
+let both steps train everything then (`train: all`, `adaptation_trains: all`), which is not the paper's method but its shape.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sidtune.core.errors import ConfigError
+from sidtune.data_builders.post_rank_schema import PostRankRequest, PostRankTable
+from sidtune.data_builders.post_rank_text import render_request, request_of
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a variant changes, see the module's table."""
+
+    adapter: str = "qia"
+    adaptation: bool = True
+    aux: bool = True
+    words: bool = False
+
+
+VARIANTS = {
+    "llm4pr": Variant(),
+    "no_qia": Variant(adapter="mlp"),
+    "no_qia_query": Variant(adapter="mlp_query"),
+    "no_adaptation": Variant(adaptation=False),
+    "no_aux": Variant(aux=False),
+    "ptpr": Variant(adaptation=False, words=True),
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """How variants are trained.
+
+    Attributes:
+        backbone: model folder or hub id; None builds one from `scratch` with a BPE of `vocab_size` tokens.
+        scratch: `model_type` and fields of its config.
+        train: `lora` (the paper) or `all`, in the second step. adaptation_trains: `adapters` (the paper) or `all`.
+        lora: `r`, `alpha`, `dropout`, `targets` of `add_lora`.
+        adaptation, post_rank: arguments of each step over `trainers.post_rank.paper_arguments`.
+        adapter_learning_rate: peak rate of the adapters in the second step; None = that of the step.
+        aux_weight, shuffle, ties, max_candidates, max_history, d_h: as in the trainer, the processor and the model's config.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    backbone: str | None = None
+    scratch: dict = field(default_factory=lambda: {"model_type": "qwen3"})
+    vocab_size: int = 1024
+    train: str = "lora"
+    adaptation_trains: str = "adapters"
+    lora: dict = field(default_factory=dict)
+    adaptation: dict = field(default_factory=dict)
+    post_rank: dict = field(default_factory=dict)
+    adapter_learning_rate: float | None = None
+    aux_weight: float = 1.0
+    shuffle: float = 0.5
+    ties: str = "incoming"
+    max_candidates: int = 20
+    max_history: int = 10
+    d_h: int = 512
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("train", ("lora", "all")),
+            ("adaptation_trains", ("adapters", "all")),
+            ("ties", ("incoming", "random")),
+        ):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"training.{name} must be one of {', '.join(known)}, got '{getattr(self, name)}'.")
+        if self.backbone is None and (self.train != "all" or self.adaptation_trains != "all"):
+            raise ConfigError(
+                "training: a backbone built from scratch knows nothing, so LoRA and adapters alone cannot train it; set train and "
+                "adaptation_trains to all, or name a backbone."
+            )
+        unknown = set(self.lora) - {"r", "alpha", "dropout", "targets"}
+        if unknown:
+            raise ConfigError(f"training.lora knows r, alpha, dropout and targets, got {sorted(unknown)}.")
+        if not 0 <= self.shuffle <= 1 or self.aux_weight < 0 or not 2 <= self.max_candidates <= 26:
+            raise ConfigError(
+                "training: shuffle lies in [0, 1], aux_weight is not negative, max_candidates is 2 to 26."
+            )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What answering one request at a time costs: prompt tokens (mean) and milliseconds (median) for each method."""
+
+    prompt_tokens: float
+    milliseconds: dict[str, float]
+    valid_rate: float
+
+
+def start_model(training: Training, table: PostRankTable, rows: np.ndarray, adapter: str, seed: int) -> tuple[Any, Any]:
+    """(language model with fresh adapters, tokenizer, config) before any training, as `(model, tokenizer)`."""
+    import torch
+
+    from sidtune.models.post_rank import PostRankForCausalLM
+    from sidtune.models.post_rank_processor import build_config
+    from sidtune.tokenizers.lm_tokenizer import build_model, train_lm_tokenizer
+    from sidtune.tokenizers.model_files import load_plain, load_tokenizer
+    from sidtune.trainers.post_rank_data import field_specs
+
+    if training.backbone is None:
+        tokenizer = train_lm_tokenizer(_texts(table, rows), vocab_size=training.vocab_size)
+        language_model = build_model(training.scratch, tokenizer, seed=seed)
+    else:
+        tokenizer, language_model = load_tokenizer(training.backbone), load_plain(training.backbone)
+    options = {"adapter": adapter, "d_h": training.d_h, "aux_weight": training.aux_weight}
+    config = build_config(language_model, tokenizer, field_specs(table, rows), table.d_q, **options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return PostRankForCausalLM.from_base(language_model, config), tokenizer
+
+
+def train_variant(
+    variant: Variant, training: Training, table: PostRankTable, rows: np.ndarray, seed: int, folder: Path
+) -> tuple[Any, Any, dict[str, Any]]:
+    """Trains one variant; checkpoints lie in `folder`, an interrupted run goes on.
+
+    Returns:
+        (model, processor, {step → seconds and last losses}).
+    """
+    from sidtune.models.post_rank_files import add_lora
+    from sidtune.models.post_rank_processor import PostRankProcessor
+    from sidtune.trainers.post_rank import adapt_features, learn_to_post_rank, paper_arguments
+
+    model, tokenizer = start_model(training, table, rows, variant.adapter, seed)
+    processor = PostRankProcessor(tokenizer, model.config, max_history=training.max_history, words=variant.words)
+    told = {}
+    if variant.adaptation:
+        args = paper_arguments(folder / "adaptation", **{"seed": seed, **training.adaptation})
+        trainer = adapt_features(model, processor, table, rows, args, train=training.adaptation_trains)
+        told["adaptation"] = _told(trainer)
+    if training.train == "lora":
+        model.requires_grad_(False)
+        for parameter in model.adapter_parameters():
+            parameter.requires_grad_(True)
+        model = add_lora(model, **training.lora)
+    else:
+        model.requires_grad_(True)
+    args = paper_arguments(folder / "post_rank", **{"seed": seed, **training.post_rank})
+    trainer = learn_to_post_rank(
+        model,
+        processor,
+        table,
+        rows,
+        args,
+        aux=variant.aux,
+        shuffle=training.shuffle,
+        ties=training.ties,
+        max_candidates=training.max_candidates,
+        adapter_learning_rate=training.adapter_learning_rate,
+    )
+    told["post_rank"] = _told(trainer)
+    return trainer.model.eval(), processor, told
+
+
+def rank_requests(ranker: Any, requests: Sequence[PostRankRequest], method: str, width: int, **options: Any) -> list:
+    """Orders of all requests as rows of `width` places, −1 behind the last candidate (JSON-ready)."""
+    found = ranker.rank(requests, method, **options)
+    return [order.tolist() + [-1] * (width - len(order)) for order in found]
+
+
+def measure_cost(model: Any, processor: Any, requests: Sequence[PostRankRequest], methods: Sequence[str]) -> Cost:
+    """Answers requests one at a time, and once without constraint for the rate of valid answers."""
+    from sidtune.models.post_ranker import PostRanker
+
+    ranker = PostRanker(model, processor, batch_size=1)
+    times, tokens = {}, []
+    for method in methods:
+        ranker.rank(requests[:1], method)
+        spent = []
+        for one in requests:
+            begin = time.perf_counter()
+            ranker.rank([one], method)
+            spent.append(1000 * (time.perf_counter() - begin))
+            tokens.append(ranker.counts.prompt_tokens)
+        times[method] = statistics.median(spent)
+    ranker = PostRanker(model, processor)
+    ranker.rank(requests, "unconstrained")
+    return Cost(statistics.fmean(tokens), times, ranker.counts.valid_rate)
+
+
+def requests_of(table: PostRankTable, rows: np.ndarray, max_history: int) -> list[PostRankRequest]:
+    """The rows as requests of their own."""
+    return [request_of(table, int(row), max_history) for row in rows]
+
+
+def _told(trainer: Any) -> dict[str, Any]:
+    history = trainer.state.log_history
+    last = next((entry for entry in reversed(history) if "loss" in entry), {})
+    losses = {key: round(last[key], 6) for key in ("main_loss", "aux_loss") if key in last}
+    seconds = next((entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry), 0.0)
+    return {"steps": trainer.state.global_step, "seconds": round(seconds, 1), **losses}
+
+
+def _texts(table: PostRankTable, rows: np.ndarray) -> list[str]:
+    """What the BPE of a backbone from scratch is trained on: requests in words, and the letters of the answers."""
+    from sidtune.models.permutation import LETTERS
+
+    made = []
+    for row in rows[:1000]:
+        request = request_of(table, int(row), 3)
+        made.append(render_request(request, [str(place) for place in range(len(request.item_ids))]))
+    return made + [" ".join(("", *LETTERS))] * 100

@@ -1,0 +1,230 @@
+"""The post-ranking recipe: sources, refused options, and a tiny run from ratings to the table."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from post_rank_sources import rating_rows, recbole
+from safetensors.torch import load_file
+
+from sidtune.core.config import build, parse
+from sidtune.core.errors import ConfigError
+from sidtune.core.folders import read_json
+from sidtune.data_builders.post_rank_store import save_post_rank
+from sidtune.metrics.list_ranking import BEST, RANDOM
+from sidtune.models.post_ranker import PostRanker
+from sidtune.recipes import post_rank
+from sidtune.recipes.post_rank import Arguments, main
+from sidtune.recipes.post_rank_sources import load_source, parse_source
+from sidtune.recipes.post_rank_systems import VARIANTS, requests_of
+from sidtune.trainers import post_rank as post_rank_steps
+
+STEPS = {"max_steps": 3, "save_strategy": "no", "disable_tqdm": True, "per_device_train_batch_size": 4}
+TRAINING = {
+    "scratch": {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 24},
+    "vocab_size": 320,
+    "train": "all",
+    "adaptation_trains": "all",
+    "adaptation": STEPS,
+    "post_rank": STEPS,
+    "d_h": 8,
+    "max_history": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def ratings(tmp_path_factory):
+    return str(recbole(tmp_path_factory.mktemp("ml") / "r", rating_rows()))
+
+
+def arguments(source, output, **changes):
+    values = {
+        "source": source,
+        "output_dir": str(output),
+        "baselines": ["initial", "mlp"],
+        "reranker": {"epochs": 1},
+        "variants": ["llm4pr", "no_qia", "no_aux", "ptpr"],
+        "training": TRAINING,
+        "metrics": {"ks": [3, 5]},
+        "seeds": [0, 1],
+        "cost_requests": 2,
+        "samples": 100,
+    }
+    return build(Arguments, {**values, **changes}, "test")
+
+
+def movielens(path):
+    return {"kind": "movielens", "path": path, "segments": {"upstream_share": 0.3, "width": 4, "d_q": 6}}
+
+
+@pytest.fixture(scope="module")
+def run(ratings, tmp_path_factory):
+    output = tmp_path_factory.mktemp("run") / "out"
+    readme = output.parent / "README.md"
+    readme.write_text("Before\n<!-- results -->\n<!-- /results -->\nAfter\n")
+    chosen = arguments(movielens(ratings), output, shuffles=2, readme=[str(readme)])
+    main(chosen)
+    return chosen, output, readme
+
+
+def test_a_run_writes_what_it_says(run):
+    chosen, output, readme = run
+    record = read_json(output / "metrics.json")
+    names = [row["name"] for row in record["systems"]]
+    more = ["llm4pr (single_forward)", "llm4pr (2 shuffles)"]
+    assert names == ["initial", "mlp", "llm4pr", *more, "no_qia", "no_aux", "ptpr", RANDOM, BEST]
+    values = {row["name"]: row["metrics"]["ndcg@5"]["value"] for row in record["systems"]}
+    assert values[BEST] == 1.0 and all(0 < values[name] <= 1 for name in names)
+    assert set(record["against"]) == set(names) - {"llm4pr", RANDOM, BEST}
+    for name, pair in record["against"].items():
+        assert pair["difference"] == pytest.approx(values["llm4pr"] - values[name])
+        assert pair["p_value"] <= pair["adjusted_p_value"] <= 1
+    table = pq.read_table(output / "per_request.parquet")
+    assert table.num_rows == record["requests"]["test"]
+    for name in names:
+        assert np.mean(table[f"{name}/ndcg@5"].to_numpy()) == pytest.approx(values[name])
+        assert np.mean(record["each_seed"].get(name, [values[name]])) == pytest.approx(values[name])
+    costs = {name: [one["cost"] for one in seeds] for name, seeds in record["told"].items()}
+    assert costs["ptpr"][0]["prompt_tokens"] > 2 * costs["llm4pr"][0]["prompt_tokens"]
+    assert all(set(c["milliseconds"]) == {"greedy", "single_forward"} for one in costs.values() for c in one)
+    assert all(0 <= c["valid_rate"] <= 1 for one in costs.values() for c in one)
+    text = readme.read_text()
+    assert RANDOM in text and "prompt tokens" in text and text.startswith("Before") and text.endswith("After\n")
+    assert read_json(output / "run.json")["step"] == "post_rank"
+    assert "adaptation" in record["told"]["llm4pr"][0] and "adaptation" not in record["told"]["ptpr"][0]
+    assert "aux_loss" not in record["told"]["no_aux"][0]["post_rank"]
+
+
+def test_the_saved_model_gives_the_orders_of_the_table(run):
+    chosen, output, _ = run
+    source = load_source(chosen.source)
+    requests = requests_of(source.table, source.table.rows_of("test"), 2)
+    found = PostRanker.from_pretrained(output / "seed_1" / "llm4pr" / "model").rank(requests)
+    told = read_json(output / "seed_1" / "llm4pr" / "result.json")["orders"]["llm4pr"]
+    assert [order.tolist() for order in found] == told
+    assert not (output / "seed_1" / "no_aux" / "model").exists()
+    assert not list(output.glob("seed_*/*/work"))
+
+
+def test_finished_systems_are_kept_and_changed_ones_are_trained_again(run, monkeypatch):
+    chosen, output, _ = run
+    trained = []
+    real = post_rank._train
+    monkeypatch.setattr(post_rank, "_train", lambda name, *rest: trained.append(name) or real(name, *rest))
+    before = json.loads((output / "metrics.json").read_text())
+    main(chosen)
+    after = json.loads((output / "metrics.json").read_text())
+    assert not trained and before == after
+    changed = {**TRAINING, "aux_weight": 0.5}
+    main(arguments(chosen.source, output, shuffles=2, training=changed, variants=["llm4pr"], seeds=[0]))
+    assert trained == ["llm4pr"]
+
+
+def test_an_interrupted_system_ends_as_an_uninterrupted_one(ratings, tmp_path, monkeypatch):
+    saving = {**STEPS, "save_strategy": "steps", "save_steps": 2}
+    training = {**TRAINING, "adaptation": saving, "post_rank": saving}
+    options = {"variants": ["llm4pr"], "seeds": [0], "training": training}
+    main(arguments(movielens(ratings), tmp_path / "whole", **options))
+    real = post_rank_steps.learn_to_post_rank
+
+    class Stop(Exception):
+        pass
+
+    def stop(*given, **named):
+        raise Stop
+
+    monkeypatch.setattr(post_rank_steps, "learn_to_post_rank", stop)
+    with pytest.raises(Stop):
+        main(arguments(movielens(ratings), tmp_path / "parts", **options))
+    adapted = []
+    monkeypatch.setattr(post_rank_steps, "learn_to_post_rank", real)
+    step = post_rank_steps.PostRankTrainer.training_step
+    monkeypatch.setattr(
+        post_rank_steps.PostRankTrainer,
+        "training_step",
+        lambda self, *rest: adapted.append(self.train_dataset.step) or step(self, *rest),
+    )
+    main(arguments(movielens(ratings), tmp_path / "parts", **options))
+    assert adapted == ["post_rank"] * 3
+    weights = [
+        load_file(next((tmp_path / n / "seed_0/llm4pr/model").glob("*.safetensors"))) for n in ("whole", "parts")
+    ]
+    assert all((weights[0][key] == weights[1][key]).all() for key in weights[0])
+
+
+def test_a_variant_changes_only_what_it_names(ratings):
+    from sidtune.recipes.post_rank_systems import Training, start_model
+
+    table = load_source(movielens(ratings)).table
+    rows = table.rows_of("train")
+    full = VARIANTS["llm4pr"]
+    for name, changed in (("no_qia", "adapter"), ("no_adaptation", "adaptation"), ("no_aux", "aux")):
+        assert [k for k, v in vars(VARIANTS[name]).items() if v != getattr(full, k)] == [changed]
+    training = Training(**TRAINING)
+    models = [start_model(training, table, rows, adapter, 3)[0] for adapter in ("qia", "qia", "mlp")]
+    states = [model.state_dict() for model in models]
+    assert all((states[0][key] == states[1][key]).all() for key in states[0])
+    language = [key for key in states[0] if key.startswith("language_model")]
+    assert all((states[0][key] == states[2][key]).all() for key in language)
+    assert models[2].config.adapter == "mlp"
+
+
+def test_sessions_have_their_expected_clicks_and_the_best_list_is_the_ceiling(tmp_path):
+    shop = {"n_items": 200, "n_users": 40, "n_requests": 400, "days": 10}
+    source = {"kind": "shop", "world": shop, "count": 60, "candidates": 4}
+    chosen = arguments(source, tmp_path / "o", variants=["llm4pr"], seeds=[0], methods=["greedy"], primary="ndcg@3")
+    main(chosen)
+    rows = {row["name"]: row["metrics"] for row in read_json(tmp_path / "o" / "metrics.json")["systems"]}
+    clicks = {name: row["expected clicks"]["value"] for name, row in rows.items()}
+    assert max(clicks.values()) == clicks[BEST] > clicks["initial"] and clicks[BEST] > clicks[RANDOM]
+    splits = load_source(source).table.requests["split"].to_pylist()
+    assert splits == ["train"] * 42 + ["valid"] * 6 + ["test"] * 12
+
+
+def test_passages_and_saved_tables_are_sources(tmp_path, ratings):
+    (tmp_path / "q.tsv").write_text("q1\tred pen\nq2\tblue lamp\n")
+    (tmp_path / "p.tsv").write_text("p1\ta red pen\np2\ta lamp\np3\ta chair\n")
+    (tmp_path / "run.tsv").write_text("q1 p2 3\nq1 p1 2\nq1 p3 1\nq2 p2 2\nq2 p1 1\n")
+    (tmp_path / "rel.tsv").write_text("q1\tp1\t1\nq2\tp2\t1\n")
+    files = {n: str(tmp_path / f) for n, f in (("queries", "q.tsv"), ("passages", "p.tsv"), ("run", "run.tsv"))}
+    part = {**files, "qrels": str(tmp_path / "rel.tsv"), "width": 8}
+    table = load_source({"kind": "passages", "train": part, "test": part}).table
+    assert table.requests["split"].to_pylist() == ["train", "train", "test", "test"]
+    assert table.relevance.tolist() == [0, 1, 0, 1, 0] * 2
+    assert dict(requests_of(table, [0], 0)[0].item_texts[1])["text"] == "a red pen"
+    known = load_source(movielens(ratings)).table
+    (tmp_path / "t").mkdir()
+    save_post_rank(known, tmp_path / "t")
+    assert load_source({"kind": "table", "path": str(tmp_path / "t")}).table.requests.equals(known.requests)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source": {"kind": "movie_lens"}}, "movielens"),
+        ({"source": {"kind": "movielens", "path": "x", "segments": {"sise": 3}}}, "size"),
+        ({"source": {"kind": "shop", "label": "click"}}, "clicks"),
+        ({"source": {"kind": "shop", "sessions": {"interactions": 1}}}, "interaction"),
+        ({"source": {"kind": "passages", "train": {}, "test": {}}}, "required key"),
+        ({"baselines": ["dlmc"]}, "dlcm"),
+        ({"variants": ["no_qa"]}, "no_qia"),
+        ({"save": ["no_adaptation"]}, "save"),
+        ({"methods": ["gredy"]}, "greedy"),
+        ({"training": {**TRAINING, "train": "lora"}}, "name a backbone"),
+        ({"training": {**TRAINING, "epoch": 1}}, "unknown key 'epoch'"),
+        ({"training": {**TRAINING, "lora": {"rank": 2}}}, "training.lora"),
+        ({"metrics": {"gains": "exp2"}}, "gain"),
+        ({"primary": "ndcg@7"}, "primary"),
+        ({"seeds": [1, 1]}, "seeds"),
+        ({"reranker": {"epochs": 0}}, "epochs"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_starts(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        arguments(**{"source": {"kind": "movielens", "path": "x"}, "output": tmp_path, **changes})
+
+
+def test_the_sources_of_the_shipped_configs_are_known(repo_root, tmp_path):
+    for file in sorted((repo_root / "recipes" / "llm4pr").glob("*.yaml")):
+        assert parse_source(parse(Arguments, ["--config", str(file), "--output_dir", str(tmp_path)]).source)
