@@ -90,12 +90,11 @@ def sid_beam_search(
         ConfigError: the model or an option does not fit. DataError: prompts or token ids do not fit.
         SidtuneError: the model's scores are not numbers.
     """
-    call = GenerateCall.of(generate_arguments, input_ids, "sid_beam_search")
-    mask = call.mask if mask is None else mask
+    call = GenerateCall.of(generate_arguments, input_ids, mask, "sid_beam_search")
     check_limits("num_beams", num_beams, max_rows, memory_budget)
     if num_return_sequences is not None and not 1 <= num_return_sequences <= num_beams:
         raise ConfigError(f"num_return_sequences must be 1 to num_beams = {num_beams}, got {num_return_sequences}.")
-    search = Search.prepare(model, call, mask, trie, sid_token_ids, filters, whole_vocabulary=not renormalize)
+    search = Search.prepare(model, call, trie, sid_token_ids, filters, whole_vocabulary=not renormalize)
     width = min(num_beams, search.trie.num_allowed_leaves)
     leaves = torch.full((search.prompts, num_beams), -1, dtype=torch.int64, device=search.device)
     scores = torch.full((search.prompts, num_beams), _NEVER, dtype=torch.float32, device=search.device)

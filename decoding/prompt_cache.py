@@ -46,11 +46,11 @@ class Layout:
 
     def read(self, ids: Tensor, mask: Tensor, encoded: Tensor | None = None) -> None:
         """Reads B prompts (B, T); afterwards there is one beam per prompt."""
-        raise NotImplementedError
+        raise NotImplementedError("a Layout subclass must say how prompts are read")
 
     def advance(self, tokens: Tensor, parents: Tensor) -> None:
         """Feeds (B, W) tokens; `parents (B, W)` is the beam of the previous step that each one continues."""
-        raise NotImplementedError
+        raise NotImplementedError("a Layout subclass must say how beams advance")
 
     def _read_decoder(self, ids: Tensor, mask: Tensor, cache: Any = None) -> Any:
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)

@@ -104,12 +104,11 @@ def sid_sample(
         ConfigError: the model or an option does not fit. DataError: prompts or token ids do not fit.
         SidtuneError: the model's scores are not numbers.
     """
-    call = GenerateCall.of(generate_arguments, input_ids, "sid_sample")
-    mask = call.mask if mask is None else mask
+    call = GenerateCall.of(generate_arguments, input_ids, mask, "sid_sample")
     check_limits("num_samples", num_samples, max_rows, memory_budget)
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ConfigError(f"temperature must be a positive number, got {temperature}; for the best SIDs use beams.")
-    search = Search.prepare(model, call, mask, trie, sid_token_ids, filters)
+    search = Search.prepare(model, call, trie, sid_token_ids, filters)
     draw = _WithReplacement if replacement else _WithoutReplacement
     drawn = draw(search, num_samples, temperature, generator)
     if search.trie.num_allowed_leaves:

@@ -55,8 +55,12 @@ class GenerateCall:
     config: Any = None
 
     @classmethod
-    def of(cls, arguments: dict[str, Any], input_ids: Tensor, function: str) -> GenerateCall:
-        """Reads the arguments that are not the search's own. Raises ConfigError for an unknown one in a plain call."""
+    def of(cls, arguments: dict[str, Any], input_ids: Tensor, mask: Tensor | None, function: str) -> GenerateCall:
+        """Reads the arguments that are not the search's own.
+
+        Raises:
+            ConfigError: an unknown argument in a plain call, or two masks.
+        """
         config = arguments.get("generation_config")
         if config is None:
             for name in arguments:
@@ -66,7 +70,9 @@ class GenerateCall:
                         (*_PLAIN_NAMES, "trie", "sid_token_ids", "max_rows", "memory_budget", "filters", "num_beams"),
                     )
                     raise ConfigError(f"{function} knows no argument '{name}'; did you mean '{hint}'?")
-            return cls(input_ids, arguments.get("attention_mask"))
+            if mask is not None and arguments.get("attention_mask") is not None:
+                raise ConfigError("`mask` and `attention_mask` mean the same; pass one of them.")
+            return cls(input_ids, arguments.get("attention_mask") if mask is None else mask)
         # A generation config with beams or several samples makes `generate` repeat its inputs; one row each is enough.
         copies = max(config.num_beams or 1, config.num_return_sequences or 1)
         encoded = arguments.get("encoder_outputs")
@@ -114,7 +120,6 @@ class Search:
         cls,
         model: nn.Module,
         call: GenerateCall,
-        mask: Tensor | None,
         trie: SidTrie,
         sid_token_ids: np.ndarray | Tensor | None,
         filters: RequestFilter | None,
@@ -133,6 +138,7 @@ class Search:
         self.steps = ModelSteps(model, self.level_tokens, whole_vocabulary)
         self._encoded = None if call.encoded is None else call.encoded.to(self.device)
         ids = call.input_ids.to(self.device) if self._encoded is None else None
+        mask = call.mask
         if mask is None:
             like = call.input_ids if self._encoded is None else self._encoded[..., 0]
             mask = torch.ones(like.shape, dtype=torch.int64)

@@ -23,10 +23,10 @@ import pyarrow.parquet as pq
 
 from sidtune.core.config import as_dict, command, load_yaml
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.core.folders import read_json, versions, write_json
+from sidtune.core.folders import versions
 from sidtune.metrics.bootstrap import holm, paired_bootstrap
 from sidtune.recipes import run
-from sidtune.recipes.seeds import check_readme, replace_table
+from sidtune.recipes.seeds import check_readme, publish
 
 START = "start"
 
@@ -121,12 +121,7 @@ def main(arguments: Arguments) -> None:
         run.main(pipeline)
     record = compare(arguments)
     record["seconds"] = round(time.time() - started)
-    if arguments.results is not None:
-        write_json(arguments.results, record)
-    table = markdown(record)
-    for readme in arguments.readme:
-        replace_table(Path(readme), table)
-    print(table)
+    publish(record, markdown(record), arguments.results, arguments.readme)
 
 
 def compare(arguments: Arguments) -> dict[str, Any]:
@@ -171,11 +166,7 @@ def _values(arguments: Arguments, seed: int, name: str, metrics: list[str]) -> d
             f"{folder} has no {', '.join(missing)}; let the evaluation compute it, or compare another metric."
         )
     values: dict[str, Any] = {metric: table[f"sidtune/{metric}"].to_numpy() for metric in metrics}
-    return {**values, "users": table["user_id"].to_pylist(), "seconds": _seconds(folder.parent / name)}
-
-
-def _seconds(folder: Path) -> float | None:
-    return read_json(folder / "run.json").get("seconds") if (folder / "run.json").exists() else None
+    return {**values, "users": table["user_id"].to_pylist()}
 
 
 def markdown(record: dict[str, Any]) -> str:

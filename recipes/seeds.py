@@ -58,10 +58,14 @@ def main(arguments: SeedsArguments) -> None:
         found[seed] = read_json(folder / arguments.eval_step / "metrics.json")
     record = summarise(found, arguments.metrics)
     record["seconds"] = round(time.time() - started)
-    if arguments.results is not None:
-        write_json(arguments.results, record)
-    table = markdown(record)
-    for readme in arguments.readme:
+    publish(record, markdown(record), arguments.results, arguments.readme)
+
+
+def publish(record: dict[str, Any], table: str, results: str | None, readmes: list[str]) -> None:
+    """Writes all figures to `results`, the table into the READMEs, and prints it."""
+    if results is not None:
+        write_json(results, record)
+    for readme in readmes:
         replace_table(Path(readme), table)
     print(table)
 

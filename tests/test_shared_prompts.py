@@ -188,6 +188,8 @@ def test_unknown_arguments_and_missing_tokens_are_refused():
     model = make_model("qwen3")
     with pytest.raises(ConfigError, match="did you mean 'max_rows'"):
         sid_beam_search(model, IDS, MASK, trie=TRIE, sid_token_ids=TOKENS, max_row=3)
+    with pytest.raises(ConfigError, match="mean the same"):
+        sid_beam_search(model, IDS, MASK, attention_mask=MASK, trie=TRIE, sid_token_ids=TOKENS)
     with pytest.raises(ConfigError, match="SidTrie.bind"):
         sid_beam_search(model, IDS, MASK, trie=TRIE)
     with pytest.raises(ConfigError, match="num_return_sequences"):
@@ -199,7 +201,7 @@ def test_a_memory_budget_splits_the_prompts_and_never_the_beam(name):
     model = make_model(name)
     options = {"trie": TRIE, "sid_token_ids": TOKENS, "num_beams": 9}
     whole, read = sid_beam_search(model, IDS, MASK, **options), []
-    search = Search.prepare(model, GenerateCall(IDS), MASK, TRIE, TOKENS, None)
+    search = Search.prepare(model, GenerateCall(IDS, MASK), TRIE, TOKENS, None)
     two = 2 * search.bytes_per_prompt(9)
     for budget, chunks in ((1, [1, 1, 1, 1]), (two, [2, 2]), (10**12, [4])):
         read.append([part.stop - part.start for part in search.chunks(None, 9, budget)])
