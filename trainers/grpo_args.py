@@ -1,20 +1,16 @@
 """From the `args` of a GRPO run to a `DebiasedGRPOConfig`: every key known, every type right, contradictions told
 before any work.
 
-Like `sft_args.py`, whose defaults for the machine and the launch it shares. Our own plumbing.
+By the mechanism of `sft_args.py`. Our own plumbing.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import typing
 from pathlib import Path
 from typing import Any
 
-from sidtune.core.config import check_keys, check_types
-from sidtune.core.errors import ConfigError
 from sidtune.trainers.grpo_config import DebiasedGRPOConfig
-from sidtune.trainers.sft_args import deepspeed_launch, machine_defaults, number, sentence
+from sidtune.trainers.sft_args import built, checked_fields
 
 RESERVED = {
     "output_dir": "the run has its own folder",
@@ -41,10 +37,6 @@ RESERVED = {
     "chat_template_kwargs": "the templates of the model folder decide",
     "log_completions_hub_repo": "publishing is a step of the recipe",
 }
-_ALIASES = {
-    "gradient_checkpointing": "activation_checkpointing",
-    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
-}
 
 
 def checked_args(values: dict[str, Any], where: str = "args") -> dict[str, Any]:
@@ -53,19 +45,7 @@ def checked_args(values: dict[str, Any], where: str = "args") -> dict[str, Any]:
     Raises:
         ConfigError: an unknown or reserved key, a value of the wrong type, or settings that contradict each other.
     """
-    known = _fields()
-    check_keys(values, sorted(set(known) - set(RESERVED) | (set(RESERVED) & set(values))), where)
-    for key, reason in RESERVED.items():
-        if key in values:
-            raise ConfigError(f"{where}: the key '{key}' cannot be set here ({reason}); remove it.")
-    values = dict(values)
-    for old, new in _ALIASES.items():
-        if old in values and new in known:
-            if new in values:
-                raise ConfigError(f"{where}: '{old}' and '{new}' mean the same; keep one of them.")
-            values[new] = values.pop(old)
-    values = {key: number(value, known[key]) for key, value in values.items()}
-    check_types(DebiasedGRPOConfig, values, where)
+    values = checked_fields(DebiasedGRPOConfig, RESERVED, values, where)
     DebiasedGRPOConfig.check_settings(values)
     return values
 
@@ -85,26 +65,4 @@ def grpo_config(
         ConfigError: as `checked_args`, or batch sizes that do not fit the groups.
     """
     values = checked_args(values, where)
-    if values.get("use_cpu") and deepspeed_launch():
-        raise ConfigError(
-            f"{where}: use_cpu hides the DeepSpeed launch; remove it, the CPU is used where nothing else is."
-        )
-    defaults = {
-        "report_to": "none",
-        "seed": seed,
-        "logging_first_step": True,
-        "save_total_limit": 2,
-        "ddp_find_unused_parameters": False,
-        "ddp_timeout": 7200,
-        "disable_tqdm": False,
-        **machine_defaults(),
-    }
-    try:
-        return DebiasedGRPOConfig(output_dir=str(output_dir), **{**defaults, **values})
-    except (ValueError, TypeError, ImportError, AssertionError) as error:
-        raise ConfigError(f"{where}: the arguments do not go together ({sentence(error)}).") from None
-
-
-def _fields() -> dict[str, Any]:
-    hints = typing.get_type_hints(DebiasedGRPOConfig)
-    return {f.name: hints[f.name] for f in dataclasses.fields(DebiasedGRPOConfig) if f.init}
+    return built(DebiasedGRPOConfig, values, seed, where, output_dir=str(output_dir))

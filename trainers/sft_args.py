@@ -14,13 +14,15 @@ import dataclasses
 import os
 import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from trl import SFTConfig
 
 from sidtune.core.config import check_keys, check_types
 from sidtune.core.errors import ConfigError
+
+T = TypeVar("T")
 
 RESERVED = {
     "output_dir": "the stage has its own folder",
@@ -64,7 +66,7 @@ def machine_defaults() -> dict[str, Any]:
     Raises:
         ConfigError: an FSDP launch without an accelerator.
     """
-    known = _fields()
+    known = fields_of(SFTConfig)
     checkpointing = _ALIASES["gradient_checkpointing"]
     checkpointing = checkpointing if checkpointing in known else "gradient_checkpointing"
     if torch.accelerator.is_available():
@@ -76,7 +78,7 @@ def machine_defaults() -> dict[str, Any]:
             "FSDP was asked for, but this machine has no accelerator and accelerate shards on accelerators only; "
             "launch with ddp_cpu.yaml or zero2_cpu.yaml instead."
         )
-    if deepspeed_launch():
+    if _deepspeed_launch():
         return values | {"ddp_backend": "gloo"}
     return values | {"use_cpu": True}
 
@@ -88,10 +90,21 @@ def checked_args(values: dict[str, Any], where: str) -> dict[str, Any]:
     Raises:
         ConfigError: an unknown or reserved key, or a value of the wrong type.
     """
-    values = dict(values)
-    known = _fields()
-    check_keys(values, sorted(set(known) - set(RESERVED) | (set(RESERVED) & set(values))), where)
-    for key, reason in RESERVED.items():
+    return checked_fields(SFTConfig, RESERVED, values, where)
+
+
+def checked_fields(kind: type, reserved: dict[str, str], values: dict[str, Any], where: str) -> dict[str, Any]:
+    """`values` as fields of the config class `kind`; shared by every trainer's `args`.
+
+    Args:
+        reserved: fields that cannot be set, and why.
+
+    Raises:
+        ConfigError: an unknown or reserved key, or a value of the wrong type.
+    """
+    values, known = dict(values), fields_of(kind)
+    check_keys(values, sorted(set(known) - set(reserved) | (set(reserved) & set(values))), where)
+    for key, reason in reserved.items():
         if key in values:
             raise ConfigError(f"{where}: the key '{key}' cannot be set here ({reason}); remove it.")
     for old, new in _ALIASES.items():
@@ -99,9 +112,35 @@ def checked_args(values: dict[str, Any], where: str) -> dict[str, Any]:
             if new in values:
                 raise ConfigError(f"{where}: '{old}' and '{new}' mean the same; keep one of them.")
             values[new] = values.pop(old)
-    values = {key: number(value, known[key]) for key, value in values.items()}
-    check_types(SFTConfig, values, where)
+    values = {key: _number(value, known[key]) for key, value in values.items()}
+    check_types(kind, values, where)
     return values
+
+
+def built(kind: type[T], values: dict[str, Any], seed: int, where: str, **fixed: Any) -> T:
+    """The config `kind` of a run: checked `values` over the defaults of every run and of this machine.
+
+    Raises:
+        ConfigError: `use_cpu` under DeepSpeed, or values that do not go together.
+    """
+    if values.get("use_cpu") and _deepspeed_launch():
+        raise ConfigError(
+            f"{where}: use_cpu hides the DeepSpeed launch; remove it, the CPU is used where nothing else is."
+        )
+    defaults = {
+        "report_to": "none",
+        "seed": seed,
+        "logging_first_step": True,
+        "save_total_limit": 2,
+        "ddp_find_unused_parameters": False,
+        "ddp_timeout": 7200,
+        "disable_tqdm": False,
+        **machine_defaults(),
+    }
+    try:
+        return kind(**{**defaults, **values, **fixed})
+    except (ValueError, TypeError, ImportError, AssertionError) as error:
+        raise ConfigError(f"{where}: the arguments do not go together ({sentence(error)}).") from None
 
 
 def sft_config(
@@ -121,27 +160,10 @@ def sft_config(
         ConfigError: an unknown or reserved key, a value of the wrong type, or values that do not go together.
     """
     values = checked_args(values, where)
-    if values.get("use_cpu") and deepspeed_launch():
-        raise ConfigError(
-            f"{where}: use_cpu hides the DeepSpeed launch; remove it, the CPU is used where nothing else is."
-        )
-    defaults = {
-        "report_to": "none",
-        "seed": seed,
-        "logging_first_step": True,
-        "save_total_limit": 2,
-        "ddp_find_unused_parameters": False,
-        "ddp_timeout": 7200,
-        "disable_tqdm": False,
-        "eval_strategy": "epoch" if evaluate else "no",
-        **machine_defaults(),
-    }
     if values.get("eval_strategy", "no") != "no" and not evaluate:
         raise ConfigError(f"{where}: eval_strategy is set, but the stage names no eval_tasks; add some or remove it.")
-    try:
-        config = SFTConfig(output_dir=str(output_dir), max_length=max_length, **{**defaults, **values})
-    except (ValueError, TypeError, ImportError, AssertionError) as error:
-        raise ConfigError(f"{where}: the arguments do not go together ({sentence(error)}).") from None
+    values.setdefault("eval_strategy", "epoch" if evaluate else "no")
+    config = built(SFTConfig, values, seed, where, output_dir=str(output_dir), max_length=max_length)
     if config.packing and max_length is None:
         raise ConfigError(
             f"{where}: packing needs max_length, the length of a packed row; set max_length of the stage."
@@ -149,12 +171,13 @@ def sft_config(
     return config
 
 
-def _fields() -> dict[str, Any]:
-    hints = typing.get_type_hints(SFTConfig)
-    return {f.name: hints[f.name] for f in dataclasses.fields(SFTConfig) if f.init}
+def fields_of(kind: type) -> dict[str, Any]:
+    """Field name → type of a config dataclass."""
+    hints = typing.get_type_hints(kind)
+    return {f.name: hints[f.name] for f in dataclasses.fields(kind) if f.init}
 
 
-def number(value: Any, hint: Any) -> Any:
+def _number(value: Any, hint: Any) -> Any:
     """YAML reads `1e-4` as a text; where a number is expected it becomes one."""
     inner = typing.get_args(hint) or (hint,)
     if isinstance(value, str) and float in inner and str not in inner:
@@ -165,9 +188,10 @@ def number(value: Any, hint: Any) -> Any:
     return value
 
 
-def deepspeed_launch() -> bool:
+def _deepspeed_launch() -> bool:
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
 
 
 def sentence(error: BaseException) -> str:
+    """The message of another library's error on one line."""
     return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
