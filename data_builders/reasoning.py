@@ -1,8 +1,8 @@
 """Reasoning before the answer: prompt, <think>, a short text about the request, </think>, semantic ID, eos.
 
 CRS (`specs/crs_debiased_grpo.md` 2.4) starts from a small set of high-quality reasonings; who wrote them is not known. Offline
-they are templated here from what the request itself shows: its words, its place and time, and the category, brand and price level
-its user mostly acted on before. Reasonings of any teacher come as a JSON-lines file instead:
+they are templated here from what the request itself shows: its words, its place and time, the latest item, and the category,
+brand and price level its user mostly acted on before. Reasonings of any teacher come as a JSON-lines file instead:
 
     {"request_id": "r17", "reasoning": "wants a small lamp, usually buys Nordby", "item_id": "i3"}     # item_id is optional
 
@@ -35,9 +35,10 @@ from sidtune.data_builders.task_input import TaskInput, one_array, rows_of
 logger = logging.getLogger(__name__)
 
 THINK, END = "<think>", "</think>"
-ASPECTS = ("words", "category", "brand", "price", "context")
+ASPECTS = ("words", "recent", "category", "brand", "price", "context")
 PRICE_LEVELS = ("low", "middle", "high")
 RECENT = 20
+RECENT_WORDS = 5  # of the title of the latest item
 NAMED = 0.7  # how likely an aspect is named
 _SID_PART = re.compile(r"<[a-z]+_\d+>")
 
@@ -150,6 +151,8 @@ def _features(data: TaskInput, request: np.ndarray) -> list[dict[str, str]]:
     bought = _most_frequent(owner, brand[item], len(request))
     level = _most_frequent(owner, _price_level(data, category)[item], len(request))
     clean = data.serializer.field
+    titles = _of_items(data, "title").to_pylist()
+    latest = [int(item[end - 1]) if end > start else -1 for start, end in zip(offsets[:-1], offsets[1:], strict=True)]
     rows = []
     for place, (query, context) in enumerate(
         zip(asked["query"].to_pylist(), asked["context"].to_pylist(), strict=True)
@@ -158,6 +161,7 @@ def _features(data: TaskInput, request: np.ndarray) -> list[dict[str, str]]:
         rows.append(
             {
                 "words": f"wants {clean(query, 'query')}" if query else "",
+                "recent": _latest(clean(titles[latest[place]], "title") if latest[place] >= 0 else ""),
                 "category": f"often {clean(names[liked[place]], 'category')}" if liked[place] >= 0 else "",
                 "brand": f"likes {clean(brands[bought[place]], 'brand')}" if bought[place] >= 0 else "",
                 "price": f"price {PRICE_LEVELS[level[place]]}" if level[place] >= 0 else "",
@@ -165,6 +169,10 @@ def _features(data: TaskInput, request: np.ndarray) -> list[dict[str, str]]:
             }
         )
     return rows
+
+
+def _latest(title: str) -> str:
+    return f"after {' '.join(title.split()[:RECENT_WORDS])}" if title else ""
 
 
 def _past_items(data: TaskInput, asked: pa.Table) -> tuple[np.ndarray, np.ndarray]:

@@ -53,7 +53,8 @@ def session_table(
         scores: (B, n) scores of whatever made the lists; default 1 / (1 + place).
         label: see the module's docstring. history: latest clicks kept.
         query_vectors: (B, d_q) vectors of the queries; default hashed words (zeros for a null query).
-        extra: further static item fields with their (N, dim) matrix: item vectors, SIDs.
+        extra: further item fields with their matrix: static ones (N, dim), such as item vectors or SIDs; dynamic ones
+            (B * n, dim), candidates end to end, which the history lacks (NaN), such as scores.
         seed: of sampled clicks.
 
     Raises:
@@ -78,7 +79,9 @@ def session_table(
     matrices["history/past"] = past.counts(sessions.rows[owner], history_items)
     for one, matrix in (extra or {}).items():
         fields.append(one)
-        matrices[f"item/{one.name}"] = matrix
+        matrices[f"{one.scopes[0]}/{one.name}"] = matrix
+        if one.dynamic:
+            matrices[f"history/{one.name}"] = np.full((len(history_items), one.dim), np.nan)
     matrices["query"] = query_vectors
     titles = item_table(world.config, world.catalogue)["title"].to_pylist()
     return PostRankTable(
@@ -88,7 +91,7 @@ def session_table(
         tuple(fields),
         {key: np.ascontiguousarray(value, dtype=np.float32) for key, value in matrices.items()},
         [[("title", title)] for title in titles],
-        notes=[f"Simulated sessions; the relevance is '{label}'. Row b of the table is session b."],
+        notes=[f"Simulated sessions; the relevance is '{label}'."],
     )
 
 

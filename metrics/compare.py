@@ -17,7 +17,7 @@ from sidtune.core.errors import ConfigError, DataError, nearest
 from sidtune.metrics.bootstrap import bootstrap_interval, holm, paired_bootstrap
 from sidtune.metrics.ranking import RankingResult
 
-Kind = Literal["model", "baseline", "bound"]
+Kind = Literal["model", "baseline", "bound", "anchor"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class SystemRow:
 
     Attributes:
         name: shown name.
-        kind: `model`, `baseline`, or `bound` (an upper bound that no system is tested against).
+        kind: `model`, `baseline`, `bound` (an upper bound that no system is tested against), or `anchor` (something else to
+            read the others by: a random order, or a system that knows the truth).
         metrics: metric name → estimate.
         note: one short remark, or empty.
     """

@@ -21,7 +21,7 @@ from rich.text import Text
 from sidtune.core.errors import ConfigError, DataError, nearest
 from sidtune.metrics import report_plots
 from sidtune.metrics.compare import Estimate, SystemRow
-from sidtune.metrics.report_data import ReportData
+from sidtune.metrics.report_data import PanelCurves, ReportData, StageCurve
 from sidtune.metrics.slices import SliceRow
 
 TEMPLATE = "report.html.jinja"
@@ -88,14 +88,18 @@ def render_report(data: ReportData) -> str:
         "metrics": report_plots.metric_plot(data.systems, primary, data.level),
         "slices": report_plots.slice_plot(data.slices, data.slice_metric),
         "levels": report_plots.level_plot(quality.get("levels") or []),
+        "post_rank": report_plots.metric_plot(data.post_rank, data.post_rank_metric, data.level),
     }
-    curves = [(curve.name, Markup(report_plots.curve_plot(curve))) for curve in data.curves]  # noqa: S704
+    curves = [(curve.name, Markup(_curve_plot(curve))) for curve in data.curves]  # noqa: S704
+    post_rank = _metrics(data.post_rank)
     return environment.get_template(TEMPLATE).render(
         data=data,
         level=f"{100 * data.level:g} %",
         metrics=metrics,
         primary=primary,
         best=_best(data.systems, metrics),
+        post_rank=post_rank,
+        post_rank_best=_best(data.post_rank, post_rank),
         marks=MARKS,
         plots={name: Markup(svg) for name, svg in plots.items()},  # noqa: S704
         curves=[(name, svg) for name, svg in curves if svg],
@@ -197,9 +201,13 @@ def _metrics(systems: Sequence[SystemRow]) -> list[str]:
 
 
 def _best(systems: Sequence[SystemRow], metrics: Sequence[str]) -> dict[str, float]:
-    """Metric → highest mean of the systems that are no upper bound."""
-    rows = [row for row in systems if row.kind != "bound"]
+    """Metric → highest mean of the systems that are no upper bound and no anchor."""
+    rows = [row for row in systems if row.kind not in ("bound", "anchor")]
     return {m: max((row.metrics[m].value for row in rows if m in row.metrics), default=0.0) for m in metrics}
+
+
+def _curve_plot(curve: StageCurve | PanelCurves) -> str:
+    return report_plots.panel_plot(curve) if isinstance(curve, PanelCurves) else report_plots.curve_plot(curve)
 
 
 def _slice_lines(slices: Mapping[str, Sequence[SliceRow]]) -> list[tuple[SliceRow, list[SliceRow]]]:

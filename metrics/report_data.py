@@ -41,6 +41,33 @@ class StageCurve:
 
 
 @dataclass
+class PanelCurves:
+    """Other curves of a training, side by side.
+
+    Attributes:
+        name: name of the training.
+        panels: title → {label → points}; a panel with one label has no legend.
+    """
+
+    name: str
+    panels: dict[str, dict[str, Points]] = field(default_factory=dict)
+
+    @classmethod
+    def from_log_history(
+        cls, name: str, log: Iterable[Mapping[str, Any]], panels: Mapping[str, Mapping[str, str]]
+    ) -> PanelCurves:
+        """From `log_history`: title → {label → key}; what was never logged is left out."""
+        log = list(log)
+
+        def points(key: str) -> Points:
+            return [(float(e["step"]), float(e[key])) for e in log if e.get(key) is not None and "step" in e]
+
+        made = {title: {label: points(key) for label, key in keys.items()} for title, keys in panels.items()}
+        made = {title: {label: p for label, p in lines.items() if p} for title, lines in made.items()}
+        return cls(name, {title: lines for title, lines in made.items() if lines})
+
+
+@dataclass
 class SampleItem:
     """One item of a ranked list.
 
@@ -93,6 +120,8 @@ class ReportData:
         slices: system → rows (`slice_rows`), the same slices for each system. slice_metric: the metric they hold.
         sid_quality: `SidQuality.to_dict()`, or None.
         curves: training curves by stage.
+        post_rank: rows of the post-ranking table, or empty. post_rank_metric: metric of its plot.
+        post_rank_notes: full sentences on how it was made.
         samples: sample requests.
         stages: one mapping for each stage; keys become columns.
         config: step → resolved config.
@@ -112,7 +141,10 @@ class ReportData:
     slices: dict[str, list[SliceRow]] = field(default_factory=dict)
     slice_metric: str = "ndcg@10"
     sid_quality: dict[str, Any] | None = None
-    curves: list[StageCurve] = field(default_factory=list)
+    curves: list[StageCurve | PanelCurves] = field(default_factory=list)
+    post_rank: list[SystemRow] = field(default_factory=list)
+    post_rank_metric: str = ""
+    post_rank_notes: list[str] = field(default_factory=list)
     samples: list[SampleRequest] = field(default_factory=list)
     stages: list[dict[str, Any]] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sidtune.metrics.compare import SystemRow
-from sidtune.metrics.report_data import Points, StageCurve
+from sidtune.metrics.report_data import PanelCurves, Points, StageCurve
 from sidtune.metrics.slices import SliceRow
 
 MAX_POINTS = 400
@@ -70,7 +70,7 @@ def metric_plot(systems: Sequence[SystemRow], metric: str, level: float) -> str:
         figure = Figure(figsize=(9, 0.5 + 0.3 * len(rows)), layout="constrained")
         axes = figure.subplots()
         for place, (row, estimate) in enumerate(rows):
-            colour = {"model": series(0), "baseline": _MUTED, "bound": series(1)}[row.kind]
+            colour = {"model": series(0), "baseline": _MUTED, "bound": series(1), "anchor": series(4)}[row.kind]
             if estimate.low is not None and estimate.high is not None:
                 axes.plot([estimate.low, estimate.high], [place, place], color=colour, linewidth=2.4, alpha=0.55)
             axes.plot([estimate.value], [place], "o", color=colour, markersize=6.5)
@@ -155,6 +155,26 @@ def curve_plot(curve: StageCurve) -> str:
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             axes.grid(False, axis="x")
         return _svg(figure, f"Training curves of stage {curve.name}")
+
+
+def panel_plot(curves: PanelCurves) -> str:
+    """The panels of a training side by side; empty text when nothing was logged."""
+    if not curves.panels:
+        return ""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9, 2.3), layout="constrained")
+        row = figure.subplots(1, len(curves.panels), squeeze=False)[0]
+        for axes, (title, lines) in zip(row, curves.panels.items(), strict=True):
+            for number, (label, points) in enumerate(lines.items()):
+                _line(axes, points, series(number), label)
+            axes.set_title(title)
+            if len(lines) > 1:
+                axes.legend(fontsize=8)
+            axes.set_xlabel("step")
+            axes.set_ylim(bottom=0)
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            axes.grid(False, axis="x")
+        return _svg(figure, f"Curves of {curves.name}")
 
 
 def short(text: str, most: int = 42) -> str:

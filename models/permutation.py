@@ -52,6 +52,31 @@ class RankOutput:
         return (self.unknown + self.repeated + self.missing) == 0
 
 
+def permutation_losses(logits: Tensor, targets: Tensor, label_token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of each label of an order among the labels not placed before it.
+
+        loss(k) = −log exp z(y_k) / sum_{j >= k} exp z_k(y_j)          y the target order, z_k the label logits at place k
+
+    The likelihood of constrained decoding; with logits that do not depend on k, the Plackett-Luce model. The end token is the
+    only one legal behind the last label, so it has no loss. Our choice; the paper trains over the whole vocabulary.
+
+    Args:
+        logits: (B, P, V) that predict `targets`. targets: (B, P) token ids; what is no label is passed over.
+        label_token_ids: (L,) ids of the labels.
+
+    Returns:
+        (B, P) losses, 0 where there is no label; and (B, P) bool, where there is one.
+    """
+    ids = torch.as_tensor(list(label_token_ids), device=logits.device)
+    named = targets[..., None] == ids
+    left = named.flip(1).cumsum(1).flip(1) > 0
+    scores = logits[..., ids].float()
+    label = named.any(dim=-1)
+    total = scores.masked_fill(~left, float("-inf")).masked_fill(~label[..., None], 0.0).logsumexp(dim=-1)
+    losses = torch.where(label, total - (scores * named).sum(dim=-1), 0.0)
+    return losses, label
+
+
 class PermutationLogitsProcessor(LogitsProcessor):
     """Allows labels not used so far, then the end token.
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from sidtune.models.permutation import (
     RankOutput,
     check_counts,
     parse_orders,
+    permutation_losses,
     single_forward_order,
 )
 from sidtune.models.post_rank_config import PostRankConfig
@@ -59,20 +60,43 @@ class PostRankOutput(ModelOutput):
 
 
 def task_loss(
-    logits: Tensor, labels: Tensor, task_id: Tensor | None, aux_weight: float
+    logits: Tensor,
+    labels: Tensor,
+    task_id: Tensor | None,
+    aux_weight: float,
+    label_token_ids: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, main, aux): negative log-likelihood per answer token, a mean for each task.
 
     Args:
-        logits: (B, T, V). labels: (B, T), -100 outside of answers.
+        logits: (B, T, V), place t predicts place t + 1. labels: (B, T), -100 outside of answers.
         task_id: (B,) 0 main, 1 auxiliary, 2 feature adaptation (counted as main); None is all main.
         aux_weight: weight of the auxiliary mean.
+        label_token_ids: with them, main answers are scored by `permutation_losses`; without, over the whole vocabulary.
     """
-    targets = labels[:, 1:]
+    return _answer_loss(logits[:, :-1], labels[:, 1:], task_id, aux_weight, label_token_ids)
+
+
+def _answer_loss(
+    logits: Tensor,
+    targets: Tensor,
+    task_id: Tensor | None,
+    aux_weight: float,
+    label_token_ids: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`task_loss` of logits that stand where their targets do."""
     keep = targets != IGNORE
-    losses = nn.functional.cross_entropy(logits[:, :-1][keep].float(), targets[keep], reduction="none")
-    aux = torch.zeros_like(keep) if task_id is None else (task_id == AUX)[:, None].expand_as(keep)
-    of_aux = aux[keep]
+    task = torch.zeros_like(targets[:, 0]) if task_id is None else task_id
+    if label_token_ids is None:
+        losses = nn.functional.cross_entropy(logits[keep].float(), targets[keep], reduction="none")
+        of_aux = (task == AUX)[:, None].expand_as(keep)[keep]
+    else:
+        listed = task == MAIN
+        chosen, answer = permutation_losses(logits[listed], targets[listed], label_token_ids)
+        keep = keep & ~listed[:, None]
+        said = nn.functional.cross_entropy(logits[keep].float(), targets[keep], reduction="none")
+        losses = torch.cat([chosen[answer], said])
+        of_aux = torch.cat([torch.zeros_like(answer[answer]), (task == AUX)[:, None].expand_as(keep)[keep]])
     means = [(losses * part).sum() / part.sum().clamp(min=1) for part in (~of_aux, of_aux)]
     return means[0] + aux_weight * means[1], means[0], means[1]
 
@@ -196,7 +220,15 @@ class PostRankForCausalLM(PreTrainedModel):
         rows = user_slots.nonzero()[:, 0]
         embedded = self._fill(embedded, user_slots, self.qia_user, "user", query[rows], user_fields, rows)
         owner = item_mask.nonzero()[:, 0]
-        return self._fill(embedded, item_slots, self.qia_item, "item", query[owner], item_fields, item_mask)
+        filled = self._fill(embedded, item_slots, self.qia_item, "item", query[owner], item_fields, item_mask)
+        return self._with_labels(filled, embedded, input_ids, item_slots) if self.config.label_sum else filled
+
+    def _with_labels(self, filled: Tensor, embedded: Tensor, input_ids: Tensor, item_slots: Tensor) -> Tensor:
+        """Adds the embedding of the label before a candidate to the candidate's soft token."""
+        labels = torch.as_tensor(self.config.label_token_ids, device=input_ids.device)
+        labelled = item_slots[:, 1:] & torch.isin(input_ids[:, :-1], labels)
+        before = torch.nn.functional.pad(embedded[:, :-1] * labelled[..., None], (0, 0, 1, 0))
+        return filled + before
 
     def _fill(
         self,
@@ -247,6 +279,10 @@ class PostRankForCausalLM(PreTrainedModel):
     ) -> PostRankOutput:
         """Logits, and the loss where labels are given.
 
+        In training, the head is applied only where some row of the batch has an answer (`logits_to_keep` of the language
+        model): answers are a few tokens of a prompt, a vocabulary is large. `logits` are then (B, places, V) of those places,
+        rising. Batches padded on the left have the fewest.
+
         Args:
             input_ids: (B, T) with placeholder ids; padded on either side.
             attention_mask: (B, T), default all ones.
@@ -262,11 +298,21 @@ class PostRankForCausalLM(PreTrainedModel):
             DataError: placeholders and features that do not match, or rows without any known feature.
         """
         embedded = self.embed_prompt(input_ids, query, user_fields, item_fields, item_mask)
+        if labels is not None and self.training and "logits_to_keep" in _accepted(self.language_model):
+            places = (labels[:, 1:] != IGNORE).any(dim=0).nonzero()[:, 0]
+            logits = self._run(embedded, attention_mask, logits_to_keep=places, **options)
+            loss, main, aux = _answer_loss(logits, labels[:, places + 1], task_id, *self._loss_options)
+            return PostRankOutput(loss=loss, logits=logits, main_loss=main.detach(), aux_loss=aux.detach())
         logits = self._run(embedded, attention_mask, **options)
         if labels is None:
             return PostRankOutput(logits=logits)
-        loss, main, aux = task_loss(logits, labels, task_id, self.config.aux_weight)
+        loss, main, aux = task_loss(logits, labels, task_id, *self._loss_options)
         return PostRankOutput(loss=loss, logits=logits, main_loss=main.detach(), aux_loss=aux.detach())
+
+    @property
+    def _loss_options(self) -> tuple[float, Sequence[int] | None]:
+        config = self.config
+        return config.aux_weight, config.label_token_ids if config.main_loss == "permutation" else None
 
     def _run(self, embedded: Tensor, attention_mask: Tensor | None, **options: Any) -> Tensor:
         if attention_mask is None:

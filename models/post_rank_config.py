@@ -23,6 +23,7 @@ from sidtune.core.errors import ConfigError, nearest
 
 KINDS = ("id_embedding", "categorical", "numeric", "text_vector", "sid")
 SIDES = ("user", "item")
+MAIN_LOSSES = ("tokens", "permutation")
 ADAPTERS = ("qia", "mlp", "mlp_query")
 NUMERIC = "numeric"
 
@@ -153,6 +154,11 @@ class PostRankConfig(PreTrainedConfig):
         template_version: which templates the model was trained with, see `post_rank_templates`.
         adapter: `qia`, or the ablations `mlp` (fields only) and `mlp_query` (fields and query).
         aux_weight: weight of the auxiliary task's loss, 1 by default (the paper names none).
+        main_loss: `tokens`, the paper's likelihood over the whole vocabulary, or `permutation` (ours): each place competes with
+            the candidates that are not placed yet, as in constrained decoding (Plackett and Luce's model of a list). A model
+            trained so need not learn the form of an answer, and does not: its unconstrained answers are no permutations.
+        label_sum: adds the embedding of its label to each candidate's soft token (ours; false is the paper's prompt). The label
+            stands before the candidate either way, but a small model must otherwise first learn to look one token back.
 
     Raises:
         ConfigError: ids that clash, no item field, names used twice.
@@ -175,6 +181,8 @@ class PostRankConfig(PreTrainedConfig):
     template_version: str = "v1"
     adapter: str = "qia"
     aux_weight: float = 1.0
+    main_loss: str = "tokens"
+    label_sum: bool = False
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -196,6 +204,8 @@ class PostRankConfig(PreTrainedConfig):
             self._check(specs, size)
 
     def _check(self, specs: list[FieldSpec], size: int) -> None:
+        if self.main_loss not in MAIN_LOSSES:
+            raise ConfigError(f"There is no main_loss '{self.main_loss}': {nearest(self.main_loss, MAIN_LOSSES)}")
         if self.adapter not in ADAPTERS:
             raise ConfigError(f"There is no adapter '{self.adapter}': {nearest(self.adapter, ADAPTERS)}")
         names = [(spec.side, spec.name) for spec in specs]

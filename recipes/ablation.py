@@ -1,10 +1,11 @@
-"""Compares variants of one step over several seeds: what each change of GRPO does to the model it starts from.
+"""Compares variants of one step over several seeds: what each change of GRPO, and the loop of CRS, do to the model they start from.
 
     python -m sidtune.recipes.ablation --config recipes/grpo_ablation/shop.yaml --output_dir runs/ablation
 
 The config names a pipeline, its step that the variants start from, and the variants: name → options laid over the
 variant step's config. Every seed runs the pipeline up to that step once, then each variant and its evaluation, on the
-same requests. The table holds mean and standard deviation over the seeds, and the difference to the start with a paired
+same requests. `steps` adds steps that are not variants themselves (the self-evolving loop), `models` the models inside their
+folders that get a row. The table holds mean and standard deviation over the seeds, and the difference to the start with a paired
 bootstrap over the users of all seeds, p-values adjusted for the number of variants (Holm). Finished steps are skipped,
 so an interrupted comparison goes on where it was. Choose settings on `split: valid`, report on `test`.
 """
@@ -16,7 +17,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -41,7 +42,10 @@ class Arguments:
         variants: name → options of the script, laid over `config`.
         output_dir: folder that receives `seed_<n>/<step>`.
         script: script of the variants. config: its YAML, relative to this config.
-        evaluate: YAML of the evaluation, relative to this config.
+        steps: further steps behind the start, as in a pipeline file; their configs are relative to this config.
+        models: row → `model`, a model in a folder of `steps` such as `evolve/round_1/rl`, and `args` of its evaluation.
+        evaluate: YAML of the evaluation, relative to this config. evaluator: its script, `evaluate`, or `reason` for models
+            that reason first.
         split: split that is evaluated, `test` or `valid`.
         seeds: at least two.
         metric: the metric compared.
@@ -57,7 +61,10 @@ class Arguments:
     output_dir: str
     script: str = "grpo"
     config: str = "grpo.yaml"
+    steps: list[dict] = field(default_factory=list)
+    models: dict = field(default_factory=dict)
     evaluate: str = "evaluate.yaml"
+    evaluator: Literal["evaluate", "reason"] = "evaluate"
     split: str = "test"
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     metric: str = "ndcg@10"
@@ -71,11 +78,15 @@ class Arguments:
     def __post_init__(self) -> None:
         if len(set(self.seeds)) != len(self.seeds) or len(self.seeds) < 2:
             raise ConfigError(f"seeds must be at least two different integers, got {self.seeds}.")
-        wrong = [name for name in self.variants if name == START or "/" in name or not isinstance(name, str)]
-        if not self.variants or wrong:
+        names = [*self.variants, *self.models]
+        wrong = [name for name in names if name == START or not isinstance(name, str) or "/" in name]
+        if not names or wrong or len(set(names)) < len(names):
             raise ConfigError(
-                f"variants must be names (no '/', not '{START}') with options each, got {wrong or 'none'}."
+                f"variants and models must be different names (no '/', not '{START}') with options each, got {wrong or names}."
             )
+        for name, options in self.models.items():
+            if not isinstance(options, dict) or set(options) - {"model", "args"} or "model" not in options:
+                raise ConfigError(f"models.{name} must have a `model` and may have `args`, got {options}.")
 
     def pipeline_of(self, seed: int) -> run.RunArguments:
         """The pipeline of one seed: its own steps up to the start, then each variant and its evaluation."""
@@ -97,16 +108,23 @@ class Arguments:
             inputs = {**data, "model_dir": self.start}
             steps.append({"name": name, "script": self.script, "config": config, "inputs": inputs, "args": options})
             steps.append(self._evaluation(name, name, data))
+        steps += self.steps
+        for name, options in self.models.items():
+            steps.append(self._evaluation(name, options["model"], data, options.get("args")))
         folder = Path(self.output_dir) / f"seed_{seed}"
         launch = base.get("launch", {})
         return run.RunArguments(steps, str(folder), name=f"seed {seed}", launch=launch, seed=seed, root=str(root))
 
-    def _evaluation(self, name: str, model: str, data: dict[str, str]) -> dict[str, Any]:
+    def _evaluation(
+        self, name: str, model: str, data: dict[str, str], args: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         config = str((Path(self.root or ".") / self.evaluate).resolve())
-        args = {"split": self.split, "baselines": [], "upper_bound": False}
+        alone = {"baselines": [], "upper_bound": False} if self.evaluator == "evaluate" else {"reasoning": False}
         inputs = {**data, "model_dir": model}
-        step = f"{self.split}_{name}"
-        return {"name": step, "script": "evaluate", "config": config, "inputs": inputs, "args": args}
+        args = {"split": self.split, **alone, **(args or {})}
+        return {
+            "name": f"{self.split}_{name}", "script": self.evaluator, "config": config, "inputs": inputs, "args": args
+        }  # fmt: skip
 
 
 def main(arguments: Arguments) -> None:
@@ -127,7 +145,8 @@ def main(arguments: Arguments) -> None:
 def compare(arguments: Arguments) -> dict[str, Any]:
     """Mean and spread of every variant, and its difference to the start, request by request."""
     metrics = [arguments.metric, *arguments.shown]
-    names = [START, *arguments.variants]
+    others = [*arguments.variants, *arguments.models]
+    names = [START, *others]
     found = {name: [_values(arguments, seed, name, metrics) for seed in arguments.seeds] for name in names}
     rows: dict[str, Any] = {}
     for name, seeds in found.items():
@@ -138,7 +157,8 @@ def compare(arguments: Arguments) -> dict[str, Any]:
             }
         }
     pairs = {}
-    for name in arguments.variants:
+    for name in others:
+        _check_same_requests(arguments, found, name)
         one, other = (np.concatenate([values[arguments.metric] for values in found[n]]) for n in (name, START))
         # A user of one seed's shop is another person than the user of that name in another's.
         users = [f"{n}/{user}" for n, values in enumerate(found[name]) for user in values["users"]]
@@ -151,7 +171,7 @@ def compare(arguments: Arguments) -> dict[str, Any]:
         "split": arguments.split,
         "seeds": arguments.seeds,
         "requests": [len(values["users"]) for values in found[START]],
-        "variants": {name: as_dict(options) for name, options in arguments.variants.items()},
+        "variants": {name: as_dict(options) for name, options in (arguments.variants | arguments.models).items()},
         "rows": rows,
         "versions": versions(),
     }
@@ -160,13 +180,23 @@ def compare(arguments: Arguments) -> dict[str, Any]:
 def _values(arguments: Arguments, seed: int, name: str, metrics: list[str]) -> dict[str, Any]:
     folder = Path(arguments.output_dir) / f"seed_{seed}" / f"{arguments.split}_{name}"
     table = pq.read_table(folder / "per_request.parquet")
-    missing = [metric for metric in metrics if f"sidtune/{metric}" not in table.column_names]
+    prefix = "sidtune/" if arguments.evaluator == "evaluate" else ""
+    missing = [metric for metric in metrics if prefix + metric not in table.column_names]
     if missing:
         raise DataError(
             f"{folder} has no {', '.join(missing)}; let the evaluation compute it, or compare another metric."
         )
-    values: dict[str, Any] = {metric: table[f"sidtune/{metric}"].to_numpy() for metric in metrics}
-    return {**values, "users": table["user_id"].to_pylist()}
+    values: dict[str, Any] = {metric: table[prefix + metric].to_numpy() for metric in metrics}
+    return {**values, "users": table["user_id"].to_pylist(), "requests": table["request_id"].to_pylist()}
+
+
+def _check_same_requests(arguments: Arguments, found: dict[str, list[dict[str, Any]]], name: str) -> None:
+    for seed, one, start in zip(arguments.seeds, found[name], found[START], strict=True):
+        if one["requests"] != start["requests"]:
+            raise DataError(
+                f"'{name}' of seed {seed} was evaluated on other requests than its start, so they cannot be paired; remove the "
+                "folders of both evaluations and run again."
+            )
 
 
 def markdown(record: dict[str, Any]) -> str:

@@ -44,6 +44,8 @@ class Arguments:
     Attributes:
         data_dir, sids_dir, model_dir: folders of the earlier steps; `model_dir` is a model folder or the folder of `sft`.
         output_dir: folder to write.
+        start_dir: a second model, usually the one that training started from: decoded too and compared request by request.
+        start_name: its name in the tables.
         split: `test` or `valid`.
         num_beams: beams per request.
         ks: cut-offs of the metrics; the largest must not exceed the beams' reach.
@@ -64,6 +66,8 @@ class Arguments:
     sids_dir: str
     model_dir: str
     output_dir: str
+    start_dir: str | None = None
+    start_name: str = "start"
     split: str = "test"
     num_beams: int = 20
     ks: list[int] = field(default_factory=lambda: [5, 10, 20])
@@ -87,6 +91,8 @@ class Arguments:
             raise ConfigError(f"primary is '{self.primary}', which metrics and ks do not compute; choose one they do.")
         for name in self.baselines:
             BASELINES.get(name)
+        if self.start_dir is not None and self.start_name in (MODEL, "oracle", *self.baselines, *self.compare_to):
+            raise ConfigError(f"start_name '{self.start_name}' is the name of another system; choose another one.")
 
 
 def main(arguments: Arguments) -> None:
@@ -100,12 +106,15 @@ def main(arguments: Arguments) -> None:
     started, state = time.time(), PartialState(cpu=not torch.accelerator.is_available())
     data = load_folder(arguments.data_dir)
     requests = _choose(data, arguments)
-    ranked, scores, decoding = _rank_with_model(arguments, data, requests, state)
+    ranked, scores, decoding = _rank_with_model(arguments, arguments.model_dir, data, requests, state)
+    others = {}
+    if arguments.start_dir is not None:
+        others[arguments.start_name], _, _ = _rank_with_model(arguments, arguments.start_dir, data, requests, state)
     if not state.is_main_process:
         return
     relevance = relevance_of(requests, data.items, arguments.labels)
     history = History(data.events).before(requests["user_id"], requests["time"].to_numpy())
-    others = _compared(arguments, requests, data)
+    others |= _compared(arguments, requests, data)
     predictions = {
         MODEL: ranked,
         **others,
@@ -136,6 +145,7 @@ def main(arguments: Arguments) -> None:
         "against": _paired(arguments, results, list(others), options),
         "decoding": decoding,
     }
+    inputs = ("data_dir", "sids_dir", "model_dir", "start_dir")
     with write_folder(arguments.output_dir) as scratch:
         write_json(scratch / "metrics.json", record)
         _write_predictions(scratch, {**predictions, **bounds}, scores, data, requests)
@@ -146,7 +156,7 @@ def main(arguments: Arguments) -> None:
             scratch,
             step="evaluate",
             config=as_dict(arguments),
-            inputs={name: getattr(arguments, name) for name in ("data_dir", "sids_dir", "model_dir")},
+            inputs={name: getattr(arguments, name) for name in inputs if getattr(arguments, name) is not None},
             metrics=metrics,
             started=started,
         )
@@ -162,7 +172,7 @@ def main(arguments: Arguments) -> None:
 def _paired(
     arguments: Arguments, results: dict[str, RankingResult], others: list[str], options: dict
 ) -> dict[str, Any]:
-    """The model minus each compared run on the primary metric, request by request."""
+    """The model minus each model beside it on the primary metric, request by request."""
     own = results[MODEL].values(arguments.primary)
     return {name: as_dict(paired_bootstrap(own, results[name].values(arguments.primary), **options)) for name in others}
 
@@ -191,14 +201,14 @@ def _choose(data: DataFolder, arguments: Arguments) -> pa.Table:
     return requests.combine_chunks()
 
 
-def _rank_with_model(arguments: Arguments, data: DataFolder, requests: pa.Table, state: Any):
+def _rank_with_model(arguments: Arguments, model_dir: str, data: DataFolder, requests: pa.Table, state: Any):
     from accelerate.utils import gather_object
 
     from sidtune.decoding.beam_search import BeamOutput
     from sidtune.decoding.items import rank_items
     from sidtune.recipes.loading import final_model, load_retriever, prompts_of
 
-    retriever = load_retriever(final_model(arguments.model_dir), arguments.sids_dir)
+    retriever = load_retriever(final_model(model_dir), arguments.sids_dir)
     if retriever.sids.item_ids != data.items["item_id"].to_pylist():
         raise DataError("The SIDs were learned for another catalogue than the data folder holds; run learn_sids again.")
     retriever.model.to(state.device)

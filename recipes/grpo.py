@@ -38,7 +38,8 @@ class Arguments:
         lora: options of LoRA for train="lora" (fields of `peft.LoraConfig`).
         gains: how feedback becomes gains, see `trainers.exposure_gains.GainsConfig`.
         position_bias: null, `interventions` or `em` (estimated from the train requests), or a folder that holds one.
-        hard_set: parquet file with a column `request_id`: only these train requests are used; null for all.
+        split: requests to train on: "train", or "valid", which SFT has not seen (choose no settings on it then).
+        hard_set: parquet file with a column `request_id`: only these requests are used; null for all.
         max_requests: at most so many requests, drawn at random; null for all.
         end_of_reasoning: text of the token that ends a reasoning (rollout "reasoning").
         max_length: most tokens of prompt, reasoning and SID together; null takes the model's prompt settings.
@@ -55,6 +56,7 @@ class Arguments:
     lora: dict = field(default_factory=dict)
     gains: dict = field(default_factory=dict)
     position_bias: str | None = None
+    split: Literal["train", "valid"] = "train"
     hard_set: str | None = None
     max_requests: int | None = None
     end_of_reasoning: str = "</think>"

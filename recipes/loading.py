@@ -26,6 +26,8 @@ from sidtune.tokenizers.row_saving import load_model
 from sidtune.tokenizers.semantic_ids import SemanticIds
 from sidtune.tokenizers.vocabulary import Vocabulary
 
+_LONGEST_CHAIN = 100
+
 
 def final_model(folder: str | Path) -> Path:
     """The model folder itself, or the last stage below a folder of `sft`. Raises DataError when there is neither."""
@@ -37,6 +39,22 @@ def final_model(folder: str | Path) -> Path:
         if final and (folder / final).is_dir():
             return folder / final
     raise DataError(f"{folder} holds no model (no config.json) and no finished training; run the step that writes it.")
+
+
+def training_runs(folder: str | Path) -> list[dict[str, Any]]:
+    """`run.json` of the step that wrote a model and of the steps whose models it started from, the first one first.
+
+    The chain ends where the folder of an earlier step is gone.
+    """
+    found: list[dict[str, Any]] = []
+    file = Path(folder) / "run.json"
+    while file.is_file() and len(found) < _LONGEST_CHAIN:
+        found.insert(0, read_json(file))
+        start = found[0].get("inputs", {}).get("model_dir", {}).get("path")
+        if not start:
+            break
+        file = Path(start) / "run.json"
+    return found
 
 
 def save_serializer(folder: str | Path, serializer: Serializer, settings: PromptSettings) -> None:

@@ -5,10 +5,10 @@
 The output folder holds `metrics.json` (all systems with intervals, paired tests, costs), `per_request.parquet`, `table.md`,
 `run.json`, and for each seed and system a folder with its orders and, where `save` names it, its model. A finished system is
 not trained again while arguments and data stay the same; an interrupted one goes on from its last checkpoint, if
-`training.post_rank` sets `save_strategy`. One process.
+`training.post_rank` sets `save_strategy`. The lists of our own generator (`kind: generator`) are kept in `lists/`. One process.
 
 Values are means over the seeds, request by request; intervals and tests resample users. Random order and best order stand in
-every table.
+every table, and where a simulator knows the clicks also the list sorted by them, which forgets that neighbours compete.
 """
 
 from __future__ import annotations
@@ -28,18 +28,19 @@ import pyarrow.parquet as pq
 
 from sidtune.core.config import as_dict, build, command
 from sidtune.core.errors import ConfigError, nearest
-from sidtune.core.folders import read_json, write_json, write_run
+from sidtune.core.folders import RUN_FILE, read_json, write_json, write_run
 from sidtune.metrics.bootstrap import holm, paired_bootstrap
 from sidtune.metrics.compare import compare_systems
 from sidtune.metrics.list_ranking import BEST, RANDOM, ListMetrics, evaluate_lists, list_table, random_anchor
 from sidtune.metrics.ranking import RankingResult
 from sidtune.models.registry import RERANKERS
+from sidtune.recipes.post_rank_generator import FOLDERS, with_folders
 from sidtune.recipes.post_rank_sources import Source, load_source, parse_source
 from sidtune.recipes.post_rank_systems import VARIANTS, Training
 from sidtune.recipes.seeds import check_readme, replace_table
 
 logger = logging.getLogger(__name__)
-MAIN = "llm4pr"
+MAIN, SORTED, CLICKS = "llm4pr", "sorted by click probability", "expected clicks"
 METHODS = ("greedy", "beam", "single_forward", "unconstrained")
 
 
@@ -48,15 +49,16 @@ class Arguments:
     """Options of post_rank.
 
     Attributes:
-        source: `kind` (movielens, shop, passages, table) and its options, see `recipes.post_rank_sources`.
+        source: `kind` (movielens, shop, generator, passages, table) and its options, see `recipes.post_rank_sources`.
         output_dir: folder to write.
+        data_dir, sids_dir, model_dir: folders of the source `generator`, for a pipeline; or they stand in `source`.
         baselines: names in `models.registry.RERANKERS`. reranker: options of `RerankerConfig` but the seed.
         variants: names in `recipes.post_rank_systems.VARIANTS`.
         training: options of `recipes.post_rank_systems.Training`.
         methods: how `llm4pr` answers; the first is that of all variants (greedy, beam, single_forward, unconstrained).
         shuffles: adds `llm4pr` with the mean order over so many shuffles of the incoming list; 0 for none.
         metrics: options of `ListMetrics` (ks, relevance, gain, ...).
-        primary: metric of the tests among the systems.
+        primary: metric of the tests among the systems; `expected clicks` where the source is simulated.
         seeds: of weights, draws and baselines.
         max_train, max_test: use a random part of the requests (null = all).
         cost_requests: requests answered one at a time for tokens, latency and valid rate.
@@ -67,6 +69,9 @@ class Arguments:
 
     source: dict
     output_dir: str
+    data_dir: str | None = None
+    sids_dir: str | None = None
+    model_dir: str | None = None
     baselines: list[str] = field(
         default_factory=lambda: ["initial", "mlp", "dlcm", "prm", "setrank", "seq2slate", "prs"]
     )
@@ -87,7 +92,7 @@ class Arguments:
     readme: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        parse_source(self.source)
+        parse_source(self.whole_source())
         for name in self.baselines:
             RERANKERS.get(name)
         for what, names, known in (
@@ -104,9 +109,24 @@ class Arguments:
             raise ConfigError(f"seeds must be different integers, at least one, got {self.seeds}.")
         if self.shuffles < 0 or self.cost_requests < 1:
             raise ConfigError("shuffles cannot be negative, and cost_requests must be at least 1.")
+        if self.samples < 100 or not 0 < self.level < 1:
+            raise ConfigError(
+                f"A bootstrap needs samples >= 100 and a level in (0, 1), got {self.samples}, {self.level}."
+            )
         self.list_metrics(), self.train_settings(), self.reranker_config(0)
-        if self.primary not in {f"{m}@{k}" for m in self.list_metrics().metrics for k in self.list_metrics().ks}:
+        if self.primary not in {
+            CLICKS,
+            *(f"{m}@{k}" for m in self.list_metrics().metrics for k in self.list_metrics().ks),
+        }:
             raise ConfigError(f"primary is '{self.primary}', which metrics do not compute; choose one they do.")
+
+    def whole_source(self) -> dict[str, Any]:
+        """The source with the folders given beside it."""
+        return with_folders(self.source, self.folders())
+
+    def folders(self) -> dict[str, str | None]:
+        """The folders of earlier steps, None where not given here."""
+        return {name: getattr(self, name) for name in FOLDERS}
 
     def list_metrics(self) -> ListMetrics:
         """What the metrics mean."""
@@ -139,8 +159,9 @@ def main(arguments: Arguments) -> None:
     for readme in arguments.readme:
         check_readme(Path(readme))
     started, output = time.time(), Path(arguments.output_dir)
-    data = _load(arguments)
     output.mkdir(parents=True, exist_ok=True)
+    (output / RUN_FILE).unlink(missing_ok=True)  # the folder is complete again when the record is back
+    data = _load(arguments)
     orders: dict[str, list[np.ndarray]] = {}
     told: dict[str, Any] = {}
     for seed in arguments.seeds:
@@ -154,7 +175,8 @@ def main(arguments: Arguments) -> None:
     results, spread = _results(arguments, data, orders)
     users = [int(user) if user >= 0 else None for user in data.source.table.user_rows[data.test]]
     options = {"level": arguments.level, "samples": arguments.samples, "clusters": users}
-    rows = compare_systems(results, arguments.baselines, bounds=(RANDOM, BEST), **options)
+    bounds = [name for name in (RANDOM, SORTED, BEST) if name in results]
+    rows = compare_systems(results, arguments.baselines, bounds=bounds, **options)
     record = {
         "requests": {"train": len(data.train), "valid": len(data.valid), "test": len(data.test)},
         "definition": arguments.list_metrics().description,
@@ -164,6 +186,7 @@ def main(arguments: Arguments) -> None:
         "each_seed": spread,
         "against": _against(arguments, results, options),
         "told": told,
+        "notes": data.source.table.notes,
     }
     table = list_table(rows, arguments.list_metrics()) + "\n" + _costs(told)
     (output / "table.md").write_text(table, "utf-8")
@@ -172,7 +195,8 @@ def main(arguments: Arguments) -> None:
     ids = data.source.table.requests["request_id"].take(pa.array(data.test))
     pq.write_table(pa.table({"request_id": ids, **columns}), output / "per_request.parquet")
     short = {row.name: {m: e.value for m, e in row.metrics.items()} for row in rows}
-    write_run(output, step="post_rank", config=as_dict(arguments), metrics=short, started=started)
+    inputs = {name: folder for name, folder in arguments.folders().items() if folder is not None}
+    write_run(output, step="post_rank", config=as_dict(arguments), inputs=inputs, metrics=short, started=started)
     for readme in arguments.readme:
         replace_table(Path(readme), table)
     print(table)
@@ -181,7 +205,7 @@ def main(arguments: Arguments) -> None:
 def _load(arguments: Arguments) -> _Data:
     from sidtune.trainers.post_rank_data import judged_rows
 
-    source = load_source(arguments.source)
+    source = load_source(arguments.whole_source(), Path(arguments.output_dir) / "lists")
     parts = {}
     for split, most in (("train", arguments.max_train), ("valid", arguments.max_test), ("test", arguments.max_test)):
         rows = judged_rows(source.table, source.table.rows_of(split))
@@ -193,6 +217,8 @@ def _load(arguments: Arguments) -> _Data:
             f"The source has {len(parts['train'])} judged training and {len(parts['test'])} test requests; there must be "
             "some of both, so check its splits and labels."
         )
+    if arguments.primary == CLICKS and source.sessions is None:
+        raise ConfigError(f"primary is '{CLICKS}', which only simulated sessions have; choose a metric of the lists.")
     width = int(np.diff(source.table.candidate_offsets)[parts["test"]].max())
     return _Data(source, **parts, width=width, identity=_identity(arguments, source))
 
@@ -240,7 +266,9 @@ def _train(name: str, arguments: Arguments, data: _Data, seed: int, folder: Path
 
     training, table = arguments.train_settings(), data.source.table
     logger.info("seed %d, %s: training on %d requests", seed, name, len(data.train))
-    model, processor, told = systems.train_variant(VARIANTS[name], training, table, data.train, seed, folder / "work")
+    variant = VARIANTS[name]
+    kept = folder.parent / f"shared_{data.identity[:16]}"
+    model, processor, told = systems.train_variant(variant, training, table, data.train, seed, folder / "work", kept)
     requests = systems.requests_of(table, data.test, training.max_history)
     ranker = PostRanker(model, processor)
     window = min(20, training.max_candidates)
@@ -284,6 +312,8 @@ def _results(
         spread[name] = [float(one.values(arguments.primary).mean()) for one in each]
     best = target_order(np.where(mask, relevance, np.nan), mask)
     results[RANDOM] = value.added(random_anchor(relevance, mask, settings), None)
+    if value.sessions is not None:
+        results[SORTED] = scored(value.sessions.by_attraction())
     results[BEST] = scored(np.where(np.take_along_axis(mask, best, axis=1), best, -1))
     return results, spread
 
@@ -305,12 +335,12 @@ class _Utility:
             return result
         value = self.sessions.random_utility if order is None else self.sessions.utility(order)
         kept = np.where(result.included, value, np.nan)
-        return RankingResult({**result.per_request, "expected clicks": kept}, result.included)
+        return RankingResult({**result.per_request, CLICKS: kept}, result.included)
 
 
 def _against(arguments: Arguments, results: dict[str, RankingResult], options: dict[str, Any]) -> dict[str, Any]:
     """`llm4pr` minus every other system on the primary metric, p-values adjusted together (Holm)."""
-    others = [name for name in results if name not in (MAIN, RANDOM, BEST)]
+    others = [name for name in results if name not in (MAIN, RANDOM, SORTED, BEST)]
     if MAIN not in results or not others:
         return {}
     own, kept = results[MAIN].values(arguments.primary), results[MAIN].included

@@ -1,4 +1,4 @@
-"""Where post-ranking requests come from: MovieLens ratings, simulated shop sessions, passage lists, or a saved table.
+"""Where post-ranking requests come from: MovieLens ratings, simulated sessions, our own generator, passage lists, a saved table.
 
 `source` of `recipes.post_rank` is a mapping with `kind` and the options of that kind; an unknown key is refused. Sessions keep
 their simulator, which knows what every order of a list is worth.
@@ -6,7 +6,9 @@ their simulator, which knows what every order of a list is worth.
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from sidtune.data_builders.readers.movielens import read_ratings
 from sidtune.data_builders.shop_post_rank import LABELS, session_table
 from sidtune.data_builders.shop_sessions import SessionConfig, ShopSessions, production_candidates
 from sidtune.data_builders.shop_world import ShopWorld
+from sidtune.recipes.post_rank_generator import GeneratorSource, generator_table
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class TableSource:
 KINDS: dict[str, type] = {
     "movielens": MovieLensSource,
     "shop": ShopSource,
+    "generator": GeneratorSource,
     "passages": PassageSource,
     "table": TableSource,
 }
@@ -113,9 +117,18 @@ def parse_source(values: dict[str, Any]) -> Any:
     return options
 
 
-def load_source(values: dict[str, Any]) -> Source:
-    """Builds the table. Raises ConfigError and DataError of the readers."""
+def load_source(values: dict[str, Any], folder: str | Path | None = None) -> Source:
+    """Builds the table; what is slow to make again (a generator's lists) is kept in `folder`, default nowhere.
+
+    Raises:
+        ConfigError, DataError: of the readers.
+    """
     options = parse_source(values)
+    if isinstance(options, GeneratorSource):
+        if folder is not None:
+            return Source(*generator_table(options, Path(folder)))
+        with tempfile.TemporaryDirectory() as scratch:
+            return Source(*generator_table(options, Path(scratch)))
     if isinstance(options, MovieLensSource):
         config = build(SegmentConfig, options.segments, "source.segments")
         return Source(movielens_segments(read_ratings(options.path, options.layout), config))

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from sidtune.core.errors import ConfigError
+from sidtune.core.folders import read_json, write_folder, write_json
 from sidtune.data_builders.post_rank_schema import PostRankRequest, PostRankTable
 from sidtune.data_builders.post_rank_text import render_request, request_of
 
@@ -54,12 +55,14 @@ class Training:
 
     Attributes:
         backbone: model folder or hub id; None builds one from `scratch` with a BPE of `vocab_size` tokens.
-        scratch: `model_type` and fields of its config.
+        scratch: `model_type` and fields of its config. drill: for a backbone from scratch, arguments of
+            `recipes.post_rank_drill` as for the steps below (`max_steps`, ...); empty for none.
         train: `lora` (the paper) or `all`, in the second step. adaptation_trains: `adapters` (the paper) or `all`.
         lora: `r`, `alpha`, `dropout`, `targets` of `add_lora`.
         adaptation, post_rank: arguments of each step over `trainers.post_rank.paper_arguments`.
         adapter_learning_rate: peak rate of the adapters in the second step; None = that of the step.
-        aux_weight, shuffle, ties, max_candidates, max_history, d_h: as in the trainer, the processor and the model's config.
+        aux_weight, main_loss, label_sum, shuffle, ties, max_candidates, max_history, d_h: as in the trainer, the processor
+            and the model's config.
 
     Raises:
         ConfigError: a value out of range.
@@ -67,6 +70,7 @@ class Training:
 
     backbone: str | None = None
     scratch: dict = field(default_factory=lambda: {"model_type": "qwen3"})
+    drill: dict = field(default_factory=dict)
     vocab_size: int = 1024
     train: str = "lora"
     adaptation_trains: str = "adapters"
@@ -75,6 +79,8 @@ class Training:
     post_rank: dict = field(default_factory=dict)
     adapter_learning_rate: float | None = None
     aux_weight: float = 1.0
+    main_loss: str = "tokens"
+    label_sum: bool = False
     shuffle: float = 0.5
     ties: str = "incoming"
     max_candidates: int = 20
@@ -86,6 +92,7 @@ class Training:
             ("train", ("lora", "all")),
             ("adaptation_trains", ("adapters", "all")),
             ("ties", ("incoming", "random")),
+            ("main_loss", ("tokens", "permutation")),
         ):
             if getattr(self, name) not in known:
                 raise ConfigError(f"training.{name} must be one of {', '.join(known)}, got '{getattr(self, name)}'.")
@@ -94,6 +101,8 @@ class Training:
                 "training: a backbone built from scratch knows nothing, so LoRA and adapters alone cannot train it; set train and "
                 "adaptation_trains to all, or name a backbone."
             )
+        if self.drill and self.backbone is not None:
+            raise ConfigError("training: the drill is for a backbone built from scratch; remove `drill` or `backbone`.")
         unknown = set(self.lora) - {"r", "alpha", "dropout", "targets"}
         if unknown:
             raise ConfigError(f"training.lora knows r, alpha, dropout and targets, got {sorted(unknown)}.")
@@ -112,12 +121,25 @@ class Cost:
     valid_rate: float
 
 
-def start_model(training: Training, table: PostRankTable, rows: np.ndarray, adapter: str, seed: int) -> tuple[Any, Any]:
-    """(language model with fresh adapters, tokenizer, config) before any training, as `(model, tokenizer)`."""
+def start_model(
+    training: Training,
+    table: PostRankTable,
+    rows: np.ndarray,
+    adapter: str,
+    seed: int,
+    folder: Path | None = None,
+    kept: Path | None = None,
+) -> tuple[Any, Any]:
+    """(language model with fresh adapters, tokenizer) before any training on the table.
+
+    Args:
+        folder: checkpoints of the drill. kept: folder that keeps the drilled backbone, see `_kept`.
+    """
     import torch
 
     from sidtune.models.post_rank import PostRankForCausalLM
     from sidtune.models.post_rank_processor import build_config
+    from sidtune.recipes.post_rank_drill import drilled
     from sidtune.tokenizers.lm_tokenizer import build_model, train_lm_tokenizer
     from sidtune.tokenizers.model_files import load_plain, load_tokenizer
     from sidtune.trainers.post_rank_data import field_specs
@@ -125,19 +147,34 @@ def start_model(training: Training, table: PostRankTable, rows: np.ndarray, adap
     if training.backbone is None:
         tokenizer = train_lm_tokenizer(_texts(table, rows), vocab_size=training.vocab_size)
         language_model = build_model(training.scratch, tokenizer, seed=seed)
+        if training.drill and folder is not None:
+            most = min(training.max_candidates, int(np.diff(table.candidate_offsets)[rows].max()))
+            _kept(
+                language_model, kept, lambda: drilled(language_model, tokenizer, most, folder, seed, **training.drill)
+            )
     else:
         tokenizer, language_model = load_tokenizer(training.backbone), load_plain(training.backbone)
-    options = {"adapter": adapter, "d_h": training.d_h, "aux_weight": training.aux_weight}
-    config = build_config(language_model, tokenizer, field_specs(table, rows), table.d_q, **options)
+    options = {name: getattr(training, name) for name in ("d_h", "aux_weight", "main_loss", "label_sum")}
+    config = build_config(language_model, tokenizer, field_specs(table, rows), table.d_q, adapter=adapter, **options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return PostRankForCausalLM.from_base(language_model, config), tokenizer
 
 
 def train_variant(
-    variant: Variant, training: Training, table: PostRankTable, rows: np.ndarray, seed: int, folder: Path
+    variant: Variant,
+    training: Training,
+    table: PostRankTable,
+    rows: np.ndarray,
+    seed: int,
+    folder: Path,
+    kept: Path | None = None,
 ) -> tuple[Any, Any, dict[str, Any]]:
     """Trains one variant; checkpoints lie in `folder`, an interrupted run goes on.
+
+    Args:
+        kept: folder that keeps what several variants start from: the drilled backbone, and the model behind feature adaptation,
+            which depends on the adapter only. None keeps nothing.
 
     Returns:
         (model, processor, {step → seconds and last losses}).
@@ -146,13 +183,17 @@ def train_variant(
     from sidtune.models.post_rank_processor import PostRankProcessor
     from sidtune.trainers.post_rank import adapt_features, learn_to_post_rank, paper_arguments
 
-    model, tokenizer = start_model(training, table, rows, variant.adapter, seed)
+    drill = None if kept is None else kept / "drill"
+    model, tokenizer = start_model(training, table, rows, variant.adapter, seed, folder / "drill", drill)
     processor = PostRankProcessor(tokenizer, model.config, max_history=training.max_history, words=variant.words)
     told = {}
     if variant.adaptation:
         args = paper_arguments(folder / "adaptation", **{"seed": seed, **training.adaptation})
-        trainer = adapt_features(model, processor, table, rows, args, train=training.adaptation_trains)
-        told["adaptation"] = _told(trainer)
+        told["adaptation"] = _kept(
+            model,
+            None if kept is None else kept / f"adapted_{variant.adapter}",
+            lambda: _told(adapt_features(model, processor, table, rows, args, train=training.adaptation_trains)),
+        )
     if training.train == "lora":
         model.requires_grad_(False)
         for parameter in model.adapter_parameters():
@@ -175,6 +216,22 @@ def train_variant(
     )
     told["post_rank"] = _told(trainer)
     return trainer.model.eval(), processor, told
+
+
+def _kept(model: Any, folder: Path | None, train: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Trains the model, or reads it where an earlier variant has left it; returns what there is to tell of the training."""
+    from safetensors.torch import load_model, save_model
+
+    if folder is None:
+        return train()
+    if not folder.is_dir():
+        told = train()
+        with write_folder(folder) as scratch:
+            save_model(model, str(scratch / "model.safetensors"))
+            write_json(scratch / "told.json", told)
+        return told
+    load_model(model, folder / "model.safetensors")
+    return read_json(folder / "told.json")
 
 
 def rank_requests(ranker: Any, requests: Sequence[PostRankRequest], method: str, width: int, **options: Any) -> list:

@@ -105,17 +105,16 @@ def card_data(arguments: Arguments) -> Any:
     from sidtune.metrics.compare import SystemRow
     from sidtune.metrics.model_card import CardData
     from sidtune.metrics.report import markdown_table
-    from sidtune.recipes.loading import final_model
+    from sidtune.recipes.loading import final_model, training_runs
 
     metrics = read_json(Path(arguments.eval_dir) / "metrics.json")
     quality = read_json(Path(arguments.sids_dir) / "quality.json")
-    trained = read_json(Path(arguments.model_dir) / "run.json")
+    trainings = training_runs(arguments.model_dir)
     built = read_json(Path(arguments.data_dir) / "run.json")
     systems = [SystemRow.from_dict(row) for row in metrics["systems"]]
     own = next(system for system in systems if system.kind == "model")
     name = arguments.model_name or (arguments.hub_model_id or Path(arguments.output_dir).resolve().name).split("/")[-1]
-    start = Path(trained["inputs"].get("model_dir", {}).get("path", "")) / "run.json"
-    base = read_json(start)["config"].get("base") if start.is_file() else None
+    base = next((run["config"]["base"] for run in trainings if "base" in run["config"]), None)
     queries = [s["query"] for s in read_json(Path(arguments.eval_dir) / "samples.json") if s["query"]]
     return CardData(
         name=name,
@@ -132,16 +131,22 @@ def card_data(arguments: Arguments) -> Any:
         data_revision=fingerprint(arguments.data_dir),
         dataset_name=arguments.dataset_name or built["config"]["reader"],
         dataset_type=built["config"]["reader"],
-        stages=[stage["name"] for stage in trained["metrics"].get("stages", [])] or ["none"],
+        stages=[name for run in trainings for name in _stages(run)] or ["none"],
         level_sizes=[level["size"] for level in quality["levels"]],
         icr=quality["icr"],
         collision_rate=quality["sharing_rate"],
         versions=versions(),
-        seed=trained["config"].get("seed", 0),
+        seed=trainings[-1]["config"].get("seed", 0) if trainings else 0,
         license=arguments.license,
         base_model=base,
         sample_query=queries[0] if queries else "",
     )
+
+
+def _stages(training: dict[str, Any]) -> list[str]:
+    """Names of what one step trained: the stages of sft, or the step itself; making a model trains nothing."""
+    stages = [stage["name"] for stage in training["metrics"].get("stages", [])]
+    return stages or ([] if training["step"] == "init_model" else [training["step"]])
 
 
 if __name__ == "__main__":

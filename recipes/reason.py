@@ -90,6 +90,8 @@ def main(arguments: Arguments) -> None:
         max_reasoning_tokens=arguments.max_reasoning_tokens,
         batch_size=arguments.batch_size,
     )
+    if arguments.reasoning:
+        _ = found.reasoner.marks  # a tokenizer without them is refused before the work starts
     found = found.take(drawn(len(found.item), arguments.max_requests, arguments.seed))
     found.reasoner.retriever.model.to(state.device)
     mine = shared(len(found.item), state)

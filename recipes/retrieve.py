@@ -64,6 +64,7 @@ class Arguments:
         requests: a .parquet or .jsonl file of requests, or a folder of such files.
         data_dir: data folder whose requests are asked, instead of `requests`.
         split: which requests of data_dir: train, valid or test.
+        max_requests: ask a random part of the split (null = all).
         sids_dir: folder of learn_sids.
         k: items per request.
         num_beams: beams per request; default k, at least 10.
@@ -75,6 +76,7 @@ class Arguments:
         only_categories: find items of these categories only, for requests that name none themselves.
         in_stock: file of the item ids that may be found, one a line or parquet with `item_id`.
         limits: of a request in a file; keys as in serve.
+        seed: of the random part.
         restart: throw away the finished shards of an interrupted run with other options or inputs.
     """
 
@@ -83,6 +85,7 @@ class Arguments:
     requests: str | None = None
     data_dir: str | None = None
     split: str = "test"
+    max_requests: int | None = None
     sids_dir: str | None = None
     k: int = 100
     num_beams: int | None = None
@@ -94,6 +97,7 @@ class Arguments:
     only_categories: list[str] = field(default_factory=list)
     in_stock: str | None = None
     limits: dict = field(default_factory=dict)
+    seed: int = 0
     restart: bool = False
 
     def __post_init__(self) -> None:
@@ -103,7 +107,9 @@ class Arguments:
             )
         if self.split not in ("train", "valid", "test"):
             raise ConfigError(f"split must be train, valid or test, got '{self.split}'.")
-        for name in ("k", "num_beams", "batch_size", "shard_size"):
+        if self.max_requests is not None and self.data_dir is None:
+            raise ConfigError("max_requests draws from a data folder; give data_dir, or shorten the file of requests.")
+        for name in ("k", "num_beams", "batch_size", "shard_size", "max_requests"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}.")
@@ -226,7 +232,8 @@ def _inputs(arguments: Arguments) -> tuple[Prompter, Path, Requests]:
     )
     catalogue.scope(rules.only_categories, rules.in_stock)  # names an unknown category
     if data is not None:
-        return prompter, folder, SplitRequests(data, arguments.split, prompter, rules)
+        part = (arguments.max_requests, arguments.seed)
+        return prompter, folder, SplitRequests(data, arguments.split, prompter, rules, *part)
     assert arguments.requests is not None
     return prompter, folder, FileRequests(arguments.requests, prompter, rules, arguments.extra_columns)
 

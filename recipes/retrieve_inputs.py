@@ -144,17 +144,25 @@ class SplitRequests:
         split: train, valid or test.
         prompter: renders.
         rules: of the run.
+        most, seed: a random part of so many requests, in their order (None = all).
 
     Raises:
         DataError: the SIDs are of another catalogue, no such requests, or an id given twice.
     """
 
-    def __init__(self, data: DataFolder, split: str, prompter: Prompter, rules: Rules) -> None:
+    def __init__(
+        self, data: DataFolder, split: str, prompter: Prompter, rules: Rules, most: int | None = None, seed: int = 0
+    ) -> None:
         if prompter.sids.item_ids != data.items["item_id"].to_pylist():
             raise DataError(
                 "The SIDs were learned for another catalogue than the data folder holds; run learn_sids again."
             )
-        self._requests, self._prompter, self._rules = data.requests[split].combine_chunks(), prompter, rules
+        requests, self._prompter, self._rules = data.requests[split], prompter, rules
+        if most is not None and most < requests.num_rows:
+            requests = requests.take(
+                np.sort(np.random.default_rng(seed).choice(requests.num_rows, most, replace=False))
+            )
+        self._requests = requests.combine_chunks()
         self.ids = self._requests[ID].to_pylist()
         if not self.ids:
             raise DataError(f"The split '{split}' of {data.path} holds no requests; choose another one.")

@@ -1,11 +1,12 @@
-"""Runs a pipeline: each step by `accelerate launch`, skipping what is done and going on where a run was interrupted.
+"""Runs a pipeline, skipping what is done and going on where a run was interrupted.
 
     python -m sidtune.recipes.run --config recipes/quickstart/pipeline.yaml
 
 A pipeline file lists steps; a step names a script of `recipes/`, its config (a YAML beside the pipeline and inline `args`) and
 which earlier steps its inputs come from. All configs are checked before the first step starts. A step is skipped when its
 folder is complete, its resolved config is the one recorded in its `run.json`, and the fingerprints of its inputs are the
-recorded ones. A step folder appears only when it is complete, so after a kill the same command goes on.
+recorded ones. A folder holds its `run.json` only when it is complete, so after a kill the same command goes on. What trains or
+decodes is started by `accelerate launch`.
 """
 
 from __future__ import annotations
@@ -38,10 +39,13 @@ SCRIPTS = {
     "self_evolve": "sidtune.recipes.self_evolve",
     "reason": "sidtune.recipes.reason",
     "evaluate": "sidtune.recipes.evaluate",
+    "post_rank": "sidtune.recipes.post_rank",
     "publish": "sidtune.recipes.publish",
     "retrieve": "sidtune.recipes.retrieve",
     "report": "sidtune.recipes.report",
 }
+# What these do does not divide into processes: they run as one, whatever `launch` says.
+ALONE = ("build_data", "learn_sids", "init_model", "post_rank", "publish", "report")
 # These fields say where a result lies or how fast it is made, not what it is.
 _PLACES = ("output_dir",)
 
@@ -166,12 +170,15 @@ def _input_path(source: str, steps: list[Step], arguments: RunArguments, place: 
 
 
 def is_done(step: Step) -> bool:
-    """True when the folder of `step` is complete and was made from the same config and the same inputs."""
+    """True when the folder of `step` is complete and was made from the same config and the same inputs.
+
+    An option that the record does not know yet counts as one with its default.
+    """
     if not (step.folder / RUN_FILE).exists():
         return False
     record = read_json(step.folder / RUN_FILE)
     old = {k: v for k, v in record.get("config", {}).items() if k not in (*_PLACES, *step.inputs)}
-    if old != step.record():
+    if {**_defaults(type(step.config)), **old} != {**_defaults(type(step.config)), **step.record()}:
         return False
     recorded = record.get("inputs", {})
     if any(option not in recorded for option in step.inputs):
@@ -180,8 +187,21 @@ def is_done(step: Step) -> bool:
     return all(entry["sha256"] == fingerprint(getattr(step.config, option)) for option, entry in recorded.items())
 
 
+def _defaults(cls: type) -> dict[str, Any]:
+    """Defaults of the options of a script, so that an option added since a step ran does not make it run again."""
+    made = {}
+    for one in dataclasses.fields(cls):
+        if one.default_factory is not dataclasses.MISSING:
+            made[one.name] = one.default_factory()
+        elif one.default is not dataclasses.MISSING:
+            made[one.name] = one.default
+    return made
+
+
 def launch_command(step: Step, options: dict[str, Any], config_file: Path) -> list[str]:
-    """The `accelerate launch` command line of a step."""
+    """The command line of a step: `accelerate launch`, or plain Python for one that runs alone."""
+    if step.module in [SCRIPTS[name] for name in ALONE]:
+        return [sys.executable, "-m", step.module, "--config", str(config_file)]
     words = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
     for key, value in options.items():
         words += [f"--{key}"] if value is True else [f"--{key}", str(value)]

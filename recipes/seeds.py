@@ -20,6 +20,7 @@ from sidtune.core.config import command
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import read_json, versions, write_json
 from sidtune.recipes import run
+from sidtune.recipes.evaluate import MODEL
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 
@@ -102,22 +103,23 @@ def summarise(found: dict[int, dict[str, Any]], metrics: list[str]) -> dict[str,
         "catalogue": first["catalogue"],
         "split": first["split"],
         "num_beams": first["decoding"]["num_beams"],
+        "primary": first["primary"],
+        "against": {name: [record["against"][name] for record in found.values()] for name in first["against"]},
         "systems": systems,
         "versions": versions(),
     }
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """The results as a GitHub table: mean ± sample standard deviation over the seeds, bounds last."""
+    """The results as a GitHub table: mean ± sample standard deviation over the seeds, the model last but for bounds."""
     systems = record["systems"]
     metrics = list(next(iter(systems.values()))["metrics"])
     lines = ["| system | " + " | ".join(metrics) + " |", "|---|" + "---:|" * len(metrics)]
-    for kind in ("baseline", "model", "bound"):
-        for name, row in systems.items():
-            if row["kind"] == kind:
-                cells = [f"{row['metrics'][m]['mean']:.4f} ± {row['metrics'][m]['std']:.4f}" for m in metrics]
-                shown = f"**{name}**" if kind == "model" else name
-                lines.append(f"| {shown} | " + " | ".join(cells) + " |")
+    for name in sorted(systems, key=lambda name: _place(name, systems[name]["kind"])):
+        row = systems[name]
+        cells = [f"{row['metrics'][m]['mean']:.4f} ± {row['metrics'][m]['std']:.4f}" for m in metrics]
+        shown = f"**{name}**" if name == MODEL else name
+        lines.append(f"| {shown} | " + " | ".join(cells) + " |")
     requests = sorted(set(record["requests"]))
     counted = f"{requests[0]:,}" if len(requests) == 1 else f"{requests[0]:,} to {requests[-1]:,}"
     lines.append("")
@@ -125,7 +127,17 @@ def markdown(record: dict[str, Any]) -> str:
         f"Mean ± standard deviation over seeds {', '.join(map(str, record['seeds']))}; {counted} {record['split']} requests, whole "
         f"catalogue of {record['catalogue']:,} items, {record['num_beams']} beams."
     )
+    for name, pairs in record.get("against", {}).items():
+        each = ", ".join(f"{p['difference']:+.4f} [{p['low']:+.4f}, {p['high']:+.4f}]" for p in pairs)
+        lines.append(
+            f"{MODEL} minus {name} on {record['primary']}, seed by seed: {each} (paired bootstrap over users)."
+        )
     return "\n".join(lines) + "\n"
+
+
+def _place(name: str, kind: str) -> tuple[int, bool]:
+    """Where a system stands: baselines, models with the final one last, bounds."""
+    return ("baseline", "model", "bound").index(kind), name == MODEL
 
 
 def check_readme(readme: Path) -> tuple[str, str]:

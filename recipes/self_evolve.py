@@ -74,6 +74,7 @@ class Arguments:
         sft: options of `recipes/sft` for each round: one stage, whose task `reason_to_sid` gets the trajectories.
         sft_from: what that SFT starts from: `rl` (M_rl), `previous` (M_(r-1)) or `aligned` (the aligned model).
         validate: options of `recipes/reason` on the validation split.
+        stop_within_noise: false runs all rounds whatever they gain, for comparisons; the best model is still named.
         level: confidence level of the paired bootstrap (over users) that decides whether a round gained.
         samples: its resamples.
         launch: options of `accelerate launch` by name, for example `config_file` or `num_processes`.
@@ -93,6 +94,7 @@ class Arguments:
     sft: dict = field(default_factory=dict)
     sft_from: Literal["rl", "previous", "aligned"] = "rl"
     validate: dict = field(default_factory=dict)
+    stop_within_noise: bool = True
     level: float = 0.95
     samples: int = 1000
     launch: dict = field(default_factory=dict)
@@ -149,7 +151,7 @@ class Loop:
             self._tell(name, best_name, gain)
             if gain.difference > 0:
                 best, best_name = model, name
-            if gain.low <= 0:
+            if gain.low <= 0 and arguments.stop_within_noise:
                 reason = f"{name}: the validation gain over {rounds[-1]['against']} is within noise"
                 break
             previous = model

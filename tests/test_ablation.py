@@ -35,7 +35,15 @@ def write(folder, seed, name, values):
     place.mkdir(parents=True)
     users = [f"u{n % 40}" for n in range(len(values))]
     pq.write_table(
-        pa.table({"user_id": users, "sidtune/ndcg@10": values, "sidtune/hr@10": values}), place / "per_request.parquet"
+        pa.table(
+            {
+                "request_id": [f"r{n}" for n in range(len(values))],
+                "user_id": users,
+                "sidtune/ndcg@10": values,
+                "sidtune/hr@10": values,
+            }
+        ),
+        place / "per_request.parquet",
     )
 
 

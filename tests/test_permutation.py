@@ -16,6 +16,7 @@ from sidtune.models.permutation import (
     borda,
     parse_order,
     parse_orders,
+    permutation_losses,
     rank_in_windows,
     single_forward_order,
     window_starts,
@@ -258,3 +259,26 @@ def test_self_consistency_forgets_the_incoming_order():
     assert fair.rank(one, shuffles=5)[0].tolist() == [1, 3, 0, 2]
     with pytest.raises(ConfigError, match="shuffles cannot be negative"):
         fair.rank(one, shuffles=-1)
+
+
+def test_the_permutation_loss_is_that_of_constrained_decoding_place_by_place():
+    """A slow telling: at each place the softmax over the labels that are not used yet, by hand."""
+    generator = torch.Generator().manual_seed(3)
+    logits, ids = torch.randn(3, 6, 20, generator=generator, requires_grad=True), [4, 9, 11, 2]
+    targets = torch.tensor([[-100, 9, 4, 2, 11, 1], [-100, -100, 2, 9, 1, -100], [-100] * 6])
+    losses, label = permutation_losses(logits, targets, ids)
+    for row, places in enumerate(targets.tolist()):
+        order = [token for token in places if token in ids]
+        for place, token in enumerate(places):
+            assert bool(label[row, place]) == (token in ids)
+            if token not in ids:
+                assert float(losses[row, place]) == 0
+                continue
+            left = order[order.index(token) :]
+            scores = {other: float(logits[row, place, other]) for other in left}
+            expected = np.log(sum(np.exp(s) for s in scores.values())) - scores[token]
+            assert float(losses[row, place]) == pytest.approx(expected, abs=1e-5)
+    assert float(losses[0, 4]) == 0  # the last label has no rival
+    gradient = torch.autograd.grad(losses.sum(), logits)[0]
+    assert gradient.isfinite().all() and float(gradient[2].abs().sum()) == 0
+    assert float(gradient[0, 3, [9, 4]].abs().sum()) == 0 < float(gradient[0, 3, 11])  # used labels are no rivals

@@ -12,13 +12,15 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from tiny_pipeline import pipeline, run_in_process, write_pipeline
+from tiny_pipeline import run_in_process, write_pipeline
+from tiny_pipeline import whole_pipeline as pipeline
 
 from sidtune.core.config import parse
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import read_json
-from sidtune.recipes import evaluate, run, seeds
+from sidtune.recipes import evaluate, report, run, seeds
 
+STEPS = ("data", "sids", "model", "sft", "grpo", "eval", "post_rank", "bundle", "report")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -45,7 +47,7 @@ def finished(tmp_path_factory) -> Path:
 
 
 def test_every_step_leaves_a_complete_folder(finished):
-    for name in ("data", "sids", "model", "sft", "eval", "bundle", "report"):
+    for name in STEPS:
         record = read_json(finished / name / "run.json")
         assert record["versions"]["torch"] and record["seconds"] >= 0
     assert not [p for p in finished.rglob("*") if ".partial-" in p.name]
@@ -53,10 +55,37 @@ def test_every_step_leaves_a_complete_folder(finished):
 
 def test_metrics_are_of_all_systems_and_the_bound_is_above(finished):
     systems = {s["name"]: s for s in read_json(finished / "eval" / "metrics.json")["systems"]}
-    assert set(systems) == {"sidtune", "popularity", "bm25", "item_knn", "oracle"}
+    assert set(systems) == {"sidtune", "sft", "popularity", "bm25", "item_knn", "oracle"}
     value = {name: system["metrics"]["ndcg@10"]["value"] for name, system in systems.items()}
     assert value["oracle"] > max(v for name, v in value.items() if name != "oracle")
     assert all(0 <= v <= 1 for v in value.values())
+
+
+def test_the_start_model_stands_beside_the_trained_one_as_if_evaluated_alone(finished, tmp_path, capsys):
+    folders = {f"{name}_dir": str(finished / name) for name in ("data", "sids")}
+    alone = evaluate.Arguments(
+        **folders, model_dir=str(finished / "sft"), output_dir=str(tmp_path / "alone"), num_beams=10, ks=[5, 10],
+        samples=200, baselines=[], upper_bound=False,
+    )  # fmt: skip
+    evaluate.main(alone)
+    assert "against" not in capsys.readouterr().out
+    both, one = finished / "eval" / "predictions", tmp_path / "alone" / "predictions" / "sidtune.parquet"
+    assert pq.read_table(both / "sft.parquet")["items"].equals(pq.read_table(one)["items"])
+    assert not pq.read_table(both / "sidtune.parquet")["items"].equals(pq.read_table(one)["items"])
+    values = pq.read_table(finished / "eval" / "per_request.parquet")
+    pair = read_json(finished / "eval" / "metrics.json")["against"]["sft"]
+    means = [values[f"{name}/ndcg@10"].to_numpy().mean() for name in ("sidtune", "sft")]
+    assert (
+        pair["difference"] == pytest.approx(means[0] - means[1]) and pair["low"] <= pair["difference"] <= pair["high"]
+    )
+    assert {"model_dir", "start_dir"} <= set(read_json(finished / "eval" / "run.json")["inputs"])
+    with pytest.raises(ConfigError, match="name of another system"):
+        dataclasses.replace(alone, start_dir=alone.model_dir, start_name="bm25", baselines=["bm25"])
+
+
+def test_what_trained_the_published_model_is_told(finished):
+    card = (finished / "bundle" / "README.md").read_text("utf-8")
+    assert "Training stages: stage_1_align → stage_2_personalise → grpo" in card or "align → personalise → grpo" in card
 
 
 def test_predictions_are_catalogue_items_and_metrics_follow_from_them(finished):
@@ -106,8 +135,20 @@ def test_another_run_is_compared_request_by_request(finished, tmp_path, capsys):
 
 def test_the_report_shows_the_run(finished):
     page = (finished / "report" / "report.html").read_text("utf-8")
-    for words in ("upper bound", "item_knn", "<svg", "stage_2_personalise"):
+    for words in ("upper bound", "item_knn", "<svg", "stage_2_personalise", "grpo", "KL to the start", "random order"):
         assert words in page
+    record = read_json(finished / "post_rank" / "metrics.json")
+    clicks = {row["name"]: f"{row['metrics']['expected clicks']['value']:.4f}" for row in record["systems"]}
+    section = page.partition('<section id="post-ranking">')[2].partition("</section>")[0]
+    assert all(value in section for value in clicks.values()) and "best list (upper bound)" in section
+    assert "random order (upper bound)" not in section and "sorted by click probability" in section
+
+
+def test_a_report_without_grpo_and_post_ranking_says_so(finished, tmp_path):
+    folders = {f"{name}_dir": str(finished / name) for name in ("data", "sids", "eval")}
+    report.main(report.Arguments(**folders, model_dir=str(finished / "sft"), output_dir=str(tmp_path / "report")))
+    page = (tmp_path / "report" / "report.html").read_text("utf-8")
+    assert "No post-ranking belongs to this report." in page and "KL to the start" not in page
     assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""
     ).replace("http://matplotlib.org", "")
@@ -115,13 +156,34 @@ def test_the_report_shows_the_run(finished):
 
 def test_a_second_run_skips_everything_and_a_change_reruns_what_follows(finished, tmp_path):
     arguments = run.RunArguments(steps=pipeline()["steps"], output_dir=str(finished))
-    assert [run.is_done(step) for step in run.resolve(arguments)] == [True] * 7
+    assert [run.is_done(step) for step in run.resolve(arguments)] == [True] * 9
     changed = pipeline()
-    changed["steps"][4]["args"]["num_beams"] = 12
+    changed["steps"][5]["args"]["num_beams"] = 12
     done = [
         run.is_done(step) for step in run.resolve(run.RunArguments(steps=changed["steps"], output_dir=str(finished)))
     ]
-    assert done == [True] * 4 + [False] + [True] * 2  # bundle and report follow once the new evaluation is written
+    assert done == [True] * 5 + [False] + [True] * 3  # bundle and report follow once the new evaluation is written
+
+
+def test_an_option_added_since_does_not_make_a_step_run_again(finished, tmp_path, monkeypatch):
+    steps = run.resolve(run.RunArguments(steps=pipeline()["steps"], output_dir=str(finished)))
+    step = next(step for step in steps if step.name == "sids")
+    record = read_json(step.folder / "run.json")
+    older = {key: value for key, value in record["config"].items() if key != "suffix"}
+    monkeypatch.setattr(run, "read_json", lambda path: {**record, "config": older})
+    assert run.is_done(step)
+    step.config.suffix = True
+    assert not run.is_done(step)
+
+
+def test_only_steps_that_divide_are_launched_in_many_processes(tmp_path):
+    steps = run.resolve(run.RunArguments(steps=pipeline()["steps"], output_dir=str(tmp_path)))
+    launched = {
+        step.name
+        for step in steps
+        if "accelerate.commands.launch" in run.launch_command(step, {"num_processes": 8}, tmp_path)
+    }
+    assert launched == {"sft", "grpo", "eval"}
 
 
 def test_the_seed_reaches_every_step(tmp_path):
@@ -135,10 +197,10 @@ def test_the_seed_reaches_every_step(tmp_path):
     [
         (lambda p: p["steps"][0].update(script="bild_data"), "did you mean 'build_data'?"),
         (lambda p: p["steps"][0].update(nam="x"), "unknown key 'nam'"),
-        (lambda p: p["steps"][4]["args"].update(num_beam=3), "did you mean 'num_beams'?"),
-        (lambda p: p["steps"][4]["args"].update(num_beams="many"), "must be an integer"),
-        (lambda p: p["steps"][4]["args"].update(primary="ndgc@10"), "primary is 'ndgc@10'"),
-        (lambda p: p["steps"][4]["args"].update(baselines=["bm52"]), "did you mean 'bm25'?"),
+        (lambda p: p["steps"][5]["args"].update(num_beam=3), "did you mean 'num_beams'?"),
+        (lambda p: p["steps"][5]["args"].update(num_beams="many"), "must be an integer"),
+        (lambda p: p["steps"][5]["args"].update(primary="ndgc@10"), "primary is 'ndgc@10'"),
+        (lambda p: p["steps"][5]["args"].update(baselines=["bm52"]), "did you mean 'bm25'?"),
         (lambda p: p["steps"][3]["args"]["stages"][0].update(task={}), "did you mean 'tasks'?"),
         (lambda p: p["steps"][3]["args"]["stages"][0]["tasks"].update(item_to_sidd={}), "did you mean 'item_to_sid'?"),
         (
@@ -146,8 +208,8 @@ def test_the_seed_reaches_every_step(tmp_path):
             "did you mean 'learning_rate'?",
         ),
         (lambda p: p["steps"][3].update(inputs={"data_dir": "dta"}), "no earlier step"),
-        (lambda p: p["steps"][6].update(name="eval"), "used twice"),
-        (lambda p: p["steps"][5]["args"].update(push_to_hub=True), "hub_model_id is missing"),
+        (lambda p: p["steps"][8].update(name="eval"), "used twice"),
+        (lambda p: p["steps"][7]["args"].update(push_to_hub=True), "hub_model_id is missing"),
     ],
 )
 def test_every_config_is_checked_before_the_first_step(tmp_path, change, words):
@@ -188,6 +250,12 @@ def test_seeds_are_summarised_as_mean_and_spread(finished, tmp_path):
     seeds.replace_table(readme, seeds.markdown(summary))
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "**sidtune**" in text
+    names = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
+    assert names == ["system", "popularity", "bm25", "item_knn", "sft", "**sidtune**", "oracle"]
+    assert (
+        "sidtune minus sft on ndcg@10, seed by seed: " in text
+        and text.count(f"{record['against']['sft']['low']:+.4f}") == 2
+    )
 
 
 @pytest.mark.slow
@@ -201,8 +269,8 @@ def test_two_processes_evaluate_exactly_as_one(finished, tmp_path, repo_root):
         "0",
     ]
     words += ["-m", "sidtune.recipes.evaluate", "--output_dir", str(tmp_path / "eval"), "--num_beams", "10"]
-    words += ["--ks", "[5, 10]", "--samples", "200"]
-    for option, folder in (("data_dir", "data"), ("sids_dir", "sids"), ("model_dir", "sft")):
+    words += ["--ks", "[5, 10]", "--samples", "200", "--start_name", "sft"]
+    for option, folder in (("data_dir", "data"), ("sids_dir", "sids"), ("model_dir", "grpo"), ("start_dir", "sft")):
         words += [f"--{option}", str(finished / folder)]
     done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -224,7 +292,9 @@ def test_a_pipeline_killed_at_every_step_ends_with_the_metrics_of_an_uninterrupt
         ("sids", 4.0),
         ("model", 4.0),
         ("sft", 9.0),
+        ("grpo", 8.0),
         ("eval", 6.0),
+        ("post_rank", 7.0),
         ("bundle", 4.0),
         ("report", 3.0),
     ]
@@ -244,15 +314,15 @@ def test_a_pipeline_killed_at_every_step_ends_with_the_metrics_of_an_uninterrupt
             _kill_tree(process.pid)
             process.stdout.close()
             process.wait()
-    assert landed >= 5, "most kills must hit a running pipeline"
+    assert landed >= 7, "most kills must hit a running pipeline"
     process = start(config, output)
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
-    assert _values(output) == _values(finished)
+    assert _values(output) == _values(finished) and _values(output, "post_rank") == _values(finished, "post_rank")
 
 
-def _values(folder: Path) -> dict:
-    record = read_json(folder / "eval" / "metrics.json")
+def _values(folder: Path, step: str = "eval") -> dict:
+    record = read_json(folder / step / "metrics.json")
     return {s["name"]: {m: e["value"] for m, e in s["metrics"].items()} for s in record["systems"]}
 
 

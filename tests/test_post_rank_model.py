@@ -216,6 +216,23 @@ def test_a_batch_of_one_task_has_a_finite_loss_and_gradients():
     assert PostRankForCausalLM.accepts_loss_kwargs is False
 
 
+@pytest.mark.parametrize("main_loss", ["tokens", "permutation"])
+def test_the_head_of_training_gives_the_loss_and_gradients_of_the_whole_head(main_loss):
+    model, processor = ranker("llama")
+    model.config.main_loss = main_loss
+    for inputs in (processor.from_requests(requests(3)), mixed(processor), processor.from_requests(requests(2), "fa")):
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        whole, short = model.eval()(**inputs), model.train()(**inputs)
+        assert short.logits.shape[1] < whole.logits.shape[1]
+        assert float(short.loss) == pytest.approx(float(whole.loss), rel=1e-6)
+        for one, other in zip(
+            *(torch.autograd.grad(x.loss, parameters, allow_unused=True) for x in (whole, short)), strict=True
+        ):
+            assert (one is None) == (other is None)
+            if one is not None:
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+
+
 # -- what trains --------------------------------------------------------------------------------------------------
 
 

@@ -173,7 +173,7 @@ def test_seeds_name_what_the_past_tells(early):
     data = inputs(world, max_history=20)
     items = {i["item_id"]: i for i in world.items}
     by_id = {r["request_id"]: r for r in world.train}
-    found = templated(data, aspects=["words", "category", "brand", "price", "context"])
+    found = templated(data, aspects=["words", "recent", "category", "brand", "price", "context"])
     keys = data.requests["request_id"].to_pylist()
     named = Counter()
     for row, text in zip(found.request.tolist(), found.text, strict=True):
@@ -189,11 +189,13 @@ def test_seeds_name_what_the_past_tells(early):
                 assert value == " ".join(c["value"] for c in request["context"])
             elif word == "likes":
                 assert value == favourite([i.get("brand") for i in past])
+            elif word == "after":
+                assert value == " ".join(data.serializer.field(past[-1]["title"], "title").split()[:5])
             elif word == "often":
                 assert value == favourite([(i.get("category") or [None])[-1] for i in past])
             else:
                 assert word == "price" and value in ("low", "middle", "high")
-    assert set(named) == {"wants", "now", "likes", "often", "price"} and min(named.values()) > 5
+    assert set(named) == {"wants", "after", "now", "likes", "often", "price"} and min(named.values()) > 5
 
 
 def favourite(values):

@@ -124,6 +124,23 @@ def test_requests_of_a_data_folder_are_answered_as_evaluated(shop, tmp_path):
     assert len(evaluated) > 20 and all(found[row["request_id"]] == row["items"] for row in evaluated)
 
 
+def test_a_random_part_of_a_split_is_answered_as_in_the_whole(shop, tmp_path):
+    whole = {
+        row["request_id"]: row["items"] for row in pq.read_table(shop / "eval/predictions/sidtune.parquet").to_pylist()
+    }
+    drawn = []
+    for number, (most, seed) in enumerate([(9, 0), (9, 1), (10_000, 0)]):
+        chosen = options(shop, tmp_path, data_dir=shop / "data", k=10, num_beams=10, max_requests=most, seed=seed)
+        retrieve.main(dataclasses.replace(chosen, output_dir=str(tmp_path / str(number))))
+        drawn.append(result(tmp_path / str(number)))
+    asked = pq.read_table(shop / "data/requests/test.parquet")["request_id"].to_pylist()
+    names = [table["request_id"].to_pylist() for table in drawn]
+    assert names[2] == asked and len(names[0]) == len(names[1]) == 9 and names[0] != names[1]
+    assert names[0] == [name for name in asked if name in set(names[0])]
+    rows = [row for table in drawn[:2] for row in table.to_pylist() if row["request_id"] in whole]
+    assert rows and all(whole[row["request_id"]] == row["items"] for row in rows)
+
+
 def test_step_folders_can_be_asked_too_and_run_wide_filters_hold(shop, retriever, tmp_path):
     ids, stock = retriever.sids.item_ids, tmp_path / "stock.parquet"
     pq.write_table(pa.table({"item_id": ids[:70]}), stock)
@@ -344,6 +361,8 @@ def test_what_is_unknown_can_be_ignored(shop, retriever, tmp_path):
         (["--requests", "a.jsonl", "--unknown_items", "skip"], "unknown_items must be error or ignore"),
         (["--requests", "a.jsonl", "--num_beam", "3"], "did you mean 'num_beams'?"),
         (["--data_dir", "b", "--split", "dev"], "split must be train, valid or test"),
+        (["--data_dir", "b", "--max_requests", "0"], "max_requests must be at least 1"),
+        (["--requests", "a.jsonl", "--max_requests", "5"], "max_requests draws from a data folder"),
         (["--requests", "/nowhere.jsonl"], "do not exist"),
         (["--requests", "a.jsonl", "--limits", '{"max_kk": 3}'], "did you mean 'max_k'?"),
     ],

@@ -72,9 +72,62 @@ PIPELINE: dict[str, Any] = {
 }
 
 
+GRPO_STEP = {
+    "name": "grpo",
+    "script": "grpo",
+    "inputs": {"data_dir": "data", "sids_dir": "sids", "model_dir": "sft"},
+    "args": {
+        "max_requests": 40,
+        "rewards": {"list_ndcg": 1.0, "prefix_match": 0.3},
+        "args": {
+            "num_generations": 4, "per_device_train_batch_size": 16, "learning_rate": 1e-3, "beta": 0.02, "max_steps": 3,
+            "logging_steps": 1, "save_strategy": "no",
+        },
+    },
+}  # fmt: skip
+_FEW_STEPS = {"max_steps": 3, "save_strategy": "no", "per_device_train_batch_size": 4}
+POST_RANK_STEP = {
+    "name": "post_rank",
+    "script": "post_rank",
+    "inputs": {"data_dir": "data", "sids_dir": "sids", "model_dir": "grpo"},
+    "args": {
+        "source": {
+            "kind": "generator", "num_beams": 8, "candidates": 4, "train": 40, "valid": 10, "test": 20, "shard_size": 16
+        },
+        "baselines": ["initial", "mlp"],
+        "reranker": {"epochs": 1},
+        "variants": ["llm4pr"],
+        "methods": ["greedy"],
+        "metrics": {"ks": [4], "gain": "linear"},
+        "primary": "ndcg@4",
+        "seeds": [0],
+        "samples": 100,
+        "cost_requests": 1,
+        "training": {
+            "scratch": {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 24},
+            "vocab_size": 320, "train": "all", "adaptation_trains": "all", "adaptation": _FEW_STEPS,
+            "post_rank": _FEW_STEPS, "d_h": 8, "max_history": 2,
+        },
+    },
+}  # fmt: skip
+
+
 def pipeline() -> dict[str, Any]:
-    """A fresh copy to change."""
+    """A fresh copy to change: data to report with SFT alone."""
     return copy.deepcopy(PIPELINE)
+
+
+def whole_pipeline() -> dict[str, Any]:
+    """The steps of the quickstart: also GRPO, whose model is evaluated beside that of SFT, and post-ranking of its lists."""
+    values = pipeline()
+    steps = {step["name"]: step for step in values["steps"]}
+    steps["eval"]["inputs"] |= {"model_dir": "grpo", "start_dir": "sft"}
+    steps["eval"]["args"]["start_name"] = "sft"
+    steps["bundle"]["inputs"]["model_dir"] = "grpo"
+    steps["report"]["inputs"] |= {"grpo_dir": "grpo", "post_rank_dir": "post_rank"}
+    added = copy.deepcopy({"grpo": GRPO_STEP, "post_rank": POST_RANK_STEP})
+    order = ("data", "sids", "model", "sft", "grpo", "eval", "post_rank", "bundle", "report")
+    return {**values, "steps": [{**steps, **added}[name] for name in order]}
 
 
 def write_pipeline(path: Path, values: dict[str, Any] | None = None) -> Path:

@@ -57,7 +57,7 @@ def hard_requests(path: str | Path, requests: pa.Table) -> pa.Table:
     if not pc.all(known).as_py():
         wrong = wanted.filter(pc.invert(known))[0].as_py()
         raise DataError(
-            f"The hard set names the request '{wrong}', which is not in the train split; use data of one run."
+            f"The hard set names the request '{wrong}', which is not in the split that is trained on; use data of one run."
         )
     return requests.filter(pc.is_in(requests["request_id"], value_set=wanted))
 
@@ -82,6 +82,7 @@ def grpo_examples(
     gains: GainsConfig | None = None,
     max_history: int | None = 20,
     max_length: int | None = None,
+    split: str = "train",
     reserve: int = 0,
 ) -> tuple[Dataset, dict[str, int]]:
     """Prompts with targets.
@@ -90,7 +91,8 @@ def grpo_examples(
         data: the data folder, for histories. requests: the requests that become prompts.
         sids, facts: of the catalogue. serializer, tokenizer: of the model.
         bias, gains: how feedback becomes gains.
-        max_history: most past turns. max_length: most tokens of prompt and answer, of which `reserve` belong to the
+        split: of the requests. max_history: most past turns.
+        max_length: most tokens of prompt and answer, of which `reserve` belong to the
             answer.
 
     Returns:
@@ -104,11 +106,11 @@ def grpo_examples(
     useful = np.flatnonzero(_best(made) > 0)
     if not len(useful):
         raise DataError(
-            "No train request has a positive label on an item with a semantic ID, so nothing can be rewarded; check the labels "
+            f"No {split} request has a positive label on an item with a semantic ID, so nothing can be rewarded; check the labels "
             "of the gains and the hard set."
         )
     kept = requests.take(useful)
-    source = TaskInput.of_split(data, sids.texts(), serializer, "train", max_history)
+    source = TaskInput.of_split(data, sids.texts(), serializer, split, max_history)
     ids = encode_prompts(tokenizer, prompt_for_requests(source, kept), max_length, reserve=reserve)
     columns = {name: [values[row] for row in useful] for name, values in made.columns().items()}
     prompts = tokenizer.batch_decode(ids)

@@ -164,7 +164,7 @@ def _prepare(
         return read_json(state_file)["counts"]
     shutil.rmtree(stage.work, ignore_errors=True)
     stage.work.mkdir(parents=True)
-    requests = data.requests["train"]
+    requests = data.requests[options.split]
     if options.hard_set:
         requests = hard_requests(options.hard_set, requests)
     examples, counts = grpo_examples(
@@ -174,6 +174,7 @@ def _prepare(
         gains=build(GainsConfig, options.gains, "gains"),
         max_history=stage.max_history,
         max_length=stage.max_length,
+        split=options.split,
         reserve=sids.depth + (args.max_completion_length + 2 if args.rollout == "reasoning" else 0),
     )
     examples.save_to_disk(str(stage.work / "train"))

@@ -152,7 +152,7 @@ class PostRankExamples(Dataset):
         if self.step == "adaptation":
             requests = [request_of(self.table, int(row), 0) for row in self._owner[places]]
             orders = [[int(place)] for place in self._place[places]]
-            return self.processor.from_requests(requests, "fa", orders=orders, padding_side="right")
+            return self.processor.from_requests(requests, "fa", orders=orders, padding_side="left")
         batch = self.table.batch(self.rows[places], self.processor.max_history)
         draws = [np.random.default_rng([self.seed, int(number)]) for number in numbers]
         counts = batch.item_mask.sum(axis=1)
@@ -182,24 +182,24 @@ class PostRankExamples(Dataset):
     ) -> dict[str, Any]:
         batch = presented_batch(batch, orders)
         queries = [self._queries[row] for row in batch.rows]
-        made = [self.processor.from_batch(batch, queries, targets=targets, padding_side="right")]
+        made = [self.processor.from_batch(batch, queries, targets=targets, padding_side="left")]
         with_pair = np.array([pair is not None for pair in pairs])
         if with_pair.any():
             some = batch.map(lambda value: value[with_pair])
             asked = [self._queries[row] for row in some.rows]
             chosen = [pair for pair in pairs if pair is not None]
-            made.append(self.processor.from_batch(some, asked, "aux", pairs=chosen, padding_side="right"))
+            made.append(self.processor.from_batch(some, asked, "aux", pairs=chosen, padding_side="left"))
         return joined(made, self.processor.config.end_token_id)
 
     def _words(
         self, batch: PostRankBatch, orders: list[np.ndarray], targets: list[np.ndarray], pairs: list[Pair | None]
     ) -> dict[str, Any]:
         requests = [request_of(self.table, int(row), self.processor.max_history) for row in batch.rows]
-        made = [self.processor.from_requests(requests, orders=orders, targets=targets, padding_side="right")]
+        made = [self.processor.from_requests(requests, orders=orders, targets=targets, padding_side="left")]
         kept = [place for place, pair in enumerate(pairs) if pair is not None]
         if kept:
             asked, shown, chosen = ([values[place] for place in kept] for values in (requests, orders, pairs))
-            made.append(self.processor.from_requests(asked, "aux", orders=shown, pairs=chosen, padding_side="right"))
+            made.append(self.processor.from_requests(asked, "aux", orders=shown, pairs=chosen, padding_side="left"))
         return joined(made, self.processor.config.end_token_id)
 
 
@@ -239,14 +239,14 @@ def presented_batch(batch: PostRankBatch, orders: Sequence[np.ndarray]) -> PostR
 
 
 def joined(parts: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
-    """Several right-padded inputs as one batch, rows one after the other."""
+    """Several left-padded inputs as one batch, rows one after the other."""
     if len(parts) == 1:
         return parts[0]
     width = max(part["input_ids"].shape[1] for part in parts)
     fills = {"input_ids": pad_token_id, "attention_mask": 0, "labels": IGNORE}
 
     def wide(value: torch.Tensor, fill: int) -> torch.Tensor:
-        return torch.nn.functional.pad(value, (0, width - value.shape[1]), value=fill)
+        return torch.nn.functional.pad(value, (width - value.shape[1], 0), value=fill)
 
     made: dict[str, Any] = {}
     for key, value in parts[0].items():

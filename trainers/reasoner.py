@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,7 @@ class Reasoner:
         batch_size: prompts in one pass; with G reasonings, batch_size // G prompts (at least one).
 
     Raises:
-        ConfigError: a tokenizer without `<think>`, `</think>` and eos.
+        ConfigError: a tokenizer without eos, or a number below 1. Reasoning itself needs `<think>` and `</think>` too.
     """
 
     def __init__(
@@ -79,12 +80,26 @@ class Reasoner:
         self.max_reasoning_tokens = max_reasoning_tokens
         self._sid_ids = torch.tensor(retriever.vocabulary.sid_token_ids.tolist())
         tokenizer = retriever.tokenizer
-        self.think, self.end = mark_ids(tokenizer)
         if tokenizer.eos_token_id is None or num_beams < 1 or max_reasoning_tokens < 1 or batch_size < 1:
             raise ConfigError(
                 "Reasoning needs a tokenizer with an eos token, and num_beams, max_reasoning_tokens and batch_size of at least "
                 f"1, got {num_beams}, {max_reasoning_tokens} and {batch_size}."
             )
+
+    @cached_property
+    def marks(self) -> tuple[int, int]:
+        """Token ids of `<think>` and `</think>`. Raises ConfigError where the tokenizer has none."""
+        return mark_ids(self.retriever.tokenizer)
+
+    @property
+    def think(self) -> int:
+        """Token id of `<think>`."""
+        return self.marks[0]
+
+    @property
+    def end(self) -> int:
+        """Token id of `</think>`."""
+        return self.marks[1]
 
     def prompts(self, pieces: Sequence[Sequence[str]]) -> list[list[int]]:
         """Token ids of prompts; old turns make room for reasoning, SID and eos."""

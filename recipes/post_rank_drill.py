@@ -1,0 +1,67 @@
+"""A drill for a backbone built from scratch: sort lists of numbers, before it sees a feature.
+
+LLM4PR asks its language model for something that every pre-trained one can do and a new one cannot: find the items of a list that
+stand out, and say their labels in that order. A new transformer has to learn to compare and to copy at once, and neither pays
+without the other, so post-ranking begins on a plateau. The drill is post-ranking of random numbers: each candidate is one number,
+read by a throw-away adapter, and the answer is their falling order. It knows nothing of the data. Our addition, for backbones from
+scratch only; the paper starts from a 7 B model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sidtune.data_builders.post_rank_schema import PostRankField, PostRankRequest, PostRankTable
+from sidtune.data_builders.post_rank_text import table_from_requests
+
+VALUE = "value"
+FEWEST = 3
+
+
+def number_lists(count: int, most: int, seed: int, d_q: int = 1) -> PostRankTable:
+    """`count` requests of 3 to `most` candidates, each a standard normal number; relevance is the number's place from below."""
+    draw = np.random.default_rng([seed, 17])
+    requests = []
+    for place in range(count):
+        values = draw.normal(size=int(draw.integers(min(FEWEST, most), most + 1))).astype(np.float32)
+        requests.append(
+            PostRankRequest(
+                request_id=f"drill-{place}",
+                query="",
+                query_vector=np.zeros(d_q, np.float32),
+                user={},
+                candidates=[{VALUE: np.array([value])} for value in values],
+                item_ids=[str(n) for n in range(len(values))],
+                relevance=np.argsort(np.argsort(values)).astype(np.float64),
+                history=[],
+            )
+        )
+    fields = (PostRankField(VALUE, "numeric", "item", 1, (VALUE,)),)
+    return table_from_requests(requests, fields, d_q, ["train"] * count)
+
+
+def drilled(language_model: Any, tokenizer: Any, most: int, folder: Path, seed: int, **changes: Any) -> dict:
+    """Trains the language model, whole, in place; returns steps and last loss.
+
+    Args:
+        most: longest list. folder: checkpoints. changes: arguments over `paper_arguments`, for example `max_steps`.
+    """
+    from sidtune.models.post_rank import PostRankForCausalLM
+    from sidtune.models.post_rank_processor import PostRankProcessor, build_config
+    from sidtune.trainers.post_rank import learn_to_post_rank, paper_arguments
+    from sidtune.trainers.post_rank_data import field_specs
+
+    table = number_lists(20_000, most, seed)
+    rows = np.arange(len(table))
+    config = build_config(language_model, tokenizer, field_specs(table, rows), table.d_q, d_h=16, adapter="mlp")
+    model = PostRankForCausalLM.from_base(language_model, config)
+    model.requires_grad_(True)
+    args = paper_arguments(folder, **{"seed": seed, **changes})
+    trainer = learn_to_post_rank(
+        model, PostRankProcessor(tokenizer, config, max_history=0), table, rows, args, aux=False, shuffle=0.0
+    )
+    last = next((entry for entry in reversed(trainer.state.log_history) if "main_loss" in entry), {})
+    return {"steps": trainer.state.global_step, "main_loss": last.get("main_loss")}
