@@ -14,7 +14,8 @@
 Source: `specs/crs_debiased_grpo.md` 2.5; the number of rounds, the base of each SFT, the share of replay and the stop rule are our
 choices (the paper gives none). Every step is a folder with a `run.json`, started by `accelerate launch` as a pipeline's step is;
 a step that is done, with the same config and the same inputs, is skipped, so the same command goes on after a kill. `run.json`
-of the loop names the model with the best validation mean, the cold start among them.
+of the loop names the model with the best validation mean, the cold start among them, and says whether it answers better with its
+reasoning than the aligned model without.
 """
 
 from __future__ import annotations
@@ -267,14 +268,20 @@ class Loop:
     def _finish(self, best: Path, name: str, rounds: list[dict[str, Any]], reason: str) -> dict[str, Any]:
         from sidtune.recipes.loading import final_model
 
+        arguments = self.arguments
         names = ["aligned", START, *(r["name"] for r in rounds)]
         valid = {n: read_json(self.output / n / "valid" / "metrics.json") for n in names}
         final = final_model(best).relative_to(self.output).as_posix()
+        reasoning = self._gain(name, "aligned")
         metrics = {"final": final, "best": name, "stopped": reason, "rounds": rounds, "valid": valid}
+        metrics["reasoning"] = as_dict(reasoning)
         write_json(self.output / HISTORY, metrics)
         inputs = {role: getattr(self.arguments, role) for role in ("data_dir", "sids_dir", "model_dir")}
         write_run(self.output, step="self_evolve", config=as_dict(self.arguments), inputs=inputs, metrics=metrics)
         print(f"{self.output.name}: {reason}; the best model is {final}", flush=True)
+        self._tell(f"{name} with reasoning", "the aligned model without", reasoning)
+        if reasoning.high < 0:
+            print(f"On these requests, {arguments.model_dir} answers better without reasoning; use it.", flush=True)
         return metrics
 
 

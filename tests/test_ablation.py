@@ -85,3 +85,33 @@ def test_wrong_options_are_refused_before_anything_runs(repo_root, tmp_path):
             write(tmp_path, seed, name, np.ones(50))
     with pytest.raises(DataError, match="has no ndcg@3"):
         compare(chosen)
+
+
+def test_models_of_further_steps_get_rows_of_their_own(repo_root, tmp_path):
+    root = repo_root / "recipes" / "crs"
+    values = {**load_yaml(root / "compare_shop.yaml"), "output_dir": str(tmp_path), "root": str(root)}
+    chosen = build(Arguments, values, "compare_shop.yaml")
+    steps = {step.name: step for step in run.resolve(chosen.pipeline_of(1))}
+    assert steps["evolve"].config.model_dir == str(tmp_path / "seed_1" / "sft") and steps["evolve"].config.seed == 1
+    assert not steps["evolve"].config.stop_within_noise
+    for name, place in (("cold_start", "cold_start/sft"), ("r_grpo", "round_1/rl"), ("round_2", "round_2/sft")):
+        found = steps[f"test_{name}"].config
+        assert found.model_dir == str(tmp_path / "seed_1" / "evolve" / place) and found.reasoning
+        assert found.split == "test" and found.num_beams == steps["test_start"].config.num_beams
+    assert not steps["test_start"].config.reasoning and not steps["test_round_2_direct"].config.reasoning
+    with pytest.raises(ConfigError, match="must have a `model`"):
+        build(Arguments, {**values, "models": {"x": {"modle": "evolve"}}}, "compare_shop.yaml")
+    with pytest.raises(ConfigError, match="different names"):
+        build(Arguments, {**values, "models": {"stock": {"model": "evolve"}}}, "compare_shop.yaml")
+
+
+def test_rows_on_other_requests_are_not_compared(repo_root, tmp_path):
+    chosen = arguments(repo_root, tmp_path, seeds=[0, 1], variants={"a": {}})
+    for seed in (0, 1):
+        write(tmp_path, seed, "start", np.ones(50))
+        write(tmp_path, seed, "a", np.ones(50))
+    file = tmp_path / "seed_1" / "test_a" / "per_request.parquet"
+    table = pq.read_table(file)
+    pq.write_table(table.take(list(range(49, -1, -1))), file)
+    with pytest.raises(DataError, match="'a' of seed 1 was evaluated on other requests"):
+        compare(chosen)

@@ -12,9 +12,12 @@ import pytest
 from tiny_pipeline import pipeline, run_in_process
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from sidtune.core.config import build
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.data_builders.encoding import encode_prompts
+from sidtune.data_builders.examples import prompt_for_requests
 from sidtune.data_builders.store import load_folder
+from sidtune.data_builders.task_input import TaskInput
 from sidtune.recipes import grpo as recipe
 from sidtune.recipes.grpo import Arguments
 from sidtune.recipes.loading import final_model, load_retriever, load_serializer, prompts_of, save_serializer
@@ -178,12 +181,32 @@ def test_a_hard_set_chooses_the_requests(steps, tmp_path):
     recipe.main(arguments)
     assert json.loads((tmp_path / "grpo" / "run.json").read_text())["metrics"]["data"]["requests"] == 20
     pq.write_table(pa.table({"request_id": ["nobody"]}), tmp_path / "wrong.parquet")
-    with pytest.raises(DataError, match="names the request 'nobody', which is not in the train split"):
+    with pytest.raises(DataError, match="names the request 'nobody', which is not in the split that is trained on"):
         hard_requests(tmp_path / "wrong.parquet", requests)
     pq.write_table(pa.table({"id": ["x"]}), tmp_path / "column.parquet")
     for name in ("column", "missing"):
         with pytest.raises(DataError, match="no parquet file with a column request_id"):
             hard_requests(tmp_path / f"{name}.parquet", requests)
+
+
+def test_requests_that_sft_has_not_seen_can_be_trained_on(steps, tmp_path):
+    """Prompts of the valid split are those that evaluation gives the same requests, past turns included."""
+    arguments = options(steps, tmp_path / "grpo", split="valid", args=ARGS | {"max_steps": 1})
+    recipe.main(arguments)
+    data = load_folder(steps / "data")
+    told = json.loads((tmp_path / "grpo" / "run.json").read_text())["metrics"]["data"]
+    assert told["requests"] == data.requests["valid"].num_rows != data.requests["train"].num_rows
+    retriever = load_retriever(final_model(steps / "sft"), steps / "sids")
+    sids = SemanticIds.from_pretrained(steps / "sids" / "sids")
+    given = (data, data.requests["valid"], sids, LeafFacts.of(data.items, sids), retriever.serializer)
+    made, _ = grpo_examples(*given, retriever.tokenizer, max_history=20, max_length=256, split="valid", reserve=3)
+    asked = data.requests["valid"].filter(
+        pa.array(np.isin(data.requests["valid"]["request_id"].to_pylist(), made["request_id"]))
+    )
+    source = TaskInput.of_split(data, sids.texts(), retriever.serializer, "valid", 20)
+    assert made["prompt_ids"] == encode_prompts(retriever.tokenizer, prompt_for_requests(source, asked), 256, reserve=3)
+    with pytest.raises(ConfigError, match="split"):
+        build(recipe.Arguments, {**vars(arguments), "split": "test"}, "grpo")
 
 
 def test_gains_and_position_bias_reach_the_targets(steps, tmp_path):

@@ -233,6 +233,23 @@ def test_the_head_of_training_gives_the_loss_and_gradients_of_the_whole_head(mai
                 torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
 
 
+def test_a_candidate_carries_the_embedding_of_its_label_where_asked():
+    model, processor = ranker("qwen3")
+    inputs = {k: v for k, v in mixed(processor).items() if k not in ("labels", "task_id", "attention_mask")}
+    plain = model.embed_prompt(**inputs)
+    model.config.label_sum = True
+    added = model.embed_prompt(**inputs) - plain
+    table, labels = model.get_input_embeddings().weight, list(model.config.label_token_ids)
+    for row, ids in enumerate(inputs["input_ids"].tolist()):
+        marked = 0
+        for place, token in enumerate(ids):
+            wanted = torch.zeros_like(table[0])
+            if token == model.config.item_token_id and ids[place - 1] in labels:
+                wanted, marked = table[ids[place - 1]], marked + 1
+            torch.testing.assert_close(added[row, place], wanted, rtol=1e-5, atol=1e-6)
+        assert marked == 4  # the candidates, and none of the history
+
+
 # -- what trains --------------------------------------------------------------------------------------------------
 
 

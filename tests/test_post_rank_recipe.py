@@ -12,12 +12,15 @@ from sidtune.core.config import build, parse
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import read_json
 from sidtune.data_builders.post_rank_store import save_post_rank
+from sidtune.data_builders.post_rank_text import request_of
 from sidtune.metrics.list_ranking import BEST, RANDOM
 from sidtune.models.post_ranker import PostRanker
 from sidtune.recipes import post_rank
 from sidtune.recipes.post_rank import Arguments, main
+from sidtune.recipes.post_rank_drill import drilled, number_lists
 from sidtune.recipes.post_rank_sources import load_source, parse_source
-from sidtune.recipes.post_rank_systems import VARIANTS, requests_of
+from sidtune.recipes.post_rank_systems import VARIANTS, Training, requests_of, start_model, train_variant
+from sidtune.tokenizers.lm_tokenizer import build_model, train_lm_tokenizer
 from sidtune.trainers import post_rank as post_rank_steps
 
 STEPS = {"max_steps": 3, "save_strategy": "no", "disable_tqdm": True, "per_device_train_batch_size": 4}
@@ -153,9 +156,45 @@ def test_an_interrupted_system_ends_as_an_uninterrupted_one(ratings, tmp_path, m
     assert all((weights[0][key] == weights[1][key]).all() for key in weights[0])
 
 
-def test_a_variant_changes_only_what_it_names(ratings):
-    from sidtune.recipes.post_rank_systems import Training, start_model
+def test_a_new_backbone_learns_to_sort_in_the_drill(tmp_path):
+    """The relevance of a number is its place; a drilled backbone sorts lists it has not seen far better than chance."""
+    table = number_lists(500, 4, seed=1)
+    for row in range(5):
+        one = request_of(table, row, 0)
+        values = [float(c["value"][0]) for c in one.candidates]
+        assert 3 <= len(values) <= 4 and np.argsort(values).tolist() == np.argsort(one.relevance).tolist()
+    training = {**TRAINING["scratch"], "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
+    tokenizer = train_lm_tokenizer(
+        ["Query: Candidates: Rank all candidates, best first:", " A B C D"] * 50, vocab_size=320
+    )
+    language_model = build_model(training, tokenizer, seed=0)
+    steps = {"max_steps": 400, "learning_rate": 5e-3, "per_device_train_batch_size": 16}
+    quiet = {"save_strategy": "no", "disable_tqdm": True, "logging_steps": 100}
+    told = drilled(language_model, tokenizer, 4, tmp_path / "work", 0, **steps, **quiet)
+    chance = np.mean([sum(np.log(k) for k in range(2, n + 1)) / (n + 1) for n in (3, 4)])
+    assert told["steps"] == 400 and told["main_loss"] < 0.8 * chance
+    with pytest.raises(ConfigError, match="drill is for a backbone built from scratch"):
+        Training(backbone="x", drill={"max_steps": 1})
 
+
+def test_variants_of_one_adapter_share_their_adaptation(ratings, tmp_path, monkeypatch):
+    real, made = post_rank_steps.adapt_features, []
+    monkeypatch.setattr(
+        post_rank_steps, "adapt_features", lambda model, *a, **k: made.append(model) or real(model, *a, **k)
+    )
+    kept, alone = tmp_path / "kept", tmp_path / "alone"
+    table = load_source(movielens(ratings)).table
+    given = (Training(**TRAINING), table, table.rows_of("train"), 0)
+    states = []
+    for name, folder in (("llm4pr", kept), ("no_aux", kept), ("no_qia", kept), ("no_aux", alone)):
+        model, _, told = train_variant(VARIANTS[name], *given, tmp_path / f"work_{len(states)}", folder)
+        states.append(model.state_dict())
+        assert told["adaptation"]["steps"] == 3
+    assert len(made) == 3  # once for each adapter, and once where nothing was kept
+    assert all((states[1][key] == states[3][key]).all() for key in states[1])
+
+
+def test_a_variant_changes_only_what_it_names(ratings):
     table = load_source(movielens(ratings)).table
     rows = table.rows_of("train")
     full = VARIANTS["llm4pr"]

@@ -270,6 +270,16 @@ def test_a_gain_within_noise_stops_the_loop(values, tmp_path):
     assert record["best"] == ("round_2" if better else "round_1")
 
 
+def test_a_comparison_runs_all_rounds_and_says_whether_reasoning_pays(values, tmp_path, capsys):
+    made, _ = values
+    made["round_1"], made["round_2"] = made["cold_start"] - 0.2, made["cold_start"] - 0.1
+    made["round_3"], made["aligned"] = made["cold_start"] - 0.3, made["cold_start"] + 0.25
+    record, _ = faked(tmp_path, made, stop_within_noise=False)
+    assert len(record["rounds"]) == 3 and record["best"] == "cold_start" and "all 3 rounds" in record["stopped"]
+    assert record["reasoning"]["difference"] == pytest.approx(-0.25) and record["reasoning"]["high"] < 0
+    assert "answers better without reasoning" in capsys.readouterr().out
+
+
 def test_a_loss_stops_the_loop_and_keeps_the_better_model(values, tmp_path):
     made, _ = values
     made["round_1"] = made["cold_start"] - 0.2
