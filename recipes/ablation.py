@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from sidtune.core.config import as_dict, command, load_yaml
-from sidtune.core.errors import ConfigError, DataError
+from sidtune.core.errors import ConfigError, DataError, nearest
 from sidtune.core.folders import versions
 from sidtune.metrics.bootstrap import holm, paired_bootstrap
 from sidtune.recipes import run
@@ -43,7 +43,8 @@ class Arguments:
         output_dir: folder that receives `seed_<n>/<step>`.
         script: script of the variants. config: its YAML, relative to this config.
         steps: further steps behind the start, as in a pipeline file; their configs are relative to this config.
-        models: row → `model`, a model in a folder of `steps` such as `evolve/round_1/rl`, and `args` of its evaluation.
+        models: row → `model`, a model in a folder of `steps` such as `evolve/round_1/rl`, `args` of its evaluation, and `against`,
+            another row that it is compared with beside the start, usually the one its training began with.
         evaluate: YAML of the evaluation, relative to this config. evaluator: its script, `evaluate`, or `reason` for models
             that reason first.
         split: split that is evaluated, `test` or `valid`.
@@ -85,8 +86,12 @@ class Arguments:
                 f"variants and models must be different names (no '/', not '{START}') with options each, got {wrong or names}."
             )
         for name, options in self.models.items():
-            if not isinstance(options, dict) or set(options) - {"model", "args"} or "model" not in options:
-                raise ConfigError(f"models.{name} must have a `model` and may have `args`, got {options}.")
+            if not isinstance(options, dict) or set(options) - {"model", "args", "against"} or "model" not in options:
+                raise ConfigError(
+                    f"models.{name} must have a `model` and may have `args` and `against`, got {options}."
+                )
+            if options.get("against", START) not in (START, *names):
+                raise ConfigError(f"models.{name}.against: {nearest(str(options['against']), names)}")
 
     def pipeline_of(self, seed: int) -> run.RunArguments:
         """The pipeline of one seed: its own steps up to the start, then each variant and its evaluation."""
@@ -156,16 +161,13 @@ def compare(arguments: Arguments) -> dict[str, Any]:
                 m: {"mean": statistics.fmean(v), "std": statistics.stdev(v), "values": v} for m, v in means.items()
             }
         }
-    pairs = {}
     for name in others:
         _check_same_requests(arguments, found, name)
-        one, other = (np.concatenate([values[arguments.metric] for values in found[n]]) for n in (name, START))
-        # A user of one seed's shop is another person than the user of that name in another's.
-        users = [f"{n}/{user}" for n, values in enumerate(found[name]) for user in values["users"]]
-        pairs[name] = paired_bootstrap(one, other, arguments.level, arguments.samples, clusters=users)
-    adjusted = holm([pair.p_value for pair in pairs.values()])
-    for (name, pair), p_value in zip(pairs.items(), adjusted, strict=True):
-        rows[name]["against_start"] = {**as_dict(pair), "adjusted_p_value": p_value}
+    _add_pairs(arguments, rows, found, dict.fromkeys(others, START), "against_start")
+    bases = {name: options["against"] for name, options in arguments.models.items() if "against" in options}
+    _add_pairs(arguments, rows, found, bases, "against_base")
+    for name, base in bases.items():
+        rows[name]["base"] = base
     return {
         "metric": arguments.metric,
         "split": arguments.split,
@@ -175,6 +177,21 @@ def compare(arguments: Arguments) -> dict[str, Any]:
         "rows": rows,
         "versions": versions(),
     }
+
+
+def _add_pairs(
+    arguments: Arguments, rows: dict[str, Any], found: dict[str, list[dict[str, Any]]], bases: dict[str, str], key: str
+) -> None:
+    """The difference of each row to its base under `key`, p-values adjusted together (Holm)."""
+    pairs = {}
+    for name, base in bases.items():
+        one, other = (np.concatenate([values[arguments.metric] for values in found[n]]) for n in (name, base))
+        # A user of one seed's shop is another person than the user of that name in another's.
+        users = [f"{n}/{user}" for n, values in enumerate(found[name]) for user in values["users"]]
+        pairs[name] = paired_bootstrap(one, other, arguments.level, arguments.samples, clusters=users)
+    adjusted = holm([pair.p_value for pair in pairs.values()]) if pairs else []
+    for (name, pair), p_value in zip(pairs.items(), adjusted, strict=True):
+        rows[name][key] = {**as_dict(pair), "adjusted_p_value": p_value}
 
 
 def _values(arguments: Arguments, seed: int, name: str, metrics: list[str]) -> dict[str, Any]:
@@ -201,19 +218,18 @@ def _check_same_requests(arguments: Arguments, found: dict[str, list[dict[str, A
 
 def markdown(record: dict[str, Any]) -> str:
     """The comparison as a GitHub table."""
-    metrics = list(record["rows"][START]["metrics"])
-    against = f"{record['metric']} against start"
-    lines = [
-        "| variant | " + " | ".join(metrics) + f" | {against} | p (Holm) |",
-        "|---|" + "---:|" * (len(metrics) + 2),
-    ]
-    for name, row in record["rows"].items():
+    rows = record["rows"]
+    metrics = list(rows[START]["metrics"])
+    head = [*metrics, f"{record['metric']} against start", "p (Holm)"]
+    based = any("base" in row for row in rows.values())
+    head += [f"{record['metric']} against its own start", "p (Holm)"] if based else []
+    lines = ["| variant | " + " | ".join(head) + " |", "|---|" + "---:|" * len(head)]
+    for name, row in rows.items():
         cells = [f"{row['metrics'][m]['mean']:.4f} ± {row['metrics'][m]['std']:.4f}" for m in metrics]
-        pair = row.get("against_start")
-        cells += ["", ""] if pair is None else [
-            f"{pair['difference']:+.4f} [{pair['low']:+.4f}, {pair['high']:+.4f}]",
-            f"{pair['adjusted_p_value']:.3f}",
-        ]  # fmt: skip
+        cells += _pair_cells(row.get("against_start"))
+        if based:
+            told, p_value = _pair_cells(row.get("against_base"))
+            cells += [f"{row['base']}: {told}" if told else "", p_value]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     seeds, counts = ", ".join(map(str, record["seeds"])), sorted(set(record["requests"]))
     counted = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
@@ -222,6 +238,12 @@ def markdown(record: dict[str, Any]) -> str:
         f"Mean ± standard deviation over seeds {seeds}; {counted} {record['split']} requests each; paired bootstrap over users.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _pair_cells(pair: dict[str, Any] | None) -> list[str]:
+    if pair is None:
+        return ["", ""]
+    return [f"{pair['difference']:+.4f} [{pair['low']:+.4f}, {pair['high']:+.4f}]", f"{pair['adjusted_p_value']:.3f}"]
 
 
 if __name__ == "__main__":

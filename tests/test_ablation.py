@@ -115,3 +115,21 @@ def test_rows_on_other_requests_are_not_compared(repo_root, tmp_path):
     pq.write_table(table.take(list(range(49, -1, -1))), file)
     with pytest.raises(DataError, match="'a' of seed 1 was evaluated on other requests"):
         compare(chosen)
+
+
+def test_a_row_can_be_compared_with_the_model_it_began_with(repo_root, tmp_path):
+    models = {"seeded": {"model": "sft"}, "trained": {"model": "sft", "against": "seeded"}}
+    chosen = arguments(repo_root, tmp_path, seeds=[0, 1], variants={"a": {}}, models=models)
+    draw = np.random.default_rng(0)
+    for seed in (0, 1):
+        base = draw.random(300)
+        for name, gain in (("start", 0.0), ("a", 0.0), ("seeded", -0.2), ("trained", -0.1)):
+            write(tmp_path, seed, name, base + gain)
+    rows = compare(chosen)["rows"]
+    assert rows["trained"]["against_start"]["difference"] == pytest.approx(-0.1)
+    assert rows["trained"]["against_base"]["difference"] == pytest.approx(0.1) and rows["trained"]["base"] == "seeded"
+    assert "against_base" not in rows["seeded"] and "against_base" not in rows["a"]
+    line = next(line for line in markdown(compare(chosen)).splitlines() if line.startswith("| trained"))
+    assert "seeded: +0.1000" in line and line.count("|") == 8
+    with pytest.raises(ConfigError, match="against"):
+        arguments(repo_root, tmp_path, models={"x": {"model": "sft", "against": "y"}})
