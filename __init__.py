@@ -23,6 +23,8 @@ _PUBLIC = {
     "ResidualKMeans": "sidtune.tokenizers.residual_kmeans",
     "SemanticIds": "sidtune.tokenizers.semantic_ids",
     "sid_quality": "sidtune.tokenizers.quality",
+    "compare_collisions": "sidtune.tokenizers.collision_cost",
+    "extend_catalogue": "sidtune.tokenizers.living_catalogue",
     "Vocabulary": "sidtune.tokenizers.vocabulary",
     "extend_vocabulary": "sidtune.tokenizers.vocabulary",
     "set_trainable": "sidtune.tokenizers.row_training",

@@ -237,6 +237,26 @@ class SidTrie:
             node = torch.searchsorted(self.child_start, node, right=True) - 1
         return torch.stack(path[::-1], dim=-1).where((leaves >= 0)[..., None], -1)
 
+    def extended(self, codes: np.ndarray | Tensor) -> SidTrie:
+        """The trie with more SIDs, the same as one built from all codes at once; tokens stay bound, this trie stays as it is.
+
+        Every old SID stays legal with the same tokens. Leaves are numbered anew, because they stand in code order: old leaf
+        m is now `find(leaf_codes(m)) - level_starts[depth]`, so a filter must be made again.
+
+        Args:
+            codes: (n, depth) integers within the level sizes; codes that are there already change nothing.
+
+        Raises:
+            DataError: codes of another shape or outside their level, or a trie with a filter.
+        """
+        if self.alive is not None:
+            raise DataError("A filtered trie cannot be extended; extend the whole one and filter the result.")
+        array = codes.detach().cpu().numpy() if isinstance(codes, Tensor) else np.asarray(codes)
+        _check_codes(array, self.level_sizes)
+        old = self.leaf_codes(torch.arange(self.num_leaves, device=self.device)).cpu().numpy()
+        made = SidTrie.from_codes(np.concatenate([old, array]), self.level_sizes).to(self.device)
+        return made if self.token_ids is None else made.bind(self.token_ids)
+
     def restrict(self, leaf_mask: Tensor | np.ndarray) -> SidTrie:
         """A view in which a prefix is legal exactly if an allowed leaf lies below it.
 

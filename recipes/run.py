@@ -32,6 +32,7 @@ from sidtune.core.folders import RUN_FILE, fingerprint, read_json
 SCRIPTS = {
     "build_data": "sidtune.recipes.build_data",
     "learn_sids": "sidtune.recipes.learn_sids",
+    "extend_sids": "sidtune.recipes.extend_sids",
     "init_model": "sidtune.recipes.init_model",
     "sft": "sidtune.recipes.sft",
     "grpo": "sidtune.recipes.grpo",
@@ -45,7 +46,7 @@ SCRIPTS = {
     "report": "sidtune.recipes.report",
 }
 # What these do does not divide into processes: they run as one, whatever `launch` says.
-ALONE = ("build_data", "learn_sids", "init_model", "post_rank", "publish", "report")
+ALONE = ("build_data", "learn_sids", "extend_sids", "init_model", "post_rank", "publish", "report")
 # These fields say where a result lies or how fast it is made, not what it is.
 _PLACES = ("output_dir",)
 

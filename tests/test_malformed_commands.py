@@ -94,7 +94,7 @@ def inputs(folder: Path, *names: str) -> list[str]:
         (["--encoder.name", "tfidf"], "did you mean 'tfidf_svd'?"),
         (["--encoder.dimz", "3"], "did you mean 'dims'?"),
         (["--encoder.dims", "0"], "dims"),
-        (["--quantizer.name", "kmeans"], "residual_kmeans"),
+        (["--quantizer.name", "residual_kmean"], "residual_kmeans"),
         (["--quantizer.level_sizes", "[]"], "level"),
         (["--quantizer.level_sizes", "[8, -1]"], "level"),
         (["--data_dir", "nothing/here"], "does not exist"),

@@ -8,6 +8,7 @@ method can be compared on one table.
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -20,6 +21,7 @@ from sidtune.tokenizers.hub import push_saved, resolve_folder
 
 CONFIG_FILE = "quantizer_config.json"
 TENSOR_FILE = "codebooks.safetensors"
+CURVE_FILE = "curves.json"
 # Squared float32 distances overflow beyond this.
 _LARGEST = 1e18
 
@@ -49,6 +51,26 @@ def check_vectors(vectors: Any, dims: int | None = None, what: str = "item vecto
     return np.ascontiguousarray(array, dtype=np.float32)
 
 
+def check_codes(codes: Any, level_sizes: Sequence[int]) -> np.ndarray:
+    """Returns `codes` as an integer array (n, l), 1 ≤ l ≤ number of levels, every code inside its level.
+
+    Raises:
+        DataError: not integers of that shape, or a code outside its level.
+    """
+    array = np.asarray(codes)
+    if array.ndim != 2 or array.dtype.kind not in "iu" or not 1 <= array.shape[1] <= len(level_sizes):
+        raise DataError(
+            f"Expected integer codes of shape (n, 1..{len(level_sizes)}) to decode, got {array.dtype} {array.shape}."
+        )
+    for level, size in enumerate(level_sizes[: array.shape[1]]):
+        column = array[:, level]
+        if len(column) and (column.min() < 0 or column.max() >= size):
+            raise DataError(
+                f"A code of level {level + 1} lies outside 0..{size - 1}; these codes are of another codebook."
+            )
+    return array
+
+
 class Quantizer(abc.ABC):
     """Base class.
 
@@ -56,6 +78,8 @@ class Quantizer(abc.ABC):
         name: its name in the registry.
         config_class: dataclass of its options.
         config: the options.
+        curves: one record per training epoch, for methods that are trained by gradients; else empty. Saved as
+            `curves.json`.
     """
 
     name: ClassVar[str]
@@ -63,6 +87,7 @@ class Quantizer(abc.ABC):
 
     def __init__(self, config: Any = None) -> None:
         self.config = self.config_class() if config is None else config
+        self.curves: list[dict[str, Any]] = []
 
     @property
     @abc.abstractmethod
@@ -82,11 +107,20 @@ class Quantizer(abc.ABC):
     @property
     @abc.abstractmethod
     def codebooks(self) -> list[np.ndarray]:
-        """One float32 array (k_l, d) per level. Raises DataError before `fit`."""
+        """One float32 array (k_l, w) per level, all of one width w: what the codes stand for, d wide where a code is a
+        vector, else as wide as the latent space. Raises DataError before `fit`."""
 
     @abc.abstractmethod
     def fit(self, vectors: np.ndarray) -> Self:
         """Learns the codebooks from vectors (n, d)."""
+
+    def fit_encode(self, vectors: np.ndarray) -> np.ndarray:
+        """Learns the codebooks and gives the codes (n, depth) int32 of the training vectors.
+
+        The same as `fit` and `encode`, except where training places its own vectors under a constraint that a new vector
+        does not have (equal-size clusters).
+        """
+        return self.fit(vectors).encode(vectors)
 
     @abc.abstractmethod
     def encode(self, vectors: np.ndarray) -> np.ndarray:
@@ -113,6 +147,8 @@ class Quantizer(abc.ABC):
             save_file(tensors, scratch / TENSOR_FILE)
             record = {"quantizer": self.name, "dims": self.dims, "level_sizes": list(self.level_sizes)}
             write_json(scratch / CONFIG_FILE, record | {"config": as_dict(self.config)})
+            if self.curves:
+                write_json(scratch / CURVE_FILE, self.curves)
 
     @classmethod
     def from_pretrained(cls, folder_or_repo: str | Path, **hub: Any) -> Self:
@@ -132,6 +168,8 @@ class Quantizer(abc.ABC):
         target = _class_of(cls, record["quantizer"], folder)
         quantizer = target(build(target.config_class, record["config"], str(folder / CONFIG_FILE)))
         quantizer._set_tensors(load_tensors(folder / TENSOR_FILE))
+        if (folder / CURVE_FILE).exists():
+            quantizer.curves = read_json(folder / CURVE_FILE)
         return quantizer
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:

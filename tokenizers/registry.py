@@ -1,8 +1,8 @@
-"""The registries of this room: encoders (item text → vectors) and quantizers (vectors → codes).
+"""The registries of this room: encoders (item text → vectors), quantizers (vectors → codes), treatments of collisions.
 
 A new method is one file and one line here; recipes name it in YAML. The class named by a line must have a
-`config_class` dataclass and the interface of `sidtune.tokenizers.encoders.Encoder` or
-`sidtune.tokenizers.quantizer.Quantizer`.
+`config_class` dataclass and the interface of `sidtune.tokenizers.encoders.Encoder`,
+`sidtune.tokenizers.quantizer.Quantizer` or `sidtune.tokenizers.collisions.CollisionMethod`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from sidtune.core.registry import Registry
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from sidtune.tokenizers.collisions import CollisionMethod
     from sidtune.tokenizers.encoders import Encoder
     from sidtune.tokenizers.quantizer import Quantizer
 
@@ -30,6 +31,22 @@ QUANTIZERS = Registry(
     "quantizer",
     {
         "residual_kmeans": "sidtune.tokenizers.residual_kmeans:ResidualKMeans",
+        "balanced_kmeans": "sidtune.tokenizers.balanced_kmeans:BalancedKMeans",
+        "rq_opq": "sidtune.tokenizers.rq_opq:RqOpq",
+        "product_quantizer": "sidtune.tokenizers.product_quantizer:ProductQuantizer",
+        "rq_vae": "sidtune.tokenizers.rq_vae:RqVae",
+        "rq_kmeans_plus": "sidtune.tokenizers.rq_kmeans_plus:RqKMeansPlus",
+        "fsq": "sidtune.tokenizers.fsq:Fsq",
+    },
+)
+
+COLLISIONS = Registry(
+    "treatment of collisions",
+    {
+        "expand": "sidtune.tokenizers.collisions:Expand",
+        "suffix": "sidtune.tokenizers.collisions:Suffix",
+        "next_nearest": "sidtune.tokenizers.collisions:NextNearest",
+        "capacity": "sidtune.tokenizers.collisions:CapacityAware",
     },
 )
 
@@ -42,6 +59,11 @@ def make_encoder(name: str, options: dict[str, Any] | None = None) -> Encoder:
 def make_quantizer(name: str, options: dict[str, Any] | None = None) -> Quantizer:
     """A new quantizer by name. Options are its config's fields; an unknown name or option is a ConfigError."""
     return _make(QUANTIZERS, name, options)
+
+
+def make_collisions(name: str, options: dict[str, Any] | None = None) -> CollisionMethod:
+    """A treatment of collisions by name. Options are its config's fields; an unknown name or option is a ConfigError."""
+    return _make(COLLISIONS, name, options)
 
 
 def load_encoder(folder_or_repo: str | Path, **hub: Any) -> Encoder:

@@ -11,20 +11,20 @@ Where it differs from the paper and its code (our choices):
 - Assignment is exact: faiss proposes, rows whose two nearest centroids lie within float32 rounding are decided again in
   float64, ties go to the lowest index. Codes therefore depend neither on batch, thread count nor on saving and loading.
 - New vectors are encoded with the frozen codebooks, which the released code cannot do.
-- The paper's third-level balancing and OPQ levels are other quantizers, not part of this one.
+- The paper's third-level balancing and OPQ levels are quantizers of their own: `balanced_kmeans.py`, `rq_opq.py`.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.tokenizers.quantizer import Quantizer, check_vectors
+from sidtune.tokenizers.quantizer import Quantizer, check_codes, check_vectors
 
 _PAIRS_PER_BLOCK = 1 << 24  # float64 distances held at once when near-ties are decided: 128 MiB
 
@@ -64,12 +64,20 @@ class ResidualKMeansConfig:
             raise ConfigError(f"seed of the residual k-means must lie in [0, 2^31 - levels), got {self.seed}.")
 
 
-def nearest_centroids(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+def nearest_centroids(
+    points: np.ndarray,
+    centroids: np.ndarray,
+    *,
+    exact: Callable[[np.ndarray], np.ndarray] | None = None,
+    lengths: np.ndarray | None = None,
+) -> np.ndarray:
     """Index of the nearest centroid of each point under the exact squared distance; ties go to the lowest index.
 
     Args:
         points: (n, d) float32.
         centroids: (k, d) float32.
+        exact: for points that are themselves rounded results: row numbers → those points (m, d) in float64.
+        lengths: (n,) lengths of what `points` were computed from, from which their rounding follows; default their own.
 
     Returns:
         (n,) int64.
@@ -84,13 +92,13 @@ def nearest_centroids(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     distances, found = index.search(points, 2)
     best = found[:, 0].copy()
     # faiss expands ||x-c||² into float32 products; its error grows with the lengths, not with the distance itself.
-    lengths = np.linalg.norm(points, axis=1) + np.linalg.norm(centroids, axis=1).max()
-    rounding = 4 * (dims + 8) * np.finfo(np.float32).eps * lengths**2
+    own = np.linalg.norm(points, axis=1) if lengths is None else lengths
+    rounding = 4 * (dims + 8) * np.finfo(np.float32).eps * (own + np.linalg.norm(centroids, axis=1).max()) ** 2
     doubt = np.flatnonzero(~(distances[:, 1] - distances[:, 0] > rounding))
     block = max(1, _PAIRS_PER_BLOCK // len(centroids))
     for start in range(0, len(doubt), block):
         rows = doubt[start : start + block]
-        best[rows] = _exact(points[rows], centroids)
+        best[rows] = _exact(points[rows] if exact is None else exact(rows), centroids)
     return best
 
 
@@ -105,6 +113,43 @@ def _unit_rows(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     lengths = np.linalg.norm(points, axis=1, keepdims=True)
     lengths[lengths == 0] = 1.0
     return points / lengths, lengths
+
+
+def train_centroids(
+    points: np.ndarray,
+    size: int,
+    *,
+    seed: int,
+    iterations: int = 25,
+    restarts: int = 1,
+    max_points_per_centroid: int = 10_000,
+) -> tuple[np.ndarray, int]:
+    """k-means of faiss on points (n, d) float32, repeated points merged into weighted ones.
+
+    Returns:
+        `(centroids (size, d) float32, distinct)`: with `distinct`, the number of distinct points, at most `size`, every
+        point is a centroid and the rest repeat the first.
+    """
+    import faiss
+
+    distinct, counts = np.unique(points, axis=0, return_counts=True)
+    if len(distinct) <= size:
+        return np.concatenate([distinct, np.repeat(distinct[:1], size - len(distinct), axis=0)]), len(distinct)
+    repeated = len(distinct) < len(points)
+    kmeans = faiss.Kmeans(
+        points.shape[1],
+        size,
+        niter=iterations,
+        nredo=restarts,
+        seed=seed,
+        max_points_per_centroid=max_points_per_centroid,
+        min_points_per_centroid=1,
+    )
+    kmeans.train(distinct if repeated else points, weights=counts.astype(np.float32) if repeated else None)
+    centroids = np.ascontiguousarray(kmeans.centroids, dtype=np.float32)
+    dead = ~np.isfinite(centroids).all(axis=1)
+    centroids[dead] = distinct[:1]
+    return centroids, len(distinct)
 
 
 class ResidualKMeans(Quantizer):
@@ -152,50 +197,55 @@ class ResidualKMeans(Quantizer):
         Raises:
             DataError: wrong shape, NaN, infinite or huge entries.
         """
+        self.fit_encode(vectors)
+        return self
+
+    def fit_encode(self, vectors: np.ndarray) -> np.ndarray:
+        """Learns the codebooks from vectors (n, d) and gives the codes (n, depth) int32 the training ended with."""
+        codes = self._learn(vectors)[0]
+        if self.notes:
+            warnings.warn(" ".join(self.notes), stacklevel=2)
+        return codes
+
+    def _learn(self, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Codes and last residual of the training; `notes` are left to the caller."""
         residual = check_vectors(vectors)
         self.notes, codebooks = [], []
+        codes = np.empty((len(residual), self.depth), dtype=np.int32)
         lengths = np.ones((len(residual), 1), dtype=np.float64)
         scales = np.ones(self.depth, dtype=np.float32)
         for level, size in enumerate(self.level_sizes):
             scales[level] = lengths.mean()
-            centroids = self._train_level(residual, level, size)
+            centroids, codes[:, level] = self._fit_level(residual, level, size, codes[:, :level])
             codebooks.append(centroids)
-            codes = self._assign(residual, centroids)
-            residual = residual - centroids[codes]
+            residual = residual - centroids[codes[:, level]]
             if self.config.normalize_residuals:
                 residual, step = _unit_rows(residual)
                 lengths *= step
         self._codebooks, self._scales = codebooks, scales
-        if self.notes:
-            warnings.warn(" ".join(self.notes), stacklevel=2)
-        return self
+        return codes, residual
 
     def _train_level(self, residual: np.ndarray, level: int, size: int) -> np.ndarray:
-        import faiss
-
-        points, counts = np.unique(residual, axis=0, return_counts=True)
-        if len(points) <= size:
-            if len(points) < size:
-                self.notes.append(
-                    f"Level {level + 1} of the residual k-means has {size} codes but only {len(points)} distinct "
-                    f"vectors to cover, so {size - len(points)} codes stay unused; lower level_sizes[{level}]."
-                )
-            return np.concatenate([points, np.repeat(points[:1], size - len(points), axis=0)])
-        repeated = len(points) < len(residual)
-        kmeans = faiss.Kmeans(
-            residual.shape[1],
+        config = self.config
+        centroids, distinct = train_centroids(
+            residual,
             size,
-            niter=self.config.iterations,
-            nredo=self.config.restarts,
-            seed=self.config.seed + level,
-            max_points_per_centroid=self.config.max_points_per_centroid,
-            min_points_per_centroid=1,
+            seed=config.seed + level,
+            iterations=config.iterations,
+            restarts=config.restarts,
+            max_points_per_centroid=config.max_points_per_centroid,
         )
-        kmeans.train(points if repeated else residual, weights=counts.astype(np.float32) if repeated else None)
-        centroids = np.ascontiguousarray(kmeans.centroids, dtype=np.float32)
-        dead = ~np.isfinite(centroids).all(axis=1)
-        centroids[dead] = points[:1]
+        if distinct < size:
+            self.notes.append(
+                f"Level {level + 1} of the residual k-means has {size} codes but only {distinct} distinct "
+                f"vectors to cover, so {size - distinct} codes stay unused; lower level_sizes[{level}]."
+            )
         return centroids
+
+    def _fit_level(self, residual: np.ndarray, level: int, size: int, before: np.ndarray) -> tuple[Any, np.ndarray]:
+        """`(codebook (size, d), codes (n,))` of one level; `before` (n, level) are the codes of the levels above."""
+        centroids = self._train_level(residual, level, size)
+        return centroids, self._assign(residual, centroids)
 
     def _assign(self, residual: np.ndarray, centroids: np.ndarray) -> np.ndarray:
         step = self.config.chunk_size
@@ -239,17 +289,7 @@ class ResidualKMeans(Quantizer):
             DataError: not fitted, more columns than levels, or a code outside its level.
         """
         self._require_fit()
-        codes = np.asarray(codes)
-        if codes.ndim != 2 or codes.dtype.kind not in "iu" or not 1 <= codes.shape[1] <= self.depth:
-            raise DataError(
-                f"Expected integer codes of shape (n, 1..{self.depth}) to decode, got {codes.dtype} {codes.shape}."
-            )
-        for level, size in enumerate(self.level_sizes[: codes.shape[1]]):
-            column = codes[:, level]
-            if len(column) and (column.min() < 0 or column.max() >= size):
-                raise DataError(
-                    f"A code of level {level + 1} lies outside 0..{size - 1}; these codes are of another codebook."
-                )
+        codes = check_codes(codes, self.level_sizes)
         total = np.zeros((len(codes), self.dims or 0), dtype=np.float32)
         for level in range(codes.shape[1]):
             total += self._scales[level] * self._codebooks[level][codes[:, level]]

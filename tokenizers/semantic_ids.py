@@ -177,6 +177,13 @@ class SemanticIds:
         return rank
 
     @cached_property
+    def expansion_rank(self) -> np.ndarray:
+        """(N,) int64: place of each row when all items stand by popularity (falling), then id; the order within codes."""
+        rank = np.empty(len(self), dtype=np.int64)
+        rank[np.lexsort((self._id_rank, -self.popularity))] = np.arange(len(self))
+        return rank
+
+    @cached_property
     def _paths(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         keys = [self._id_rank, -self.popularity, *(self.codes[:, level] for level in reversed(range(self.depth)))]
         rows = np.lexsort(keys).astype(np.int64)
