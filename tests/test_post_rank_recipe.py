@@ -163,16 +163,17 @@ def test_a_new_backbone_learns_to_sort_in_the_drill(tmp_path):
         one = request_of(table, row, 0)
         values = [float(c["value"][0]) for c in one.candidates]
         assert 3 <= len(values) <= 4 and np.argsort(values).tolist() == np.argsort(one.relevance).tolist()
-    training = {**TRAINING["scratch"], "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 12}
+    scratch = {"model_type": "qwen3", "hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 96, **heads}
     tokenizer = train_lm_tokenizer(
         ["Query: Candidates: Rank all candidates, best first:", " A B C D"] * 50, vocab_size=320
     )
-    language_model = build_model(training, tokenizer, seed=0)
-    steps = {"max_steps": 400, "learning_rate": 5e-3, "per_device_train_batch_size": 16}
+    language_model = build_model(scratch, tokenizer, seed=0)
+    steps = {"max_steps": 700, "learning_rate": 4e-3, "per_device_train_batch_size": 16}
     quiet = {"save_strategy": "no", "disable_tqdm": True, "logging_steps": 100}
     told = drilled(language_model, tokenizer, 4, tmp_path / "work", 0, **steps, **quiet)
     chance = np.mean([sum(np.log(k) for k in range(2, n + 1)) / (n + 1) for n in (3, 4)])
-    assert told["steps"] == 400 and told["main_loss"] < 0.8 * chance
+    assert told["steps"] == 700 and told["main_loss"] < 0.5 * chance  # a model that cannot sort stays at chance
     with pytest.raises(ConfigError, match="drill is for a backbone built from scratch"):
         Training(backbone="x", drill={"max_steps": 1})
 
