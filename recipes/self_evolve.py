@@ -234,17 +234,6 @@ class Loop:
         print(f"{name}: done in {time.time() - begin:.0f} s", flush=True)
         return step.folder
 
-    @staticmethod
-    def _check_prompts(folder: Path) -> None:
-        """A model without its prompt settings would be asked in other words than it was trained on."""
-        from sidtune.recipes.loading import final_model
-
-        model = final_model(folder)
-        if not any((place / "serializer.json").exists() for place in (model, model.parent)):
-            raise DataError(
-                f"The model {model} carries no serializer.json; its prompts would differ from those of training."
-            )
-
     def _gain(self, new: str, old: str) -> PairedResult:
         """The primary validation metric of one model minus that of another, request by request."""
         metric = build_primary(self.arguments.validate)

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from post_rank_stand_ins import tiny_training
 from tiny_pipeline import SHOP, pipeline, run_in_process
 
 from sidtune.core.config import build, parse
@@ -164,17 +165,7 @@ def test_logged_feedback_is_the_relevance_where_there_is_no_shop(shop, tmp_path,
     assert logged.sessions is None and set(np.unique(logged.table.relevance)) == {0.0, 1.0}
 
 
-STEPS = {"max_steps": 2, "save_strategy": "no", "disable_tqdm": True, "per_device_train_batch_size": 4}
-TRAINING = {
-    "scratch": {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 24},
-    "vocab_size": 320,
-    "train": "all",
-    "adaptation_trains": "all",
-    "adaptation": STEPS,
-    "post_rank": STEPS,
-    "d_h": 8,
-    "max_history": 2,
-}
+STEPS, TRAINING = tiny_training(2)
 
 
 def arguments(shop, output, **changes):

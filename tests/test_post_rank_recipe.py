@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from post_rank_sources import rating_rows, recbole
+from post_rank_stand_ins import tiny_training
 from safetensors.torch import load_file
 
 from sidtune.core.config import build, parse
@@ -23,17 +24,7 @@ from sidtune.recipes.post_rank_systems import VARIANTS, Training, requests_of, s
 from sidtune.tokenizers.lm_tokenizer import build_model, train_lm_tokenizer
 from sidtune.trainers import post_rank as post_rank_steps
 
-STEPS = {"max_steps": 3, "save_strategy": "no", "disable_tqdm": True, "per_device_train_batch_size": 4}
-TRAINING = {
-    "scratch": {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 24},
-    "vocab_size": 320,
-    "train": "all",
-    "adaptation_trains": "all",
-    "adaptation": STEPS,
-    "post_rank": STEPS,
-    "d_h": 8,
-    "max_history": 2,
-}
+STEPS, TRAINING = tiny_training(3)
 
 
 @pytest.fixture(scope="module")
