@@ -264,9 +264,9 @@ def _train(name: str, arguments: Arguments, data: _Data, seed: int, folder: Path
     from sidtune.models.post_ranker import PostRanker
     from sidtune.recipes import post_rank_systems as systems
 
-    training, table = arguments.train_settings(), data.source.table
+    training, variant = arguments.train_settings(), VARIANTS[name]
     logger.info("seed %d, %s: training on %d requests", seed, name, len(data.train))
-    variant = VARIANTS[name]
+    table = systems.table_for(variant, training, data.source.table, data.train)
     kept = folder.parent / f"shared_{data.identity[:16]}"
     model, processor, told = systems.train_variant(variant, training, table, data.train, seed, folder / "work", kept)
     requests = systems.requests_of(table, data.test, training.max_history)

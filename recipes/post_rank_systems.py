@@ -6,6 +6,7 @@
 | `no_qia`, `no_qia_query` | MLP on the fields; on fields and query | yes | yes |
 | `no_adaptation` | query-instructed | no | yes |
 | `no_aux` | query-instructed | yes | no |
+| `query_alone` | query-instructed, by the words of the query alone | yes | yes |
 | `ptpr` | none: features as words | – | yes |
 
 The paper's "w/o QIA" is a DNN of unstated shape, so there are two. A backbone built from scratch has no language to adapt to;
@@ -25,6 +26,7 @@ import numpy as np
 
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import read_json, write_folder, write_json
+from sidtune.data_builders.post_rank_personal import personal_queries
 from sidtune.data_builders.post_rank_schema import PostRankRequest, PostRankTable
 from sidtune.data_builders.post_rank_text import render_request, request_of
 
@@ -37,6 +39,7 @@ class Variant:
     adaptation: bool = True
     aux: bool = True
     words: bool = False
+    personal: bool = True
 
 
 VARIANTS = {
@@ -45,6 +48,7 @@ VARIANTS = {
     "no_qia_query": Variant(adapter="mlp_query"),
     "no_adaptation": Variant(adaptation=False),
     "no_aux": Variant(aux=False),
+    "query_alone": Variant(personal=False),
     "ptpr": Variant(adaptation=False, words=True),
 }
 
@@ -61,6 +65,8 @@ class Training:
         lora: `r`, `alpha`, `dropout`, `targets` of `add_lora`.
         adaptation, post_rank: arguments of each step over `trainers.post_rank.paper_arguments`.
         adapter_learning_rate: peak rate of the adapters in the second step; None = that of the step.
+        query: what the adapters' query vector holds, `request` (as the source gives it) or `personal` (with user and history, see
+            `data_builders.post_rank_personal`).
         aux_weight, main_loss, label_sum, shuffle, ties, max_candidates, max_history, d_h: as in the trainer, the processor
             and the model's config.
 
@@ -78,6 +84,7 @@ class Training:
     adaptation: dict = field(default_factory=dict)
     post_rank: dict = field(default_factory=dict)
     adapter_learning_rate: float | None = None
+    query: str = "request"
     aux_weight: float = 1.0
     main_loss: str = "tokens"
     label_sum: bool = False
@@ -93,6 +100,7 @@ class Training:
             ("adaptation_trains", ("adapters", "all")),
             ("ties", ("incoming", "random")),
             ("main_loss", ("tokens", "permutation")),
+            ("query", ("request", "personal")),
         ):
             if getattr(self, name) not in known:
                 raise ConfigError(f"training.{name} must be one of {', '.join(known)}, got '{getattr(self, name)}'.")
@@ -139,26 +147,37 @@ def start_model(
 
     from sidtune.models.post_rank import PostRankForCausalLM
     from sidtune.models.post_rank_processor import build_config
-    from sidtune.recipes.post_rank_drill import drilled
+    from sidtune.recipes.post_rank_drill import drilled, start_on_the_line
     from sidtune.tokenizers.lm_tokenizer import build_model, train_lm_tokenizer
     from sidtune.tokenizers.model_files import load_plain, load_tokenizer
     from sidtune.trainers.post_rank_data import field_specs
 
+    line = None
     if training.backbone is None:
         tokenizer = train_lm_tokenizer(_texts(table, rows), vocab_size=training.vocab_size)
         language_model = build_model(training.scratch, tokenizer, seed=seed)
         if training.drill and folder is not None:
             most = min(training.max_candidates, int(np.diff(table.candidate_offsets)[rows].max()))
-            _kept(
+            told = _kept(
                 language_model, kept, lambda: drilled(language_model, tokenizer, most, folder, seed, **training.drill)
             )
+            line = {"direction": told["direction"], "bias": told["bias"]}
     else:
         tokenizer, language_model = load_tokenizer(training.backbone), load_plain(training.backbone)
     options = {name: getattr(training, name) for name in ("d_h", "aux_weight", "main_loss", "label_sum")}
     config = build_config(language_model, tokenizer, field_specs(table, rows), table.d_q, adapter=adapter, **options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return PostRankForCausalLM.from_base(language_model, config), tokenizer
+        model = PostRankForCausalLM.from_base(language_model, config)
+        if line is not None:
+            start_on_the_line(model, **line)
+        return model, tokenizer
+
+
+def table_for(variant: Variant, training: Training, table: PostRankTable, rows: np.ndarray) -> PostRankTable:
+    """The requests as a variant sees them: with the query vectors that `training.query` asks for."""
+    personal = training.query == "personal" and variant.personal
+    return personal_queries(table, rows) if personal else table
 
 
 def train_variant(
@@ -173,8 +192,9 @@ def train_variant(
     """Trains one variant; checkpoints lie in `folder`, an interrupted run goes on.
 
     Args:
+        table: of `table_for`.
         kept: folder that keeps what several variants start from: the drilled backbone, and the model behind feature adaptation,
-            which depends on the adapter only. None keeps nothing.
+            which depends on adapter and query vectors only. None keeps nothing.
 
     Returns:
         (model, processor, {step → seconds and last losses}).
@@ -191,7 +211,7 @@ def train_variant(
         args = paper_arguments(folder / "adaptation", **{"seed": seed, **training.adaptation})
         told["adaptation"] = _kept(
             model,
-            None if kept is None else kept / f"adapted_{variant.adapter}",
+            None if kept is None else kept / f"adapted_{variant.adapter}_{table.d_q}",
             lambda: _told(adapt_features(model, processor, table, rows, args, train=training.adaptation_trains)),
         )
     if training.train == "lora":

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from post_rank_sources import rating_rows, recbole
 from post_rank_stand_ins import tiny_training
 from safetensors.torch import load_file
@@ -15,14 +16,17 @@ from sidtune.core.folders import read_json
 from sidtune.data_builders.post_rank_store import save_post_rank
 from sidtune.data_builders.post_rank_text import request_of
 from sidtune.metrics.list_ranking import BEST, RANDOM
+from sidtune.models.post_rank import PostRankForCausalLM
+from sidtune.models.post_rank_processor import PostRankProcessor, build_config
 from sidtune.models.post_ranker import PostRanker
 from sidtune.recipes import post_rank
 from sidtune.recipes.post_rank import Arguments, main
-from sidtune.recipes.post_rank_drill import drilled, number_lists
+from sidtune.recipes.post_rank_drill import drilled, number_lists, start_on_the_line
 from sidtune.recipes.post_rank_sources import load_source, parse_source
 from sidtune.recipes.post_rank_systems import VARIANTS, Training, requests_of, start_model, train_variant
 from sidtune.tokenizers.lm_tokenizer import build_model, train_lm_tokenizer
 from sidtune.trainers import post_rank as post_rank_steps
+from sidtune.trainers.post_rank_data import field_specs
 
 STEPS, TRAINING = tiny_training(3)
 
@@ -165,8 +169,32 @@ def test_a_new_backbone_learns_to_sort_in_the_drill(tmp_path):
     told = drilled(language_model, tokenizer, 4, tmp_path / "work", 0, **steps, **quiet)
     chance = np.mean([sum(np.log(k) for k in range(2, n + 1)) / (n + 1) for n in (3, 4)])
     assert told["steps"] == 700 and told["main_loss"] < 0.5 * chance  # a model that cannot sort stays at chance
+    _check_new_adapters_are_read(language_model, tokenizer, table, told)
     with pytest.raises(ConfigError, match="drill is for a backbone built from scratch"):
         Training(backbone="x", drill={"max_steps": 1})
+
+
+def _check_new_adapters_are_read(language_model, tokenizer, table, told):
+    """Adapters that start on the line say one number per item, and the drilled model sorts by that number."""
+    rows = np.arange(len(table))
+    config = build_config(language_model, tokenizer, field_specs(table, rows), table.d_q, d_h=8, adapter="mlp")
+    model = PostRankForCausalLM.from_base(language_model, config).eval()
+    start_on_the_line(model, told["direction"], told["bias"])
+    direction, bias = torch.tensor(told["direction"]), torch.tensor(told["bias"])
+    hidden = torch.randn(50, 8)
+    soft = model.qia_item.out(hidden).detach() - bias
+    numbers = soft @ direction / (direction @ direction)
+    assert torch.allclose(soft, numbers[:, None] * direction, atol=1e-5) and numbers.std() > 0
+    requests = [request_of(table, int(row), 0) for row in rows[:200]]
+    with torch.no_grad():  # an adapter whose number is the value itself, up to the bend of its GELU
+        model.qia_item.hidden_bias.fill_(10.0)
+        weight = model.qia_item.field_heads[0].weight
+        weight.fill_(table.statistics(rows)["item", "value"][1][0])
+        model.qia_item.out.weight.copy_(direction[:, None].expand(-1, 8) / 8)
+        model.qia_item.out.bias.copy_(bias - 10 * direction)
+    found = PostRanker(model, PostRankProcessor(tokenizer, config, max_history=0)).rank(requests, "greedy")
+    right = [np.argmax(r.relevance) == order[0] for r, order in zip(requests, found, strict=True)]
+    assert np.mean(right) > 0.8
 
 
 def test_variants_of_one_adapter_share_their_adaptation(ratings, tmp_path, monkeypatch):
