@@ -22,6 +22,8 @@ _PUBLIC = {
     "Serializer": "sidtune.data_builders.serializer",
     "ResidualKMeans": "sidtune.tokenizers.residual_kmeans",
     "SemanticIds": "sidtune.tokenizers.semantic_ids",
+    "QueryCoder": "sidtune.tokenizers.query_codes",
+    "query_item_recall": "sidtune.tokenizers.query_recall",
     "sid_quality": "sidtune.tokenizers.quality",
     "compare_collisions": "sidtune.tokenizers.collision_cost",
     "extend_catalogue": "sidtune.tokenizers.living_catalogue",

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,13 @@ from jinja2 import meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from sidtune.core.errors import ConfigError, nearest
-from sidtune.data_builders.encoding import token_ids
+from sidtune.data_builders.encoding import is_sid, token_ids
 from sidtune.data_builders.sanitizer import SEPARATORS, Piece, Sanitizer
 
 ITEM_FIELDS = ("title", "brand", "category", "attributes", "price", "description")
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "head.jinja": ("profile",),
-    "turn.jinja": ("query", "context"),
+    "turn.jinja": ("query", "context", "query_sid"),
     "item.jinja": ITEM_FIELDS,
     "item_to_sid.jinja": ITEM_FIELDS,
     "sid_to_item.jinja": ("sid",),
@@ -93,10 +93,12 @@ class Serializer:
         history_context: whether turns of the history show the context of their request. With false only the target
             turn does, which saves tokens and rules out whole-history training, where every turn is both.
         base: the built-in templates a folder overrides.
+        query_sids: gives the SID text of each query of a list, such as a `QueryCoder`; turns then show it
+            behind the query (`query_sid`). Default: no turn shows one.
 
     Raises:
         ConfigError: unknown templates, template file, variable or field name; a template that does not compile or
-            render; ChatML without its tokens.
+            render; ChatML without its tokens; query SIDs that are none of this tokenizer, or that no template shows.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class Serializer:
         max_chars: Mapping[str, int | None] | None = None,
         history_context: bool = True,
         base: str = "plain",
+        query_sids: Callable[[Sequence[str]], Sequence[str]] | None = None,
     ) -> None:
         for name in max_chars or {}:
             if name not in MAX_CHARS:
@@ -114,6 +117,7 @@ class Serializer:
         self.history_context = history_context
         self.max_chars: dict[str, int | None] = {**MAX_CHARS, **(max_chars or {})}
         self.sanitizer = Sanitizer(tokenizer)
+        self.query_sids = query_sids
         self._paths, self.sources = _load(templates, base)
         self._environment = ImmutableSandboxedEnvironment(
             loader=jinja2.FunctionLoader(lambda name: (self.sources[name], name, lambda: True)),
@@ -201,10 +205,11 @@ class Serializer:
         }
 
     def literal_ids(self) -> list[int]:
-        """Added-token ids that the text of the templates may hold, eos among them, ascending."""
+        """Added-token ids that the text of the templates may hold, eos and the SIDs of queries among them, ascending."""
         if self.tokenizer is None:
             return []
         texts = [node.data for source in self.sources.values() for node in _template_text(self._environment, source)]
+        texts += filter(is_sid, self.sanitizer.contents) if self.query_sids else []
         found = {i for ids in token_ids(self.tokenizer, [*texts, self._eos or ""]) for i in ids}
         return sorted(found & self.sanitizer.ids)
 
@@ -224,7 +229,16 @@ class Serializer:
         return [pair for pair in named if pair["value"]]
 
     def _turn_fields(self, query: str | None, pairs: tuple[tuple[str, str], ...]) -> dict[str, Any]:
-        return {"query": self._field(query, "query"), "context": self._named(pairs, "context")}
+        words = self._field(query, "query")
+        sid = self._query_sid(query) if words and self.query_sids else _Clean()
+        return {"query": words, "context": self._named(pairs, "context"), "query_sid": sid}
+
+    def _query_sid(self, query: str) -> str:
+        """The SID of a query: text of ours, whatever the query says."""
+        sid = self.query_sids([query])[0]
+        if sid and not (is_sid(sid) and len(self.sanitizer.added(sid)) == sid.count("<")):
+            raise ConfigError(f"'{sid[:80]}' is no SID of this tokenizer; code queries as the items it was made for.")
+        return _Trusted(sid)
 
     def _print(self, value: Any) -> str:
         if isinstance(value, _Sid):
@@ -332,6 +346,8 @@ class Serializer:
 
     def _try(self, chatml: bool) -> None:
         """Renders every template with full and with empty values, so that a mistake shows before any work."""
+        if self.query_sids and "query_sid" not in self.sources["turn.jinja"]:
+            raise self._error("turn.jinja", None, "does not show 'query_sid', but queries shall have SIDs; print it")
         if chatml and self.tokenizer is not None:
             missing = [t for t in ("<|im_start|>", "<|im_end|>") if t not in self.sanitizer.contents]
             if missing:

@@ -269,6 +269,8 @@ def render_turns(serializer: Serializer, query: pa.Array, context: pa.Array) -> 
     """
     contexts = _context_keys(context).dictionary_encode()
     queries = pc.fill_null(query, "").dictionary_encode()  # an empty query and none render alike
+    if serializer.query_sids is not None:
+        serializer.query_sids(queries.dictionary.to_pylist())  # all at once; the turns below ask one by one
     width = max(1, len(contexts.dictionary))
     key = queries.indices.to_numpy().astype(np.int64) * width + contexts.indices.to_numpy()
     distinct, first, codes = np.unique(key, return_index=True, return_inverse=True)

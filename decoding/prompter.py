@@ -17,6 +17,7 @@ from sidtune.data_builders.serializer import Serializer
 from sidtune.decoding.catalogue import Catalogue, Target
 from sidtune.decoding.search_request import SearchRequest
 from sidtune.tokenizers.model_files import load_tokenizer
+from sidtune.tokenizers.query_codes import QueryCoder
 from sidtune.tokenizers.semantic_ids import SemanticIds
 
 SERIALIZER_FILE = "serializer.json"
@@ -33,12 +34,14 @@ class PromptSettings:
         max_length: most tokens of prompt and SID together, None for no limit.
         max_chars: longest text of a field, by name (see `serializer.MAX_CHARS`).
         history_context: render the context of past turns too.
+        query_sids: show the SID of a query behind its text; its coder lies beside the model.
     """
 
     max_history: int | None = 20
     max_length: int | None = 1024
     max_chars: dict[str, int | None] | None = None
     history_context: bool = True
+    query_sids: bool = False
 
 
 class Prompter:
@@ -67,7 +70,7 @@ class Prompter:
             )
         tokenizer = load_tokenizer(folder)
         settings = PromptSettings(**read_json(folder / SERIALIZER_FILE))
-        serializer = make_serializer(tokenizer, folder / TEMPLATES_FOLDER, settings)
+        serializer = make_serializer(tokenizer, folder / TEMPLATES_FOLDER, settings, folder)
         catalogue = Catalogue.from_bundle(folder, SemanticIds.from_pretrained(folder / "sids"))
         return cls(tokenizer, serializer, settings, catalogue)
 
@@ -125,8 +128,22 @@ def _pairs(values: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
     return [{"name": str(name), "value": str(value)} for name, value in values]
 
 
-def make_serializer(tokenizer: Any, templates: str | Path, settings: PromptSettings) -> Serializer:
-    """The serializer that `settings` describe."""
+def make_serializer(
+    tokenizer: Any, templates: str | Path, settings: PromptSettings, coder_folder: str | Path | None = None
+) -> Serializer:
+    """The serializer that `settings` describe.
+
+    Args:
+        tokenizer, templates: see `Serializer`.
+        settings: how prompts look.
+        coder_folder: with `settings.query_sids`, where `QueryCoder.from_pretrained` finds the coder of queries.
+    """
+    if settings.query_sids and coder_folder is None:
+        raise ConfigError("query_sids is true, but no folder of a query coder is known; give that of learn_sids.")
     return Serializer(
-        tokenizer, templates=templates, max_chars=settings.max_chars, history_context=settings.history_context
+        tokenizer,
+        templates=templates,
+        max_chars=settings.max_chars,
+        history_context=settings.history_context,
+        query_sids=QueryCoder.from_pretrained(coder_folder) if settings.query_sids else None,
     )

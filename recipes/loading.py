@@ -22,6 +22,7 @@ from sidtune.decoding.retriever import (
     make_serializer,
 )
 from sidtune.tokenizers.model_files import load_tokenizer
+from sidtune.tokenizers.query_codes import CODER_FOLDER
 from sidtune.tokenizers.row_saving import load_model
 from sidtune.tokenizers.semantic_ids import SemanticIds
 from sidtune.tokenizers.vocabulary import Vocabulary
@@ -61,6 +62,8 @@ def save_serializer(folder: str | Path, serializer: Serializer, settings: Prompt
     """Writes what a model's prompts look like, for evaluation and serving."""
     serializer.save_templates(Path(folder) / TEMPLATES_FOLDER)
     write_json(Path(folder) / SERIALIZER_FILE, dataclasses.asdict(settings))
+    if settings.query_sids:
+        serializer.query_sids.save_pretrained(Path(folder) / CODER_FOLDER)
 
 
 def load_serializer(model_folder: str | Path, tokenizer: Any) -> tuple[Serializer, PromptSettings]:
@@ -68,7 +71,7 @@ def load_serializer(model_folder: str | Path, tokenizer: Any) -> tuple[Serialize
     for folder in (Path(model_folder), Path(model_folder).parent):
         if (folder / SERIALIZER_FILE).exists():
             settings = PromptSettings(**read_json(folder / SERIALIZER_FILE))
-            return make_serializer(tokenizer, folder / TEMPLATES_FOLDER, settings), settings
+            return make_serializer(tokenizer, folder / TEMPLATES_FOLDER, settings, folder), settings
     settings = PromptSettings()
     return make_serializer(tokenizer, "plain", settings), settings
 

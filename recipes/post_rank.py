@@ -224,12 +224,13 @@ def _load(arguments: Arguments) -> _Data:
 
 
 def _identity(arguments: Arguments, source: Source) -> str:
-    """Changes with whatever a trained system depends on."""
+    """Changes with whatever a trained system depends on; what the text-only prompt alone depends on is told apart in `_variant`."""
     digest = hashlib.sha256(json.dumps(source.table.requests.to_pylist(), sort_keys=True).encode())
     for key, matrix in sorted(source.table.matrices.items()):
         digest.update(key.encode() + np.ascontiguousarray(matrix).tobytes())
     names = ("training", "methods", "shuffles", "max_train", "max_test", "cost_requests", "save")
     told = {name: as_dict(arguments)[name] for name in names}
+    told["training"] = {key: value for key, value in told["training"].items() if key != "ptpr"}
     digest.update(json.dumps(told, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
@@ -245,14 +246,16 @@ def _baseline(name: str, arguments: Arguments, data: _Data, seed: int) -> np.nda
 def _variant(name: str, arguments: Arguments, data: _Data, seed: int, folder: Path) -> dict[str, Any]:
     """Orders and facts of a variant: read where they are finished, else trained."""
     done, state = folder / "result.json", folder / "state.json"
-    same = state.is_file() and read_json(state) == {"identity": data.identity}
+    words = {"ptpr": arguments.training["ptpr"]} if VARIANTS[name].words and arguments.training.get("ptpr") else {}
+    identity = {"identity": data.identity, **words}
+    same = state.is_file() and read_json(state) == identity
     if same and done.is_file():
         logger.info("seed %d, %s: unchanged, not trained again", seed, name)
         return read_json(done)
     if not same:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        write_json(state, {"identity": data.identity})
+        write_json(state, identity)
     found = _train(name, arguments, data, seed, folder)
     write_json(done, found)
     shutil.rmtree(folder / "work", ignore_errors=True)

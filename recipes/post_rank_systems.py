@@ -64,6 +64,7 @@ class Training:
         train: `lora` (the paper) or `all`, in the second step. adaptation_trains: `adapters` (the paper) or `all`.
         lora: `r`, `alpha`, `dropout`, `targets` of `add_lora`.
         adaptation, post_rank: arguments of each step over `trainers.post_rank.paper_arguments`.
+        ptpr: arguments over `post_rank` for the text-only prompt, whose steps cost many times as much.
         adapter_learning_rate: peak rate of the adapters in the second step; None = that of the step.
         query: what the adapters' query vector holds, `request` (as the source gives it) or `personal` (with user and history, see
             `data_builders.post_rank_personal`).
@@ -83,6 +84,7 @@ class Training:
     lora: dict = field(default_factory=dict)
     adaptation: dict = field(default_factory=dict)
     post_rank: dict = field(default_factory=dict)
+    ptpr: dict = field(default_factory=dict)
     adapter_learning_rate: float | None = None
     query: str = "request"
     aux_weight: float = 1.0
@@ -221,7 +223,8 @@ def train_variant(
         model = add_lora(model, **training.lora)
     else:
         model.requires_grad_(True)
-    args = paper_arguments(folder / "post_rank", **{"seed": seed, **training.post_rank})
+    step = {**training.post_rank, **(training.ptpr if variant.words else {})}
+    args = paper_arguments(folder / "post_rank", **{"seed": seed, **step})
     trainer = learn_to_post_rank(
         model,
         processor,

@@ -31,6 +31,7 @@ from sidtune.core.folders import RUN_FILE, fingerprint, read_json
 
 SCRIPTS = {
     "build_data": "sidtune.recipes.build_data",
+    "align_encoder": "sidtune.recipes.align_encoder",
     "learn_sids": "sidtune.recipes.learn_sids",
     "extend_sids": "sidtune.recipes.extend_sids",
     "init_model": "sidtune.recipes.init_model",

@@ -37,6 +37,8 @@ class Arguments:
         history_context: render the context of past turns too (whole-history training needs it).
         max_history: most past turns in prompts at evaluation and serving; null for all that fit.
         max_length: most tokens of prompt and SID at evaluation and serving; null for no limit.
+        query_sids: show the SID of every query behind its text, from the encoder and quantizer in sids_dir (best learned with
+            `queries: true`); costs one token per level and query.
         seed: seed of mixtures, order and LoRA.
     """
 
@@ -50,6 +52,7 @@ class Arguments:
     history_context: bool = True
     max_history: int | None = 20
     max_length: int | None = 1024
+    query_sids: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -69,6 +72,7 @@ class Arguments:
             templates=self.templates,
             max_chars=self.max_chars,
             history_context=self.history_context,
+            query_coder=self.sids_dir if self.query_sids else None,
         )
 
 
@@ -86,9 +90,10 @@ def main(arguments: Arguments) -> None:
         max_length=arguments.max_length,
         max_chars=arguments.max_chars or None,
         history_context=arguments.history_context,
+        query_sids=arguments.query_sids,
     )
     # A mistake in a template shows now, not after the first stage.
-    make_serializer(load_tokenizer(arguments.model_dir), arguments.templates, settings)
+    make_serializer(load_tokenizer(arguments.model_dir), arguments.templates, settings, arguments.sids_dir)
     examples = arguments.examples()
     folders = run_stages(
         arguments.stages,
@@ -103,7 +108,8 @@ def main(arguments: Arguments) -> None:
 
     def finish() -> None:
         tokenizer = load_tokenizer(folders[-1])
-        save_serializer(arguments.output_dir, make_serializer(tokenizer, arguments.templates, settings), settings)
+        serializer = make_serializer(tokenizer, arguments.templates, settings, arguments.sids_dir)
+        save_serializer(arguments.output_dir, serializer, settings)
         stages = [read_json(folder / "run.json") for folder in folders]
         write_run(
             arguments.output_dir,

@@ -177,7 +177,7 @@ def test_unfitted_and_damaged_encoders_are_refused(tmp_path):
         ("precomputed", {"path": "x.npy", "align": "ids"}, "needs 'ids_path' exactly when"),
         ("transformers", {}, "needs 'model'"),
         ("transformers", {"model": "x", "batch_size": 0}, "batch_size"),
-        ("transformers", {"model": "x", "pooling": "cls"}, "'pooling' must be one of 'mean', 'last'"),
+        ("transformers", {"model": "x", "pooling": "max"}, "'pooling' must be one of 'auto', 'mean', 'cls', 'last'"),
         ("sentence_transformers", {}, "needs 'model'"),
     ],
 )

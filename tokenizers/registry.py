@@ -25,6 +25,7 @@ ENCODERS = Registry(
         "precomputed": "sidtune.tokenizers.precomputed:PrecomputedEncoder",
         "sentence_transformers": "sidtune.tokenizers.text_encoders:SentenceTransformersEncoder",
         "transformers": "sidtune.tokenizers.text_encoders:TransformersEncoder",
+        "keyword_fusion": "sidtune.tokenizers.keyword_fusion:KeywordFusionEncoder",
     },
 )
 QUANTIZERS = Registry(

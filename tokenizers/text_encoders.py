@@ -18,6 +18,8 @@ from sidtune.core.errors import ConfigError, DataError
 from sidtune.tokenizers.encoders import Encoder, check_texts, unit_rows
 from sidtune.tokenizers.quantizer import check_vectors
 
+POOLINGS = ("auto", "mean", "cls", "last")
+
 
 @dataclass
 class SentenceTransformersConfig:
@@ -52,8 +54,9 @@ class TransformersConfig:
     Attributes:
         model: name of a transformers model, or its folder. Of an encoder-decoder model the encoder is used.
         revision: branch, tag or commit of the model.
-        pooling: `mean` over the text's tokens, or the `last` token (for decoder-only embedding models).
-        max_length: longer texts are cut to this many tokens.
+        pooling: `mean` over the text's tokens, the `cls` (first) token, the `last` token (for decoder-only embedding models),
+            or `auto`: what the model's own `1_Pooling/config.json` says, `mean` where there is none.
+        max_length: longer texts are cut to this many tokens, or to the fewer that the model's tokenizer allows.
         batch_size: texts per batch.
         device: `auto` (accelerator if there is one), `cpu`, `cuda`, ...
         dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`. Vectors are float32 in any case.
@@ -63,7 +66,7 @@ class TransformersConfig:
 
     model: str = ""
     revision: str | None = None
-    pooling: Literal["mean", "last"] = "mean"
+    pooling: Literal["auto", "mean", "cls", "last"] = "auto"
     max_length: int = 256
     batch_size: int = 32
     device: str = "auto"
@@ -73,8 +76,8 @@ class TransformersConfig:
 
     def __post_init__(self) -> None:
         _check_model(self.model, self.batch_size, "transformers")
-        if self.pooling not in ("mean", "last"):
-            raise ConfigError(f"pooling must be 'mean' or 'last', got {self.pooling!r}.")
+        if self.pooling not in POOLINGS:
+            raise ConfigError(f"pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}.")
         if self.max_length < 1:
             raise ConfigError(f"max_length of the transformers encoder must be at least 1, got {self.max_length}.")
 
@@ -165,12 +168,15 @@ class TransformersEncoder(_PretrainedEncoder):
         super().__init__(config)
         self._model: Any = None
         self._tokenizer: Any = None
+        self._pooling = self.config.pooling
 
     def _load_model(self) -> None:
         if self._model is not None:
             return
         import torch
         from transformers import AutoModel, AutoTokenizer
+
+        from sidtune.tokenizers.text_pooling import saved_pooling
 
         config = self.config
         try:
@@ -189,6 +195,8 @@ class TransformersEncoder(_PretrainedEncoder):
         if device == "auto":
             accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
             device = str(accelerator or "cpu")
+        if config.pooling == "auto":
+            self._pooling = saved_pooling(config.model, config.revision) or "mean"
         self._tokenizer, self._model = tokenizer, model.to(device).eval()
 
     def _vectors(self, texts: list[str]) -> np.ndarray:
@@ -208,20 +216,18 @@ class TransformersEncoder(_PretrainedEncoder):
         return vectors
 
     def _pooled(self, texts: list[str]) -> Any:
-        import torch
+        from sidtune.tokenizers.text_pooling import pooled
 
-        batch = self._tokenizer(
-            texts, padding=True, truncation=True, max_length=self.config.max_length, return_tensors="pt"
-        ).to(self._model.device)
+        longest = min(self.config.max_length, self._tokenizer.model_max_length)
+        batch = self._tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt").to(
+            self._model.device
+        )
         mask = batch["attention_mask"]
         if int(mask.sum(dim=1).min()) == 0:
             raise DataError(f"The tokenizer of {self.config.model} makes no token of some item text; set 'empty_text'.")
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
         states = self._model(**inputs).last_hidden_state.float()
-        if self.config.pooling == "last":
-            return states[torch.arange(len(states), device=states.device), mask.sum(dim=1) - 1]
-        weight = mask.unsqueeze(-1).to(states.dtype)
-        return (states * weight).sum(dim=1) / weight.sum(dim=1)
+        return pooled(states, mask, self._pooling)
 
 
 def _load_error(model: str, error: Exception) -> ConfigError:

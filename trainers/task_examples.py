@@ -22,6 +22,7 @@ from sidtune.data_builders.serializer import Serializer
 from sidtune.data_builders.store import DataFolder, load_folder
 from sidtune.data_builders.task_input import TaskInput
 from sidtune.data_builders.task_registry import TASKS
+from sidtune.tokenizers.query_codes import CODER_PARTS, QueryCoder
 from sidtune.tokenizers.semantic_ids import SemanticIds
 from sidtune.trainers.mixture import StageConfig, TaskMix
 from sidtune.trainers.stage_model import StageModel
@@ -36,6 +37,7 @@ class TaskExamples:
         seed: of every random choice.
         templates: built-in templates by name, or a folder of edited ones.
         max_chars, history_context: see `Serializer`.
+        query_coder: folder of a `QueryCoder`, for prompts that show the SID of each query; None for prompts without.
 
     Attributes:
         templates_folder: the folder of edited templates, None for built-in ones.
@@ -50,9 +52,11 @@ class TaskExamples:
         templates: str | Path = "plain",
         max_chars: Mapping[str, int | None] | None = None,
         history_context: bool = True,
+        query_coder: str | Path | None = None,
     ) -> None:
         self.data, self.sids, self.seed = Path(data), Path(sids), seed
         self.rendering = {"templates": templates, "max_chars": max_chars, "history_context": history_context}
+        self.query_coder = None if query_coder is None else Path(query_coder)
         self.templates_folder = Path(templates) if Path(templates).is_dir() else None
         self._tables: tuple[DataFolder, SemanticIds] | None = None
 
@@ -62,7 +66,9 @@ class TaskExamples:
         folder = self.templates_folder or packaged
         if not folder.is_dir():
             raise ConfigError(f"There are no templates '{folder.name}': {nearest(folder.name, serializer.BUILT_IN)}")
-        return {**self.rendering, "templates": fingerprint(folder), "seed": self.seed}
+        coder = [fingerprint(self.query_coder / part) for part in CODER_PARTS] if self.query_coder else []
+        queries = {"query_coder": coder} if coder else {}
+        return {**self.rendering, **queries, "templates": fingerprint(folder), "seed": self.seed}
 
     def check(self, stages: Sequence[StageConfig]) -> None:
         """Refuses unknown tasks, unknown options and tasks that cannot be evaluated, before any work.
@@ -91,7 +97,8 @@ class TaskExamples:
         """
         data, sids = self._load()
         model.vocabulary.check(model.tokenizer, sids)
-        renderer = Serializer(model.tokenizer, **self.rendering)
+        coder = None if self.query_coder is None else QueryCoder.from_pretrained(self.query_coder)
+        renderer = Serializer(model.tokenizer, **self.rendering, query_sids=coder)
         source = TaskInput.of_split(data, sids.texts(), renderer, split, stage.max_history, self.seed)
         mixes = stage.tasks if split == "train" else stage.eval_tasks
         return {task: self._encoded(task, mix, source, stage, model) for task, mix in mixes.items()}

@@ -1,0 +1,129 @@
+"""What can an adapter see? Query-instructed adapter and MLP with one linear layer behind them, for three query vectors.
+
+    python benchmarks/post_rank_adapter.py [--quick] [--json FILE]
+
+No language model: the soft token of a candidate goes into one linear layer, trained with the Plackett-Luce loss on the
+sessions of recipes/llm4pr/shop.yaml. The NDCG@8 on validation requests says what the adapter itself can use of the query, the
+user and the history; what a language model adds to it must come on top. Not a benchmark of speed: `seconds` is for orientation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sidtune.core.config import load_yaml
+from sidtune.data_builders.post_rank_personal import personal_queries
+from sidtune.data_builders.post_rank_schema import PostRankBatch, PostRankTable
+from sidtune.metrics.list_ranking import ListMetrics, evaluate_lists
+from sidtune.models.query_instructed_adapter import build_adapter
+from sidtune.recipes.post_rank_sources import load_source
+from sidtune.trainers.post_rank_data import field_specs
+
+CONFIG = Path(__file__).parents[1] / "recipes" / "llm4pr" / "shop.yaml"
+QUERIES = ("query", "query and user", "query, user and history")
+SETTINGS = ListMetrics(ks=(8,), metrics=("ndcg",), relevance="rating", gain="linear")
+
+
+class Scorer(torch.nn.Module):
+    """One number for each candidate: adapter, then a linear layer."""
+
+    def __init__(self, kind: str, table: PostRankTable, rows: np.ndarray, width: int = 64) -> None:
+        super().__init__()
+        self.specs = [spec for spec in field_specs(table, rows) if spec.side == "item"]
+        self.adapter = build_adapter(kind, self.specs, table.d_q, width, width)
+        self.head = torch.nn.Linear(width, 1)
+
+    def forward(self, batch: PostRankBatch) -> torch.Tensor:
+        """(B, n) scores, very low at pads."""
+        mask = torch.from_numpy(batch.item_mask)
+        query = torch.from_numpy(batch.query)[:, None].expand(-1, mask.shape[1], -1)[mask]
+        fields = {}
+        for spec in self.specs:
+            present = torch.from_numpy(batch.item_present[spec.name])[..., None]
+            fields[spec.name] = torch.from_numpy(batch.item_fields[spec.name]).masked_fill(~present, torch.nan)[mask]
+        return torch.full(mask.shape, -1e9).masked_scatter(mask, self.head(self.adapter(query, fields))[:, 0])
+
+
+def list_loss(scores: torch.Tensor, batch: PostRankBatch) -> torch.Tensor:
+    """Plackett-Luce: each place of the best list against what is left; mean over candidates."""
+    relevance = torch.from_numpy(np.where(batch.item_mask, np.nan_to_num(batch.relevance), -1.0))
+    order = relevance.argsort(dim=1, descending=True)
+    sorted_scores, real = scores.gather(1, order), torch.from_numpy(batch.item_mask).gather(1, order)
+    left = sorted_scores.flip(1).logcumsumexp(1).flip(1)
+    return ((left - sorted_scores) * real).sum() / real.sum()
+
+
+def ndcg(scorer: Scorer, table: PostRankTable, rows: np.ndarray) -> float:
+    """NDCG@8 of the requests in order of their scores."""
+    batch = table.batch(rows, 0)
+    with torch.no_grad():
+        order = scorer(batch).argsort(dim=1, descending=True).numpy()
+    found = evaluate_lists(order, batch.relevance, batch.item_mask, SETTINGS)
+    return float(found.per_request["ndcg@8"].mean())
+
+
+def fit(kind: str, table: PostRankTable, epochs: int, seed: int) -> float:
+    """NDCG@8 on validation after the last epoch."""
+    train, valid = table.rows_of("train"), table.rows_of("valid")
+    torch.manual_seed(seed)
+    scorer, random = Scorer(kind, table, train), np.random.default_rng(seed)
+    optimizer = torch.optim.AdamW(scorer.parameters(), lr=3e-3)
+    for _ in range(epochs):
+        rows = random.permutation(train)
+        for start in range(0, len(rows), 32):
+            batch = table.batch(rows[start : start + 32], 0)
+            optimizer.zero_grad()
+            list_loss(scorer(batch), batch).backward()
+            optimizer.step()
+    return ndcg(scorer, table, valid)
+
+
+def tables(source: dict) -> dict[str, PostRankTable]:
+    """The requests with each query vector."""
+    whole = load_source(source, Path()).table
+    rows = whole.rows_of("train")
+    return dict(zip(QUERIES, (whole, personal_queries(whole, rows, 0), personal_queries(whole, rows)), strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one seed, 1,500 requests")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    source: dict[str, Any] = load_yaml(CONFIG)["source"]
+    seeds = (0,) if arguments.quick else (0, 1, 2)
+    if arguments.quick:
+        source["count"] = 1500
+    rows = []
+    for name, table in tables(source).items():
+        for kind in ("qia", "mlp_query"):
+            started = time.perf_counter()
+            found = [fit(kind, table, 6, seed) for seed in seeds]
+            seconds = time.perf_counter() - started
+            rows.append(
+                {
+                    "adapter": kind,
+                    "query vector": name,
+                    "ndcg@8": float(np.mean(found)),
+                    "seeds": found,
+                    "seconds": seconds,
+                }
+            )
+            spread = f" +- {np.std(found, ddof=1):.4f}" if len(found) > 1 else ""
+            print(f"{kind:10s} {name:25s} NDCG@8 {np.mean(found):.4f}{spread}  ({seconds:.0f} s)")
+    if arguments.json:
+        machine = {"processor": platform.machine(), "threads": 1, "torch": torch.__version__}
+        arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

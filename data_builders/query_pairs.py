@@ -1,0 +1,65 @@
+"""Which items people clicked for which query: pairs of query text and item, read from requests.
+
+The one place that decides what a query is (white space squeezed, case kept) and which feedback ties it to an item, so
+that keyword pools, query codes and recall all speak of the same pairs. Our choice; OneSearch only says "clicked
+query-item pairs".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sidtune.core.errors import ConfigError, nearest
+
+FEEDBACK = ("click", "like", "order")
+
+
+def squeezed(text: str | None) -> str:
+    """A text with runs of white space as one blank and none at the ends; null becomes ""."""
+    return " ".join((text or "").split())
+
+
+def squeezed_column(texts: pa.ChunkedArray) -> pa.Array:
+    """`squeezed` of every text of a column, each distinct one looked at once."""
+    coded = texts.combine_chunks().dictionary_encode()
+    distinct = [*map(squeezed, coded.dictionary.to_pylist()), ""]
+    return pa.array(distinct, pa.string()).take(pc.fill_null(coded.indices, len(distinct) - 1))
+
+
+def distinct_queries(requests: pa.Table) -> list[str]:
+    """The queries of a table in the REQUESTS schema, each once, in order of first appearance; requests without a query
+    give none."""
+    queries = pc.unique(squeezed_column(requests.column("query"))).to_pylist()
+    return [query for query in queries if query]
+
+
+def query_item_pairs(requests: pa.Table, feedback: Sequence[str] = ("click", "order")) -> tuple[pa.Array, pa.Array]:
+    """Every candidate with positive feedback of every request with a query.
+
+    Args:
+        requests: table in the REQUESTS schema, for example the training split.
+        feedback: candidates with any of these labels above 0 count; an unknown label (null) does not.
+
+    Returns:
+        Query texts (P,) and item ids (P,), one entry per occurrence, in the order of the requests.
+
+    Raises:
+        ConfigError: unknown feedback.
+    """
+    for name in feedback:
+        if name not in FEEDBACK:
+            raise ConfigError(f"There is no feedback '{name}': {nearest(name, FEEDBACK)}")
+    queries, column = squeezed_column(requests.column("query")), requests.column("candidates").combine_chunks()
+    # Flattened lists and their parents leave null lists out alike.
+    flat, parents = column.flatten(), pc.list_parent_indices(column)
+    positive = np.zeros(len(flat), dtype=bool)
+    for name in feedback:
+        label = pc.fill_null(pc.struct_field(flat, name), 0)
+        positive |= label.to_numpy(zero_copy_only=False) > 0
+    asked = queries.take(parents)
+    keep = pa.array(positive & pc.not_equal(asked, "").to_numpy(zero_copy_only=False))
+    return asked.filter(keep), pc.struct_field(flat, "item_id").filter(keep)
