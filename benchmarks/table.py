@@ -26,6 +26,19 @@ COLUMNS = {
     "cache_prompt_mb": "prompt cache, MB",
     "cache_beams_mb": "beams' cache, MB",
     "cache_per_beam_mb": "copied per beam, MB",
+    "levels": "codes per level",
+    "collision_rate": "beyond one per code",
+    "icr": "ICR",
+    "cur_2": "CUR, 2 levels",
+    "utilisation": "codes in use",
+    "entropy": "entropy / max",
+    "relative_error": "error / variance",
+    "neighbours_kept": "neighbours kept",
+    "query_recall": "recall@10 by query codes",
+    "seeds": "seeds",
+    "ndcg": "NDCG@10",
+    "difference": "minus residual_kmeans",
+    "adjusted_p": "p",
 }
 
 

@@ -47,14 +47,16 @@ class PanelCurves:
     Attributes:
         name: name of the training.
         panels: title → {label → points}; a panel with one label has no legend.
+        unit: what a step is called.
     """
 
     name: str
     panels: dict[str, dict[str, Points]] = field(default_factory=dict)
+    unit: str = "step"
 
     @classmethod
     def from_log_history(
-        cls, name: str, log: Iterable[Mapping[str, Any]], panels: Mapping[str, Mapping[str, str]]
+        cls, name: str, log: Iterable[Mapping[str, Any]], panels: Mapping[str, Mapping[str, str]], unit: str = "step"
     ) -> PanelCurves:
         """From `log_history`: title → {label → key}; what was never logged is left out."""
         log = list(log)
@@ -64,7 +66,7 @@ class PanelCurves:
 
         made = {title: {label: points(key) for label, key in keys.items()} for title, keys in panels.items()}
         made = {title: {label: p for label, p in lines.items() if p} for title, lines in made.items()}
-        return cls(name, {title: lines for title, lines in made.items() if lines})
+        return cls(name, {title: lines for title, lines in made.items() if lines}, unit)
 
 
 @dataclass

@@ -170,7 +170,7 @@ def panel_plot(curves: PanelCurves) -> str:
             axes.set_title(title)
             if len(lines) > 1:
                 axes.legend(fontsize=8)
-            axes.set_xlabel("step")
+            axes.set_xlabel(short(curves.unit))
             axes.set_ylim(bottom=0)
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             axes.grid(False, axis="x")

@@ -103,7 +103,11 @@ def report_data(arguments: Arguments) -> Any:
         slices={name: [SliceRow(**row) for row in rows] for name, rows in metrics["slices"].items()},
         slice_metric=metrics["primary"],
         sid_quality=quality,
-        curves=_curves(Path(arguments.model_dir), stages) + _grpo_curves(arguments.grpo_dir),
+        curves=[
+            *_quantizer_curves(Path(arguments.sids_dir) / "quantizer"),
+            *_curves(Path(arguments.model_dir), stages),
+            *_grpo_curves(arguments.grpo_dir),
+        ],
         **_post_rank(arguments.post_rank_dir),
         samples=[
             SampleRequest(
@@ -142,6 +146,30 @@ def _curves(folder: Path, stages: list[dict[str, Any]]) -> list[Any]:
         for stage in stages
         if (folder / stage["name"] / "log_history.json").exists()
     ]
+
+
+def _quantizer_curves(folder: Path) -> list[Any]:
+    """Losses and codes in use per epoch of a quantizer that is a network; nothing for k-means and its kin."""
+    from sidtune.metrics.report_data import PanelCurves
+    from sidtune.tokenizers.quantizer import CONFIG_FILE, CURVE_FILE
+    from sidtune.tokenizers.semantic_ids import LETTERS
+
+    if not (folder / CURVE_FILE).exists():
+        return []
+    curves, used = read_json(folder / CURVE_FILE), "codes in use, level "
+    log = [
+        {**epoch, "step": epoch["epoch"], **{used + LETTERS[n]: share for n, share in enumerate(epoch["used"])}}
+        for epoch in curves
+    ]
+    other = sorted({key for epoch in curves for key in epoch} - {"epoch", "loss", "reconstruction", "used", "revived"})
+    panels = {
+        "reconstruction error": {"error": "reconstruction"},
+        "other losses": {key: key for key in other},
+        "codes in use": {f"level {LETTERS[n]}": used + LETTERS[n] for n in range(len(curves[0]["used"]))},
+        "codes moved": {"codes": "revived"} if any(epoch.get("revived") for epoch in curves) else {},
+    }
+    name = f"semantic IDs, {read_json(folder / CONFIG_FILE)['quantizer']}"
+    return [PanelCurves.from_log_history(name, log, panels, unit="epoch")]
 
 
 def _grpo_curves(folder: str | None) -> list[Any]:

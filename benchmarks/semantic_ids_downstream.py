@@ -1,0 +1,203 @@
+"""What a small model makes of semantic IDs: the steps of the recipes, run in one process for `semantic_ids.py`.
+
+One `Source` names a data set, the vectors of its items, the budget of codes and the training of the small model. `learn_sids`,
+`init_model`, `sft` and `evaluate` are called as a person would call them; nothing of them is written again here. Our own
+measurement; no paper is involved.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import safetensors.numpy
+
+from sidtune.core.errors import ConfigError, DataError
+from sidtune.core.folders import read_json
+from sidtune.data_builders.store import load_folder
+from sidtune.metrics.bootstrap import PairedResult, paired_bootstrap
+from sidtune.recipes import build_data, evaluate, init_model, learn_sids, sft
+from sidtune.tokenizers.encoders import Encoder
+from sidtune.tokenizers.quality import SidQuality, sid_quality
+from sidtune.tokenizers.query_recall import QueryItemRecall, query_item_recall, query_targets
+from sidtune.tokenizers.registry import load_encoder, load_quantizer
+from sidtune.tokenizers.semantic_ids import SemanticIds
+
+METRIC = "ndcg@10"
+MODEL = {"model_type": "qwen3", "num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True}
+ARGS = {
+    "lr_scheduler_type": "cosine",
+    "weight_decay": 0.05,
+    "train_sampling_strategy": "group_by_length",
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "logging_first_step": False,
+    "disable_tqdm": True,
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set of the comparison.
+
+    Attributes:
+        title: as it stands in the table.
+        reader, options, split: of build_data. folder: name below `SIDTUNE_DATA`, None for the embedded shop.
+        encoder: of learn_sids.
+        width: codes per level k; four levels, so 4k tokens.
+        grid: coordinates of one FSQ level, product about k.
+        hidden, layers: size of the small model.
+        epochs: of quantizers that are networks.
+        steps, batch, learning_rate: of its training on whole histories. max_length: tokens of a history.
+        requests: test requests that are decoded.
+        queries: whether requests have a query.
+    """
+
+    title: str
+    reader: str
+    encoder: dict[str, Any]
+    width: int
+    grid: tuple[int, ...]
+    epochs: int
+    steps: int
+    batch: int
+    learning_rate: float
+    requests: int
+    folder: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    split: dict[str, Any] = field(default_factory=dict)
+    hidden: int = 64
+    layers: int = 2
+    max_length: int = 256
+    queries: bool = False
+
+    def available(self) -> bool:
+        """Whether its files are on this machine."""
+        return self.folder is None or (Path(os.environ.get("SIDTUNE_DATA", "")) / self.folder).is_dir()
+
+
+def build(source: Source, folder: Path) -> Path:
+    """The data folder, built when it is not there. Raises DataError when the files are missing."""
+    if (folder / "run.json").exists():
+        return folder
+    if not source.available():
+        raise DataError(
+            f"The data of {source.title} is not there; set SIDTUNE_DATA to the folder that holds '{source.folder}'."
+        )
+    path = None if source.folder is None else str(Path(os.environ["SIDTUNE_DATA"]) / source.folder)
+    arguments = {"reader": source.reader, "path": path, "options": source.options, "split": source.split}
+    build_data.main(build_data.Arguments(str(folder), **arguments))
+    return folder
+
+
+def learn(source: Source, data: Path, folder: Path, quantizer: dict[str, Any], seed: int) -> None:
+    """Semantic IDs of all items."""
+    encoder = dict(source.encoder)
+    if "path" in encoder:
+        encoder["path"] = str(Path(os.environ["SIDTUNE_DATA"]) / encoder["path"])
+    learn_sids.main(learn_sids.Arguments(str(data), str(folder), encoder=encoder, quantizer=quantizer, seed=seed))
+
+
+def shuffle(learned: Path, folder: Path, seed: int) -> None:
+    """The same codes on other items: what is left of a quantizer when its codes mean nothing.
+
+    Collisions, entropies and utilisation stay what they were; only which item has which code is drawn by lot.
+    """
+    shutil.copytree(learned, folder, dirs_exist_ok=True)
+    sids = SemanticIds.from_pretrained(learned / "sids")
+    codes = np.random.default_rng(seed).permutation(sids.codes)
+    SemanticIds(sids.item_ids, codes, sids.level_sizes, sids.popularity).save_pretrained(folder / "sids")
+
+
+def quality(source: Source, data: Path, folder: Path, seed: int) -> tuple[SidQuality, QueryItemRecall | None]:
+    """Quality of a SID folder, and recall of items through the codes of test queries where there are queries."""
+    sids, quantizer = SemanticIds.from_pretrained(folder / "sids"), load_quantizer(folder / "quantizer")
+    vectors = safetensors.numpy.load_file(folder / learn_sids.VECTOR_FILE)["vectors"]
+    report = sid_quality(sids, vectors=vectors, quantizer=quantizer, seed=seed)
+    if not source.queries:
+        return report, None
+    texts, asked, wanted = query_targets(load_folder(data).requests["test"], sids.item_ids)
+    encoder: Encoder = load_encoder(folder / "encoder")
+    queries = encoder.encode(texts)
+    found = query_item_recall(queries, vectors, quantizer, wanted, query_rows=asked, item_codes=sids.codes)
+    return report, found
+
+
+def train(source: Source, data: Path, sids: Path, folder: Path, seed: int) -> dict[str, Any]:
+    """Trains the small model on whole histories; parameters, steps and seconds."""
+    size = {"hidden_size": source.hidden, "num_hidden_layers": source.layers, "intermediate_size": 3 * source.hidden}
+    size |= {"head_dim": source.hidden // 4, "max_position_embeddings": 2 * source.max_length}
+    start = init_model.Arguments(
+        str(data),
+        str(sids),
+        str(folder / "model"),
+        scratch={**MODEL, **size},
+        text_vocab_size=1024 if source.queries else 320,
+        templates="compact",
+        seed=seed,
+    )
+    init_model.main(start)
+    args = {**ARGS, "max_steps": source.steps, "per_device_train_batch_size": source.batch}
+    args |= {"learning_rate": source.learning_rate, "warmup_steps": source.steps // 20}
+    task = {"tasks": {"whole_history": {}}, "max_length": source.max_length, "max_history": None, "args": args}
+    started = time.time()
+    sft.main(
+        sft.Arguments(
+            str(data),
+            str(sids),
+            str(folder / "model"),
+            str(folder / "sft"),
+            stages=[{"name": "histories", **task}],
+            templates="compact",
+            max_chars={"description": 0},
+            max_length=source.max_length,
+            seed=seed,
+        )
+    )
+    parameters = read_json(folder / "model" / "run.json")["metrics"]["parameters"]
+    return {"parameters": parameters, "steps": source.steps, "train_s": round(time.time() - started, 1)}
+
+
+def score(source: Source, data: Path, sids: Path, folder: Path, split: str, baselines: list[str]) -> dict[str, Any]:
+    """Evaluates by constrained beams over the whole catalogue, on items; NDCG@10 of model and baselines."""
+    started = time.time()
+    arguments = evaluate.Arguments(
+        str(data),
+        str(sids),
+        str(folder / "sft"),
+        str(folder / split),
+        split=split,
+        ks=[10],
+        baselines=baselines,
+        upper_bound=False,
+        max_requests=source.requests,
+        metrics=["ndcg", "hr"],
+    )
+    evaluate.main(arguments)
+    record = read_json(folder / split / "metrics.json")
+    values = {row["name"]: {m: one["value"] for m, one in row["metrics"].items()} for row in record["systems"]}
+    found = {"requests": record["requests"], **values.pop(evaluate.MODEL), "eval_s": round(time.time() - started, 1)}
+    return found | ({"baselines": values} if values else {})
+
+
+def paired(folders: list[Path], others: list[Path]) -> PairedResult | None:
+    """Mean difference of NDCG@10 over seeds, request by request, users resampled; None when an evaluation is gone.
+
+    Args:
+        folders: evaluation of each seed. others: those of the reference, the same seeds in the same order.
+    """
+    if not folders or not all((folder / "per_request.parquet").exists() for folder in [*folders, *others]):
+        return None
+    tables = [[pq.read_table(folder / "per_request.parquet") for folder in side] for side in (folders, others)]
+    requests = tables[0][0]["request_id"]
+    if any(table["request_id"] != requests for side in tables for table in side):
+        raise ConfigError("Two evaluations hold different requests; remove the working folder and start again.")
+    column = f"{evaluate.MODEL}/{METRIC}"
+    ours, theirs = (np.mean([table[column].to_numpy() for table in side], axis=0) for side in tables)
+    return paired_bootstrap(ours, theirs, clusters=tables[0][0]["user_id"].to_pylist())
