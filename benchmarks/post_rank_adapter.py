@@ -109,17 +109,11 @@ def main() -> None:
             started = time.perf_counter()
             found = [fit(kind, table, 6, seed) for seed in seeds]
             seconds = time.perf_counter() - started
-            rows.append(
-                {
-                    "adapter": kind,
-                    "query vector": name,
-                    "ndcg@8": float(np.mean(found)),
-                    "seeds": found,
-                    "seconds": seconds,
-                }
-            )
-            spread = f" +- {np.std(found, ddof=1):.4f}" if len(found) > 1 else ""
-            print(f"{kind:10s} {name:25s} NDCG@8 {np.mean(found):.4f}{spread}  ({seconds:.0f} s)")
+            spread = float(np.std(found, ddof=1)) if len(found) > 1 else None
+            row = {"name": f"{kind}, {name}", "ndcg@8": round(float(np.mean(found)), 4), "seeds": len(found)}
+            rows.append({**row, "spread": spread, "values": found, "seconds": seconds})
+            shown = "" if spread is None else f" ± {spread:.4f}"
+            print(f"{kind:10s} {name:25s} NDCG@8 {np.mean(found):.4f}{shown}  ({seconds:.0f} s)")
     if arguments.json:
         machine = {"processor": platform.machine(), "threads": 1, "torch": torch.__version__}
         arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n", "utf-8")

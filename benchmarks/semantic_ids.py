@@ -13,7 +13,7 @@ codes of the query. NDCG@10: a Qwen3 of about 0.2 million parameters, from rando
 row, on whole histories; 20 constrained beams, whole catalogue, on items. The last row of each data set gives the codes of
 residual k-means to items drawn by lot: what the model reaches when codes mean nothing. Differences are to residual k-means,
 paired over requests (mean of the seeds), users resampled, p-values adjusted over the rows of the data set (Holm). Steps and
-learning rate were chosen on the valid split with residual k-means.
+learning rate come from a few runs on the valid split with residual k-means, and were not tuned further.
 
 Rows are written as they come. Run again with the same `--work` and `--json`, it goes on where it was, also with more seeds or data.
 Our own measurement; no paper is involved.

@@ -37,6 +37,8 @@ COLUMNS = {
     "query_recall": "recall@10 by query codes",
     "seeds": "seeds",
     "ndcg": "NDCG@10",
+    "ndcg@8": "NDCG@8",
+    "spread": "±",
     "difference": "minus residual_kmeans",
     "adjusted_p": "p",
 }

@@ -279,6 +279,7 @@ def check_levels(vocabulary: Vocabulary, sids: SemanticIds) -> None:
             f"The model was made for SIDs of sizes {tuple(vocabulary.level_sizes)}, the catalogue has "
             f"{tuple(sids.level_sizes)}; use the SIDs that the model was extended with."
         )
+    vocabulary.check(sids=sids)
 
 
 def _request_filter(trie: SidTrie, narrowings: Sequence[Narrowing]) -> RequestFilter | None:

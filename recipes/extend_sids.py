@@ -36,6 +36,7 @@ from sidtune.tokenizers.living_catalogue import (
 )
 from sidtune.tokenizers.quality import sid_quality
 from sidtune.tokenizers.quantizer import Quantizer, load_tensors
+from sidtune.tokenizers.query_codes import QUERY_FILE
 from sidtune.tokenizers.registry import load_encoder, load_quantizer, make_encoder
 from sidtune.tokenizers.semantic_ids import SemanticIds
 
@@ -232,6 +233,7 @@ def _in_order_of(items: pa.Table, made: Learned) -> Learned:
         sids.level_sizes,
         sids.popularity[rows],
         sids.suffix_level,
+        sids.letters,
     )
     return Learned(ordered, made.quantizer, made.encoder, made.vectors[rows], made.batch[rows], made.collisions)
 
@@ -253,6 +255,8 @@ def _write(
         # Copies, not saved again: what is frozen stays the same to the byte.
         for name in ("encoder", "quantizer"):
             shutil.copytree(source / name, scratch / name)
+        if (source / QUERY_FILE).exists():
+            shutil.copy(source / QUERY_FILE, scratch / QUERY_FILE)
         made.sids.save_pretrained(scratch / "sids")
         (trie if token_ids is None else trie.bind(token_ids)).save_pretrained(scratch / "trie")
         safetensors.numpy.save_file({"vectors": np.ascontiguousarray(made.vectors)}, scratch / VECTOR_FILE)

@@ -9,10 +9,12 @@ import warnings
 import faiss
 import numpy as np
 import pytest
+from quantizer_data import clusters
 from safetensors.numpy import load_file, save_file
 from sklearn.cluster import KMeans
 
 from sidtune.core.errors import ConfigError, DataError
+from sidtune.tokenizers import residual_kmeans
 from sidtune.tokenizers.quantizer import Quantizer
 from sidtune.tokenizers.registry import QUANTIZERS, load_quantizer, make_quantizer
 from sidtune.tokenizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig, nearest_centroids
@@ -280,3 +282,72 @@ def test_damaged_folders_are_named(fitted, tmp_path):
     (folder / "codebooks.safetensors").unlink()
     with pytest.raises(DataError, match=r"codebooks\.safetensors does not exist"):
         load_quantizer(folder)
+
+
+def rows_with_repeats() -> np.ndarray:
+    base = clusters(300, dims=7)
+    base[10] = 0.0
+    rows = np.concatenate([base, base[::3], base[:20], -0.0 * base[:1]])
+    return rows[np.random.default_rng(1).permutation(len(rows))]
+
+
+@pytest.mark.parametrize("collide", [False, True])
+def test_repeated_rows_are_merged_as_by_sorting(collide, monkeypatch):
+    if collide:  # all rows of one hash: equality of the rows themselves must decide
+        monkeypatch.setattr(residual_kmeans, "_row_hashes", lambda points: np.zeros(len(points), dtype=np.uint64))
+    points = rows_with_repeats()
+    distinct, counts = residual_kmeans.merged(points)
+    expected, expected_counts = np.unique(points, axis=0, return_counts=True)
+    np.testing.assert_array_equal(distinct, expected)
+    np.testing.assert_array_equal(counts, expected_counts)
+    alone = clusters(100, dims=7)
+    found, none = residual_kmeans.merged(alone)
+    assert (collide or (found is alone and none is None)) and len(found) == 100
+
+
+def test_the_draw_is_that_of_faiss():
+    points = clusters(3000)
+    assert residual_kmeans.training_rows(3000, 30, 100, seed=5) is None
+    rows = residual_kmeans.training_rows(3000, 30, 20, seed=5)
+    assert len(np.unique(rows)) == 600
+    kmeans = faiss.Kmeans(20, 30, niter=3, seed=5, max_points_per_centroid=20, min_points_per_centroid=1)
+    kmeans.train(points)
+    options = {"seed": 5, "iterations": 3, "max_points_per_centroid": 20}
+    ours, distinct = residual_kmeans.train_centroids(points, 30, **options)
+    np.testing.assert_array_equal(ours, kmeans.centroids)
+    assert distinct == 600
+
+
+def test_a_draw_of_equal_rows_does_not_hide_the_others():
+    points = np.zeros((4000, 3), dtype=np.float32)
+    points[:40] = clusters(40, dims=3)
+    centroids, distinct = residual_kmeans.train_centroids(points, 50, seed=0, max_points_per_centroid=2)
+    assert distinct == 41
+    np.testing.assert_array_equal(np.unique(centroids, axis=0), np.unique(points, axis=0))
+
+
+@pytest.mark.parametrize("crowd", ["two", "all"])
+def test_many_near_ties(crowd, monkeypatch):
+    """Two centroids equally near, or all 40 of them, up to what float32 cannot tell."""
+    draw = np.random.default_rng(3)
+    spokes = draw.normal(size=(40, 24))
+    book = (spokes / np.linalg.norm(spokes, axis=1, keepdims=True)).astype(np.float32)
+    wide = book.astype(np.float64)
+    near = np.argsort(((wide[:, None] - wide) ** 2).sum(axis=2), axis=1)[:, :2]
+    middle = np.tile(wide[near].mean(axis=1), (40, 1)) if crowd == "two" else np.zeros((1600, 24))
+    points = (middle + 3e-8 * draw.normal(size=(1600, 24))).astype(np.float32)
+    expected = brute_force(points, book)
+    index = faiss.IndexFlatL2(24)
+    index.add(book)
+    assert (index.search(points, 1)[1][:, 0] != expected).any(), "the case is too easy to show anything"
+    np.testing.assert_array_equal(nearest_centroids(points, book), expected)
+    monkeypatch.setattr(residual_kmeans, "_FEW_ROWS", 10**9)  # every centroid for every row in doubt: the same
+    np.testing.assert_array_equal(nearest_centroids(points, book), expected)
+
+
+def test_training_and_encoding_leave_the_vectors_alone():
+    vectors = clusters()
+    before = vectors.copy()
+    quantizer = ResidualKMeans(ResidualKMeansConfig(level_sizes=(8, 8, 8), iterations=3, chunk_size=100)).fit(vectors)
+    quantizer.encode(vectors), quantizer.residual(vectors), quantizer.residual(vectors, 0)
+    np.testing.assert_array_equal(vectors, before)

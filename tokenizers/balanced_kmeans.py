@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -35,6 +36,7 @@ from sidtune.tokenizers.residual_kmeans import (
 )
 
 _PAIRS = 1 << 25  # float32 distances held at once: 128 MiB
+_ROWS = 65_536  # rows copied at once for the means
 
 
 def capacity_assignment(points: np.ndarray, centroids: np.ndarray, capacity: int) -> np.ndarray:
@@ -116,8 +118,14 @@ def _means(points: np.ndarray, chosen: np.ndarray, before: np.ndarray) -> np.nda
     order = np.argsort(chosen, kind="stable")
     starts = np.concatenate([[0], np.cumsum(counts[used])[:-1]])
     centroids = before.copy()
-    # float32 sums: double would copy all points; reduceat adds pairwise within numpy's blocks.
-    centroids[used] = np.add.reduceat(points[order], starts, axis=0) / counts[used, None]
+    # Some clusters at a time, and float32 sums: else all points would be copied; reduceat adds pairwise in numpy's blocks.
+    ends = np.append(starts[1:], len(order))
+    cuts = np.flatnonzero(np.diff(starts // _ROWS, prepend=-1))
+    for first, last in pairwise([*cuts, len(used)]):
+        sums = np.add.reduceat(
+            points[order[starts[first] : ends[last - 1]]], starts[first:last] - starts[first], axis=0
+        )
+        centroids[used[first:last]] = sums / counts[used[first:last], None]
     return centroids
 
 

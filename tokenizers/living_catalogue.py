@@ -336,8 +336,7 @@ def _cold(sids: SemanticIds, added: np.ndarray) -> dict[str, Any]:
     used[(sids.codes[~added] + sids.token_offsets).ravel()] = True
     new = sids.codes[added] + sids.token_offsets
     cold = np.unique(new[~used[new]])
-    level = np.searchsorted(sids.token_offsets, cold, side="right") - 1
-    names = [f"<{LETTERS[n]}_{code}>" for n, code in zip(level, cold - sids.token_offsets[level], strict=True)]
+    names = np.array(sids.tokens(), dtype=object)[cold].tolist()
     share = float((~used[new]).any(axis=1).mean())
     return {"cold_tokens": names[:20], "cold_token_count": len(names), "cold_share": share}
 

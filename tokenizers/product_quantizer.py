@@ -23,7 +23,7 @@ import numpy as np
 
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.tokenizers.quantizer import Quantizer, check_codes, check_vectors
-from sidtune.tokenizers.residual_kmeans import nearest_centroids, train_centroids
+from sidtune.tokenizers.residual_kmeans import nearest_centroids, row_lengths, train_centroids, training_rows
 
 
 @dataclass
@@ -106,7 +106,12 @@ class ProductQuantizer(Quantizer):
             raise DataError("This product quantizer has no codebooks yet; call fit(vectors) or load a saved one.")
 
     def fit(self, vectors: np.ndarray) -> Self:
-        """Learns rotation and codebooks from vectors (n, d).
+        """Learns rotation and codebooks from vectors (n, d); raises as `fit_encode` does."""
+        self.fit_encode(vectors)
+        return self
+
+    def fit_encode(self, vectors: np.ndarray) -> np.ndarray:
+        """Learns rotation and codebooks from vectors (n, d) and gives their codes (n, parts) int32.
 
         Raises:
             DataError: wrong shape, NaN, infinite or huge entries.
@@ -122,17 +127,27 @@ class ProductQuantizer(Quantizer):
         if self.config.rotate and len(np.unique(vectors[: 4 * self.config.codes_per_part], axis=0)) > 1:
             rotation = self._train_rotation(vectors, parts, width)
         self.rotation = np.ascontiguousarray(rotation)
-        turned = vectors @ self.rotation.T
-        books = [self._train_part(turned, m, width) for m in range(parts)]
-        self._centroids = np.stack(books)
+        self._centroids = np.stack(self._train_parts(vectors, width))
         self._means = np.zeros((parts, width), dtype=np.float32)
         codes = self.encode(vectors)
-        self._means = np.stack([books[m][codes[:, m]].mean(axis=0, dtype=np.float64) for m in range(parts)]).astype(
+        shares = [np.bincount(codes[:, m], minlength=self.config.codes_per_part) / len(codes) for m in range(parts)]
+        self._means = np.stack([shares[m] @ self._centroids[m].astype(np.float64) for m in range(parts)]).astype(
             np.float32
         )
         if self.notes:
             warnings.warn(" ".join(self.notes), stacklevel=2)
-        return self
+        return codes
+
+    def _train_parts(self, vectors: np.ndarray, width: int) -> list[np.ndarray]:
+        """Codebooks of all parts, from the rows that faiss would draw; from all rows when these repeat too much."""
+        config = self.config
+        rows = training_rows(len(vectors), config.codes_per_part, config.max_points_per_centroid, config.seed)
+        for drawn in ([] if rows is None else [vectors[rows]]) + [vectors]:
+            self.notes, turned = [], drawn @ self.rotation.T
+            books = [self._train_part(turned, m, width) for m in range(config.parts)]
+            if not self.notes:
+                break
+        return books
 
     def _train_rotation(self, vectors: np.ndarray, parts: int, width: int) -> np.ndarray:
         import faiss
@@ -141,7 +156,8 @@ class ProductQuantizer(Quantizer):
         bits = min(self.config.codes_per_part.bit_length() - 1, max(1, len(vectors).bit_length() - 2))
         if len(vectors) < 4:
             return np.eye(parts * width, vectors.shape[1], dtype=np.float32)
-        padded = np.pad(vectors, ((0, 0), (0, parts * width - vectors.shape[1])))
+        spare = parts * width - vectors.shape[1]
+        padded = np.pad(vectors, ((0, 0), (0, spare))) if spare else vectors
         matrix = faiss.OPQMatrix(parts * width, parts)
         inner = faiss.ProductQuantizer(parts * width, parts, bits)
         matrix.pq, matrix.niter = inner, self.config.rotation_rounds
@@ -175,7 +191,7 @@ class ProductQuantizer(Quantizer):
 
     def _encode(self, vectors: np.ndarray) -> np.ndarray:
         turned, width = vectors @ self.rotation.T, self._centroids.shape[2]
-        lengths = np.linalg.norm(vectors, axis=1)
+        lengths = row_lengths(vectors)
         codes = np.empty((len(vectors), self.config.parts), dtype=np.int32)
         for m in range(self.config.parts):
             turn = self.rotation[m * width : (m + 1) * width].astype(np.float64)

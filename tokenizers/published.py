@@ -6,7 +6,6 @@ The `*.index.json` format of LETTER, LC-Rec and MiniOneRec: a JSON mapping of it
 from __future__ import annotations
 
 import json
-import string
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sidtune.core.errors import DataError
+from sidtune.tokenizers.sid_letters import LETTERS
 
-_LETTERS = string.ascii_lowercase
 
+def read_index_json(path: Path, letters: str | None = None) -> tuple[list[str], np.ndarray]:
+    """Item ids in file order and the numbers (N, L) int32 of an `index.json` file.
 
-def read_index_json(path: Path) -> tuple[list[str], np.ndarray]:
-    """Item ids in file order and codes (N, L) int32 of an `index.json` file.
+    Args:
+        path: the file.
+        letters: one letter per level, default a, b, c, ...; levels that share a letter are numbered on (`<d_17><d_300>`).
 
     Raises:
         DataError: unreadable file, an item given twice, a value that is no list of tokens, levels that disagree.
@@ -35,12 +37,16 @@ def read_index_json(path: Path) -> tuple[list[str], np.ndarray]:
         raise DataError(f"{path} gives the item '{twice}' more than once; keep one of its semantic IDs.")
     depth = len(pairs[0][1]) if isinstance(pairs[0][1], list) else 0
     for item_id, tokens in pairs:
-        if not isinstance(tokens, list) or not 1 <= len(tokens) <= len(_LETTERS) or len(tokens) != depth:
+        if not isinstance(tokens, list) or not 1 <= len(tokens) <= len(LETTERS) or len(tokens) != depth:
             raise DataError(
                 f"{path}: item '{item_id}' has {tokens!r}, expected a list of {max(depth, 1)} tokens such as '<a_60>' "
                 "like the first item."
             )
-    return ids, _codes(path, pairs, depth)
+    if letters is not None and len(letters) != depth:
+        raise DataError(
+            f"{path} has {depth} tokens per item, the letters '{letters}' stand for {len(letters)}; fix one."
+        )
+    return ids, _codes(path, pairs, letters or LETTERS[:depth])
 
 
 def _read_pairs(path: Path) -> list[tuple[str, Any]]:
@@ -57,7 +63,8 @@ def _read_pairs(path: Path) -> list[tuple[str, Any]]:
     return list(pairs)
 
 
-def _codes(path: Path, pairs: list[tuple[str, Any]], depth: int) -> np.ndarray:
+def _codes(path: Path, pairs: list[tuple[str, Any]], expected_letters: str) -> np.ndarray:
+    depth = len(expected_letters)
     try:
         tokens = pa.array([token for _, values in pairs for token in values], type=pa.string())
     except (pa.ArrowException, UnicodeEncodeError):
@@ -65,12 +72,12 @@ def _codes(path: Path, pairs: list[tuple[str, Any]], depth: int) -> np.ndarray:
     # At most nine digits, so that every number fits int32.
     found = pc.extract_regex(tokens, r"^<(?P<letter>[a-z])_(?P<code>0|[1-9][0-9]{0,8})>$")
     letters = pc.struct_field(found, "letter")
-    expected = pa.array(np.tile(np.array(list(_LETTERS[:depth]), dtype=object), len(pairs)), type=pa.string())
+    expected = pa.array(np.tile(np.array(list(expected_letters), dtype=object), len(pairs)), type=pa.string())
     wrong = pc.index(pc.fill_null(pc.equal(letters, expected), False), False).as_py()
     if wrong >= 0:
         item_id, level = pairs[wrong // depth][0], wrong % depth
         raise DataError(
             f"{path}: token {level + 1} of item '{item_id}' is {tokens[wrong].as_py()!r}, expected "
-            f"'<{_LETTERS[level]}_N>'."
+            f"'<{expected_letters[level]}_N>'."
         )
     return pc.struct_field(found, "code").cast(pa.int32()).to_numpy(zero_copy_only=False).reshape(-1, depth)

@@ -17,7 +17,7 @@ import numpy as np
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.tokenizers.neighbours import nearest_rows, neighbour_overlap, shared_levels
 from sidtune.tokenizers.quantizer import Quantizer, check_vectors
-from sidtune.tokenizers.semantic_ids import LETTERS, SemanticIds
+from sidtune.tokenizers.semantic_ids import SemanticIds
 
 _BLOCK = 65_536  # rows held in float64 at once
 
@@ -173,13 +173,14 @@ def _levels(sids: SemanticIds, errors: list[float] | None) -> list[LevelQuality]
     # Rows of `paths` are sorted, so a prefix is new exactly where any of its columns changes.
     changes = np.logical_or.accumulate(paths[1:] != paths[:-1], axis=1)
     levels, space = [], 1.0
+    names = sids.level_names()
     for n, size in enumerate(sids.level_sizes):
         counts = np.bincount(sids.codes[:, n], minlength=size)
         used, bits, space = int((counts > 0).sum()), entropy_bits(counts), space * size
         prefixes = int(changes[:, n].sum()) + 1
         levels.append(
             LevelQuality(
-                name=LETTERS[n],
+                name=names[n],
                 size=size,
                 used=used,
                 utilisation=used / size,

@@ -42,8 +42,9 @@ def check_vectors(vectors: Any, dims: int | None = None, what: str = "item vecto
             f"The {what} have {array.shape[1]} dimensions, but the codebooks were trained on {dims}; "
             "use the encoder they were trained with."
         )
-    bad = np.flatnonzero(~(np.abs(array).max(axis=1) < _LARGEST))  # NaN compares false, so it is caught here too
-    if len(bad):
+    # Two passes and no copy of a matrix that may fill half the memory; NaN compares false, so it is caught here too.
+    if not (array.max() < _LARGEST and array.min() > -_LARGEST):
+        bad = np.flatnonzero(~(np.abs(array).max(axis=1) < _LARGEST))
         raise DataError(
             f"{len(bad)} of {len(array)} {what} hold NaN, infinite or huge values (first: row {bad[0]}); "
             "repair or drop these rows before quantizing."
@@ -98,6 +99,10 @@ class Quantizer(abc.ABC):
     def depth(self) -> int:
         """Number of levels."""
         return len(self.level_sizes)
+
+    def level_letters(self) -> str | None:
+        """Letters of the SID tokens, one per level; None, as in most quantizers, is a, b, c, ... See `sid_letters.py`."""
+        return None
 
     @property
     @abc.abstractmethod

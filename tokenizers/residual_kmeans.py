@@ -11,6 +11,7 @@ Where it differs from the paper and its code (our choices):
 - Assignment is exact: faiss proposes, rows whose two nearest centroids lie within float32 rounding are decided again in
   float64, ties go to the lowest index. Codes therefore depend neither on batch, thread count nor on saving and loading.
 - New vectors are encoded with the frozen codebooks, which the released code cannot do.
+- Training holds the vectors and one residual, which every level changes in place; encoding goes block by block.
 - The paper's third-level balancing and OPQ levels are quantizers of their own: `balanced_kmeans.py`, `rq_opq.py`.
 """
 
@@ -27,6 +28,9 @@ from sidtune.core.errors import ConfigError, DataError
 from sidtune.tokenizers.quantizer import Quantizer, check_codes, check_vectors
 
 _PAIRS_PER_BLOCK = 1 << 24  # float64 distances held at once when near-ties are decided: 128 MiB
+_CANDIDATES = 4  # centroids that rows in doubt are compared with before all of them
+_FEW_ROWS = 64  # rows in doubt that are compared with all centroids at once
+_ROWS = 16_384  # rows hashed, compared or subtracted at once
 
 
 @dataclass
@@ -91,15 +95,42 @@ def nearest_centroids(
     index.add(centroids)
     distances, found = index.search(points, 2)
     best = found[:, 0].copy()
-    # faiss expands ||x-c||² into float32 products; its error grows with the lengths, not with the distance itself.
-    own = np.linalg.norm(points, axis=1) if lengths is None else lengths
-    rounding = 4 * (dims + 8) * np.finfo(np.float32).eps * (own + np.linalg.norm(centroids, axis=1).max()) ** 2
+    # faiss expands ||x-c||² into float32 products; its error grows with the lengths, not with the distance itself. Roundings
+    # of a sum of d products add up to 8 √d of them but once in 10^13 pairs (Higham and Mary 2019), not to the worst case d.
+    own = row_lengths(points) if lengths is None else lengths
+    unit = np.finfo(np.float32).eps / 2
+    rounding = (8 * np.sqrt(dims) + 8) * unit * (own + row_lengths(centroids).max()) ** 2
     doubt = np.flatnonzero(~(distances[:, 1] - distances[:, 0] > rounding))
-    block = max(1, _PAIRS_PER_BLOCK // len(centroids))
+    block = max(1, _PAIRS_PER_BLOCK // max(len(centroids), dims))
     for start in range(0, len(doubt), block):
         rows = doubt[start : start + block]
-        best[rows] = _exact(points[rows] if exact is None else exact(rows), centroids)
+        wide = (points[rows] if exact is None else exact(rows)).astype(np.float64)
+        best[rows] = _decided(index, points[rows], wide, rounding[rows], centroids)
     return best
+
+
+def _decided(
+    index: Any, points: np.ndarray, wide: np.ndarray, rounding: np.ndarray, centroids: np.ndarray
+) -> np.ndarray:
+    """Exact nearest centroid of points in doubt, by the few that faiss finds near; by all where even these are too many."""
+    if len(points) < _FEW_ROWS or len(centroids) <= _CANDIDATES:
+        return _exact(wide, centroids)
+    distances, found = index.search(points, _CANDIDATES)
+    found.sort(axis=1)
+    sums, columns, books = np.zeros(found.shape), wide.T.copy(), centroids.T.astype(np.float64)
+    for column, book in zip(
+        columns, books, strict=True
+    ):  # adds in the order of `_exact`, so that both agree to the last bit
+        sums += (column[:, None] - book[found]) ** 2
+    best = found[np.arange(len(found)), sums.argmin(axis=1)]
+    rest = np.flatnonzero(~(distances[:, -1] - distances[:, 0] > rounding))
+    best[rest] = _exact(wide[rest], centroids)
+    return best
+
+
+def row_lengths(points: np.ndarray) -> np.ndarray:
+    """(n,) Euclidean lengths of points (n, d), without the copy that `np.linalg.norm` makes."""
+    return np.sqrt(np.einsum("nd,nd->n", points, points))
 
 
 def _exact(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
@@ -115,6 +146,46 @@ def _unit_rows(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return points / lengths, lengths
 
 
+def training_rows(count: int, size: int, max_points_per_centroid: int, seed: int) -> np.ndarray | None:
+    """The rows that faiss draws from `count` points to train `size` centroids, or None where it takes all of them."""
+    import faiss
+
+    most = size * max_points_per_centroid
+    if count <= most:
+        return None
+    order = np.empty(count, dtype=np.int32)
+    faiss.rand_perm(faiss.swig_ptr(order), count, seed)
+    return order[:most]
+
+
+def merged(points: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Distinct rows of points (n, d) float32 and how often each occurs.
+
+    Returns:
+        `(points, None)`, without a copy, when no row occurs twice; else `(distinct, counts)`, rows in ascending order.
+    """
+    keys = np.concatenate([_row_hashes(points[i : i + _ROWS]) for i in range(0, len(points), _ROWS)])
+    order = np.argsort(keys, kind="stable")
+    same = np.flatnonzero(keys[order[1:]] == keys[order[:-1]])
+    if not len(same):
+        return points, None
+    for i in range(0, len(same), _ROWS):
+        part = same[i : i + _ROWS]
+        if (points[order[part]] != points[order[part + 1]]).any():  # two rows of one hash: sort all rows themselves
+            distinct, counts = np.unique(points, axis=0, return_counts=True)
+            return distinct, counts
+    starts = np.setdiff1d(np.arange(len(points)), same + 1, assume_unique=True)
+    distinct, place = np.unique(points[order[starts]], axis=0, return_index=True)
+    return distinct, np.diff(np.append(starts, len(points)))[place]
+
+
+def _row_hashes(points: np.ndarray) -> np.ndarray:
+    """(n,) uint64, equal for equal rows; adding zero makes -0.0 equal to 0.0."""
+    words = np.pad(points + np.float32(0), ((0, 0), (0, points.shape[1] % 2))).view(np.uint64)
+    factors = np.random.default_rng(0).integers(0, 2**63, words.shape[1], dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+    return np.einsum("nd,d->n", words, factors)
+
+
 def train_centroids(
     points: np.ndarray,
     size: int,
@@ -126,16 +197,21 @@ def train_centroids(
 ) -> tuple[np.ndarray, int]:
     """k-means of faiss on points (n, d) float32, repeated points merged into weighted ones.
 
+    With more than `size * max_points_per_centroid` points it trains on the same draw as faiss would.
+
     Returns:
         `(centroids (size, d) float32, distinct)`: with `distinct`, the number of distinct points, at most `size`, every
         point is a centroid and the rest repeat the first.
     """
     import faiss
 
-    distinct, counts = np.unique(points, axis=0, return_counts=True)
+    rows = training_rows(len(points), size, max_points_per_centroid, seed)
+    distinct, counts = merged(points if rows is None else points[rows])
+    if rows is not None and len(distinct) <= size:
+        distinct, counts = merged(points)
     if len(distinct) <= size:
+        distinct = np.unique(distinct, axis=0)
         return np.concatenate([distinct, np.repeat(distinct[:1], size - len(distinct), axis=0)]), len(distinct)
-    repeated = len(distinct) < len(points)
     kmeans = faiss.Kmeans(
         points.shape[1],
         size,
@@ -145,11 +221,19 @@ def train_centroids(
         max_points_per_centroid=max_points_per_centroid,
         min_points_per_centroid=1,
     )
-    kmeans.train(distinct if repeated else points, weights=counts.astype(np.float32) if repeated else None)
+    kmeans.train(distinct, weights=None if counts is None else counts.astype(np.float32))
     centroids = np.ascontiguousarray(kmeans.centroids, dtype=np.float32)
     dead = ~np.isfinite(centroids).all(axis=1)
     centroids[dead] = distinct[:1]
     return centroids, len(distinct)
+
+
+def subtracted(points: np.ndarray, book: np.ndarray, codes: np.ndarray, into: np.ndarray | None = None) -> np.ndarray:
+    """`points - book[codes]`, block by block, written to `into` (may be `points` itself) or a new array."""
+    result = np.empty_like(points) if into is None else into
+    for i in range(0, len(points), _ROWS):
+        np.subtract(points[i : i + _ROWS], book[codes[i : i + _ROWS]], out=result[i : i + _ROWS])
+    return result
 
 
 class ResidualKMeans(Quantizer):
@@ -218,7 +302,8 @@ class ResidualKMeans(Quantizer):
             scales[level] = lengths.mean()
             centroids, codes[:, level] = self._fit_level(residual, level, size, codes[:, :level])
             codebooks.append(centroids)
-            residual = residual - centroids[codes[:, level]]
+            # The first residual is the caller's array; the later ones are our own and change in place.
+            residual = subtracted(residual, centroids, codes[:, level], None if level == 0 else residual)
             if self.config.normalize_residuals:
                 residual, step = _unit_rows(residual)
                 lengths *= step
@@ -258,7 +343,9 @@ class ResidualKMeans(Quantizer):
         Raises:
             DataError: not fitted, another width than the training vectors, NaN, infinite or huge entries.
         """
-        return self._walk(vectors)[0]
+        self._require_fit()
+        vectors, step = check_vectors(vectors, self.dims), self.config.chunk_size
+        return np.concatenate([self._walk(vectors[i : i + step])[0] for i in range(0, len(vectors), step)])
 
     def residual(self, vectors: np.ndarray, depth: int | None = None) -> np.ndarray:
         """What is left of vectors (n, d) after `depth` levels (default: all), float32 (n, d).
@@ -277,7 +364,7 @@ class ResidualKMeans(Quantizer):
         for level in range(depth):
             chosen = self._assign(residual, self._codebooks[level])
             codes[:, level] = chosen
-            residual = residual - self._codebooks[level][chosen]
+            residual = subtracted(residual, self._codebooks[level], chosen, None if level == 0 else residual)
             if self.config.normalize_residuals:
                 residual = _unit_rows(residual)[0]
         return codes, residual

@@ -4,9 +4,8 @@ The head (4096-1024-512 codes) says what the item shares with others, from coars
 last residual, tells items apart: `x̂ = Σ_l C_l[a_l] + Rᵀ [T_1[o_1], T_2[o_2]]`. Queries and items go through the same
 codebooks: train on both, stacked, and `encode` a query when it comes.
 
-The tail levels share one letter in the paper (`<d_17><d_300>`: the second code is shifted by the size of the first).
-`sid_codes_shared` and `level_letters` write that form; the interface itself keeps one letter per level, because both spell
-the same number of tokens and every table here counts levels.
+The tail levels share one letter in the paper (`<d_17><d_300>`: the second code is shifted by the size of the first);
+`shared_letter` makes SIDs of that form. Codes are the same either way, and so is the number of tokens.
 
 Where it differs from the released code (our choices):
 - New vectors are encoded with frozen codebooks (nearest centroid per level, then the tail); the release cannot.
@@ -30,6 +29,7 @@ from sidtune.tokenizers.balanced_kmeans import BalancedKMeans, BalancedKMeansCon
 from sidtune.tokenizers.product_quantizer import ProductQuantizer, ProductQuantizerConfig
 from sidtune.tokenizers.quantizer import Quantizer, check_codes, check_vectors
 from sidtune.tokenizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig
+from sidtune.tokenizers.sid_letters import LETTERS
 
 
 @dataclass
@@ -47,6 +47,8 @@ class RqOpqConfig:
         iterations: Lloyd iterations of every codebook.
         max_points_per_centroid: training vectors drawn per head centroid (released code: 10000).
         tail_points_per_centroid: training residuals drawn per tail centroid (faiss: 256).
+        shared_letter: write the tail codes with one letter, the second numbered on from the first, as the paper does;
+            default: one letter per level. Changes the text of the tokens alone.
         seed: of all codebooks.
         chunk_size: rows per block when encoding; memory only.
     """
@@ -60,6 +62,7 @@ class RqOpqConfig:
     iterations: int = 25
     max_points_per_centroid: int = 10_000
     tail_points_per_centroid: int = 256
+    shared_letter: bool = False
     seed: int = 0
     chunk_size: int = 65_536
 
@@ -131,18 +134,12 @@ class RqOpq(Quantizer):
     def codebooks(self) -> list[np.ndarray]:
         return self.head.codebooks + self.tail.codebooks
 
-    def level_letters(self) -> str:
-        """One letter per level in the paper's form, all tail levels sharing one: `abcdd`."""
-        letters = "abcdefghijklmnopqrstuvwxyz"[: self.head.depth + 1]
-        return letters[:-1] + letters[-1] * self.config.tail_parts
-
-    def sid_codes_shared(self, codes: np.ndarray) -> np.ndarray:
-        """Codes (n, depth) with tail code m shifted by `m * tail_size`: the numbers of the paper's tokens."""
-        codes = check_codes(codes, self.level_sizes)
-        if codes.shape[1] != self.depth:
-            raise DataError(f"Expected whole codes of {self.depth} levels, got {codes.shape[1]}; give all levels.")
-        shift = np.concatenate([np.zeros(self.head.depth), self.config.tail_size * np.arange(self.config.tail_parts)])
-        return codes + shift.astype(np.int32)
+    def level_letters(self) -> str | None:
+        """`abcdd` with `shared_letter`, else None: one letter per level."""
+        if not self.config.shared_letter:
+            return None
+        letters = LETTERS[: self.head.depth + 1]
+        return letters[:-1] + letters[-1] * self.tail.depth
 
     def fit(self, vectors: np.ndarray) -> Self:
         """Learns head and tail from vectors (n, d), queries and items stacked where both are coded."""
@@ -159,16 +156,17 @@ class RqOpq(Quantizer):
         codes, residual = self.head._learn(vectors)
         if self.head.notes:
             warnings.warn(" ".join(self.head.notes), stacklevel=2)
-        return np.concatenate([codes, self.tail.fit(residual).encode(residual)], axis=1)
+        return np.concatenate([codes, self.tail.fit_encode(residual)], axis=1)
 
     def encode(self, vectors: np.ndarray) -> np.ndarray:
-        codes, residual = self._head_codes(vectors)
-        return np.concatenate([codes, self.tail.encode(residual)], axis=1)
-
-    def _head_codes(self, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if self.dims is None:
             raise DataError("This RQ-OPQ quantizer has no codebooks yet; call fit(vectors) or load a saved one.")
-        return self.head._walk(vectors)
+        vectors, step = check_vectors(vectors, self.dims), self.config.chunk_size
+        return np.concatenate([self._encode(vectors[i : i + step]) for i in range(0, len(vectors), step)])
+
+    def _encode(self, vectors: np.ndarray) -> np.ndarray:
+        codes, residual = self.head._walk(vectors)
+        return np.concatenate([codes, self.tail.encode(residual)], axis=1)
 
     def residual(self, vectors: np.ndarray, depth: int | None = None) -> np.ndarray:
         """What is left of vectors (n, d) after `depth` head levels (default: all of the head), float32 (n, d)."""

@@ -1,9 +1,8 @@
 """The map between items and semantic IDs (SIDs): lossless, one code to many items.
 
-A SID is one code per level; its text is `<a_12><b_7><c_0>`, one letter per level. Several items may share a code.
-Nothing is
-dropped then: every item keeps its row, and a decoded code expands into all its items, most popular first, then by item
-id.
+A SID is one code per level; its text is `<a_12><b_7><c_0>`, one letter per level unless levels share one (`letters`).
+Several items may share a code. Nothing is dropped then: every item keeps its row, and a decoded code expands into all its
+items, most popular first, then by item id.
 
 Where it differs from the papers: OneSearch shows up to five items per SID and leaves the map implicit, TIGER appends a
 number to colliding items. Here the map is explicit, and the number is an option (`with_suffix`).
@@ -11,8 +10,6 @@ number to colliding items. Here the map is explicit, and the number is an option
 
 from __future__ import annotations
 
-import re
-import string
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -28,12 +25,12 @@ from sidtune.core.folders import read_json, write_folder, write_json
 from sidtune.tokenizers.hub import push_saved, resolve_folder
 from sidtune.tokenizers.published import read_index_json
 from sidtune.tokenizers.quantizer import load_tensors
+from sidtune.tokenizers.sid_letters import LETTERS as LETTERS
+from sidtune.tokenizers.sid_letters import SidLetters
 
-LETTERS = string.ascii_lowercase
 CONFIG_FILE = "sid_config.json"
 CODE_FILE = "codes.safetensors"
 ITEM_FILE = "item_ids.parquet"
-_TOKEN = re.compile(r"<([a-z])_(0|[1-9][0-9]*)>")
 
 
 @dataclass(frozen=True)
@@ -75,17 +72,19 @@ class SemanticIds:
         level_sizes: number of codes of each level, at most 26 levels.
         popularity: (N,) finite numbers that order the items of one code, default all 0 (then by item id alone).
         suffix_level: True when the last level is the one `with_suffix` adds.
+        letters: one letter per level in the token texts, default a, b, c, ...; `abcdd` lets the last two levels share one,
+            the second numbered on from the first (see `sid_letters.py`).
 
     Attributes:
         item_ids: list of N strings, row order.
         codes: (N, L) int32, read-only.
         level_sizes: tuple of L integers.
         popularity: (N,) float64, read-only.
-        suffix_level: as above.
+        suffix_level, letters: as above.
 
     Raises:
         DataError: empty catalogue, duplicate ids, shapes that disagree, codes out of range, popularity not finite.
-        ConfigError: level sizes that are no positive integers, or more than 26 levels.
+        ConfigError: level sizes that are no positive integers, more than 26 levels, or letters that do not fit them.
     """
 
     def __init__(
@@ -95,8 +94,10 @@ class SemanticIds:
         level_sizes: Sequence[int],
         popularity: np.ndarray | None = None,
         suffix_level: bool = False,
+        letters: str | None = None,
     ) -> None:
-        self.level_sizes = _check_sizes(level_sizes)
+        self._letters = SidLetters(level_sizes, letters)
+        self.level_sizes, self.letters = self._letters.level_sizes, self._letters.letters
         self.item_ids, self._id_array = _check_ids(item_ids)
         self.codes = _check_codes(codes, len(self.item_ids), self.level_sizes)
         self.popularity = _check_popularity(popularity, len(self.item_ids))
@@ -119,7 +120,11 @@ class SemanticIds:
         """Token texts of one level, `<a_0>`, `<a_1>`, ...; raises ConfigError for a level that does not exist."""
         if not 0 <= level < self.depth:
             raise ConfigError(f"There is no level {level}; these semantic IDs have the levels 0 to {self.depth - 1}.")
-        return [f"<{LETTERS[level]}_{code}>" for code in range(self.level_sizes[level])]
+        return self._letters.level_tokens(level)
+
+    def level_names(self) -> list[str]:
+        """One name per level for tables: its letter, or `d1`, `d2` where levels share the letter d."""
+        return self._letters.level_names()
 
     def tokens(self) -> list[str]:
         """Token texts of all levels, level by level."""
@@ -161,13 +166,7 @@ class SemanticIds:
 
     def parse(self, text: str) -> tuple[int, ...] | None:
         """The code a SID text spells, used by an item or not; None unless it is exactly one code of these levels."""
-        parts = _TOKEN.findall(text)
-        if len(parts) != self.depth or sum(len(letter) + len(code) + 3 for letter, code in parts) != len(text):
-            return None
-        code = tuple(int(number) for _, number in parts)
-        letters = "".join(letter for letter, _ in parts)
-        fits = all(number < size for number, size in zip(code, self.level_sizes, strict=True))
-        return code if fits and letters == LETTERS[: self.depth] else None
+        return self._letters.parse(text)
 
     @cached_property
     def _id_rank(self) -> np.ndarray:
@@ -235,7 +234,7 @@ class SemanticIds:
 
     def code_text(self, code: Sequence[int]) -> str:
         """SID text of a code."""
-        return "".join(f"<{LETTERS[level]}_{int(number)}>" for level, number in enumerate(code))
+        return self._letters.text(code)
 
     def with_suffix(self, size: int | None = None) -> SemanticIds:
         """New semantic IDs with one more level that makes every code unique.
@@ -246,7 +245,7 @@ class SemanticIds:
             size: number of codes of the new level, default the largest group. Choose more to leave room for `extended`.
 
         Raises:
-            ConfigError: there is a suffix already, `size` is below the largest group, or 27 levels would result.
+            ConfigError: there is a suffix already, `size` is below the largest group, or no letter is left for it.
         """
         if self.suffix_level:
             raise ConfigError("These semantic IDs have a suffix level already; a second one would always be 0.")
@@ -260,9 +259,8 @@ class SemanticIds:
         suffix = np.empty(len(self), dtype=np.int32)
         suffix[rows] = np.arange(len(rows)) - np.repeat(offsets[:-1], groups)
         codes = np.concatenate([self.codes, suffix[:, None]], axis=1)
-        return SemanticIds(
-            self.item_ids, codes, (*self.level_sizes, size or largest), self.popularity, suffix_level=True
-        )
+        sizes, letters = (*self.level_sizes, size or largest), self.letters + LETTERS[len(set(self.letters)) :][:1]
+        return SemanticIds(self.item_ids, codes, sizes, self.popularity, suffix_level=True, letters=letters)
 
     def extended(
         self, new_ids: Sequence[str], new_codes: np.ndarray, popularity: np.ndarray | None = None
@@ -284,7 +282,7 @@ class SemanticIds:
         if used:
             raise DataError(f"{len(used)} new items have semantic IDs already (first: '{used[0]}'); leave them out.")
         if self.suffix_level:
-            base = SemanticIds(new_ids, new_codes, self.level_sizes[:-1], popularity)
+            base = SemanticIds(new_ids, new_codes, self.level_sizes[:-1], popularity, letters=self.letters[:-1])
             new_codes, weight = self._next_suffixes(base), base.popularity
         else:
             weight = _check_popularity(popularity, len(new_ids))
@@ -295,6 +293,7 @@ class SemanticIds:
             self.level_sizes,
             np.concatenate([self.popularity, weight]),
             self.suffix_level,
+            self.letters,
         )
 
     def _next_suffixes(self, new: SemanticIds) -> np.ndarray:
@@ -329,6 +328,7 @@ class SemanticIds:
                 "items": len(self),
                 "level_sizes": list(self.level_sizes),
                 "suffix_level": self.suffix_level,
+                "letters": self.letters,
                 "expansion_order": "popularity descending, then item_id ascending",
             }
             write_json(scratch / CONFIG_FILE, config)
@@ -349,7 +349,7 @@ class SemanticIds:
         tensors = load_tensors(folder / CODE_FILE)
         item_ids = _read_ids(folder / ITEM_FILE)
         try:
-            known = {"level_sizes": config["level_sizes"], "suffix_level": config["suffix_level"]}
+            known = {key: config[key] for key in ("level_sizes", "suffix_level")} | {"letters": config.get("letters")}
             codes, popularity, items = tensors["codes"], tensors["popularity"], config["items"]
         except (KeyError, TypeError) as error:
             raise DataError(f"The semantic IDs in {folder} lack {error}; write the folder again.") from None
@@ -365,7 +365,11 @@ class SemanticIds:
 
     @classmethod
     def from_index_json(
-        cls, path: str | Path, level_sizes: Sequence[int] | None = None, popularity: dict[str, float] | None = None
+        cls,
+        path: str | Path,
+        level_sizes: Sequence[int] | None = None,
+        popularity: dict[str, float] | None = None,
+        letters: str | None = None,
     ) -> Self:
         """Published SIDs: a JSON mapping of item id to its tokens, `{"0": ["<a_60>", "<b_159>", "<c_203>"], ...}`.
 
@@ -373,14 +377,21 @@ class SemanticIds:
             path: the file.
             level_sizes: codes per level, default the largest code of each level plus one.
             popularity: item id → popularity, default 0 where absent.
+            letters: one letter per level, default a, b, c, ...; where levels share one, `level_sizes` must be given.
 
         Raises:
             DataError: unreadable file, an item given twice, a token that is none, levels that disagree.
+            ConfigError: shared letters without `level_sizes`, which a file does not say.
         """
-        item_ids, codes = read_index_json(Path(path))
-        sizes = level_sizes if level_sizes is not None else (codes.max(axis=0) + 1).tolist()
+        if letters is not None and level_sizes is None and len(set(letters)) < len(letters):
+            raise ConfigError(
+                f"Levels that share a letter ('{letters}') need level_sizes, to know where each one starts."
+            )
+        item_ids, numbers = read_index_json(Path(path), letters)
+        sizes = level_sizes if level_sizes is not None else (numbers.max(axis=0) + 1).tolist()
+        codes = numbers if letters is None else SidLetters(sizes, letters).codes_of_numbers(numbers)
         weight = None if popularity is None else np.array([popularity.get(i, 0.0) for i in item_ids], dtype=np.float64)
-        return cls(item_ids, codes, sizes, weight)
+        return cls(item_ids, codes, sizes, weight, letters=letters)
 
 
 def _read_ids(path: Path) -> list[str]:
@@ -393,15 +404,6 @@ def _read_ids(path: Path) -> list[str]:
     except (pa.ArrowException, KeyError, OSError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"The file {path} is not a readable list of item ids ({reason}); write it again.") from None
-
-
-def _check_sizes(level_sizes: Sequence[int]) -> tuple[int, ...]:
-    sizes = tuple(int(k) if isinstance(k, (int, np.integer)) and not isinstance(k, bool) else 0 for k in level_sizes)
-    if not sizes or min(sizes) < 1:
-        raise ConfigError(f"level_sizes must be one positive integer per level, got {list(level_sizes)}.")
-    if len(sizes) > len(LETTERS):
-        raise ConfigError(f"Semantic IDs have at most {len(LETTERS)} levels, one letter each, got {len(sizes)}.")
-    return sizes
 
 
 def _check_ids(item_ids: Sequence[str]) -> tuple[list[str], pa.Array]:

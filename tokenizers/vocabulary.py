@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sidtune.core.errors import ConfigError, DataError, nearest
 from sidtune.core.folders import read_json, write_json
 from sidtune.tokenizers.model_files import load_base as load_base
+from sidtune.tokenizers.sid_letters import SidLetters
 from sidtune.tokenizers.vocab_matrices import VocabMatrix, base_of, grow, is_split, vocab_matrices
 from sidtune.tokenizers.vocabulary_init import (
     INITS,
@@ -53,15 +54,18 @@ class Vocabulary:
         sid_token_ids: (sum level_sizes,) int64, aligned with `SemanticIds.tokens()`; consecutive, ascending, read-only.
         base_vocab_size: number of tokens before the semantic IDs; the first SID token has this id.
         embedding_rows: rows of the token matrices, padding included.
+        letters: one letter per level in the token texts; default a, b, c, ...
 
     Raises:
         DataError: ids that are not consecutive from `base_vocab_size`, or do not fit the levels or the rows.
+        ConfigError: letters that do not fit the levels.
     """
 
     level_sizes: tuple[int, ...]
     sid_token_ids: np.ndarray = field(repr=False)
     base_vocab_size: int
     embedding_rows: int
+    letters: str | None = None
 
     def __post_init__(self) -> None:
         ids = np.array(self.sid_token_ids, dtype=np.int64)
@@ -79,6 +83,7 @@ class Vocabulary:
         ids.flags.writeable = False
         object.__setattr__(self, "sid_token_ids", ids)
         object.__setattr__(self, "level_sizes", tuple(int(size) for size in self.level_sizes))
+        object.__setattr__(self, "letters", SidLetters(self.level_sizes, self.letters).letters)
 
     @property
     def start(self) -> int:
@@ -116,6 +121,11 @@ class Vocabulary:
                 f"The vocabulary has levels of {list(self.level_sizes)} codes, the semantic IDs of "
                 f"{list(sids.level_sizes)}; use the semantic IDs the model was extended with."
             )
+        if sids is not None and sids.letters != self.letters:
+            raise DataError(
+                f"The vocabulary writes its levels with the letters '{self.letters}', the semantic IDs with "
+                f"'{sids.letters}'; use the semantic IDs the model was extended with."
+            )
         if rows is not None and rows < self.stop:
             raise DataError(
                 f"The model has {rows} token rows, but the SID tokens end at id {self.stop - 1}; use the extended "
@@ -123,7 +133,7 @@ class Vocabulary:
             )
         if tokenizer is not None:
             ends = tokenizer.convert_ids_to_tokens([self.start, self.stop - 1]) if len(tokenizer) >= self.stop else []
-            last = f"<{'abcdefghijklmnopqrstuvwxyz'[self.depth - 1]}_{self.level_sizes[-1] - 1}>"
+            last = SidLetters(self.level_sizes, self.letters).level_tokens(self.depth - 1)[-1]
             if ends != ["<a_0>", last]:
                 raise DataError(
                     f"The tokenizer does not hold the SID tokens <a_0> to {last} at the ids {self.start} to "
@@ -138,6 +148,7 @@ class Vocabulary:
             "level_sizes": list(self.level_sizes),
             "base_vocab_size": self.base_vocab_size,
             "embedding_rows": self.embedding_rows,
+            "letters": self.letters,
             "sid_token_ids": self.sid_token_ids.tolist(),
         }
         write_json(Path(folder) / VOCABULARY_FILE, value)
@@ -161,6 +172,7 @@ class Vocabulary:
                 sid_token_ids=np.array(value["sid_token_ids"], dtype=np.int64),
                 base_vocab_size=value["base_vocab_size"],
                 embedding_rows=value["embedding_rows"],
+                letters=value.get("letters"),
             )
         except (KeyError, TypeError, OverflowError) as error:
             raise DataError(f"The file {path} is damaged ({error}); copy it from the extended model again.") from None
@@ -234,6 +246,7 @@ def extend_vocabulary(
         sid_token_ids=np.arange(base, stop, dtype=np.int64),
         base_vocab_size=base,
         embedding_rows=vocab_matrices(model)[0].parameter.shape[0],
+        letters=sids.letters,
     )
 
 
