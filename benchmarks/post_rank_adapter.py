@@ -1,10 +1,10 @@
 """What can an adapter see? Query-instructed adapter and MLP with one linear layer behind them, for three query vectors.
 
-    python benchmarks/post_rank_adapter.py [--quick] [--json FILE]
+    python benchmarks/post_rank_adapter.py [--quick] [--json FILE] [--movielens FOLDER]
 
-No language model: the soft token of a candidate goes into one linear layer, trained with the Plackett-Luce loss on the
-sessions of recipes/llm4pr/shop.yaml. The NDCG@8 on validation requests says what the adapter itself can use of the query, the
-user and the history; what a language model adds to it must come on top. Not a benchmark of speed: `seconds` is for orientation.
+No language model: the soft token of a candidate goes into one linear layer, trained with the Plackett-Luce loss on the lists of
+recipes/llm4pr/shop.yaml, or movielens.yaml. The NDCG of whole lists on validation requests says what the adapter itself can use of
+the query, the user and the history; what a language model adds must come on top. Not a benchmark of speed.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ from sidtune.models.query_instructed_adapter import build_adapter
 from sidtune.recipes.post_rank_sources import load_source
 from sidtune.trainers.post_rank_data import field_specs
 
-CONFIG = Path(__file__).parents[1] / "recipes" / "llm4pr" / "shop.yaml"
+CONFIGS = Path(__file__).parents[1] / "recipes" / "llm4pr"
 QUERIES = ("query", "query and user", "query, user and history")
-SETTINGS = ListMetrics(ks=(8,), metrics=("ndcg",), relevance="rating", gain="linear")
 
 
 class Scorer(torch.nn.Module):
@@ -61,17 +60,18 @@ def list_loss(scores: torch.Tensor, batch: PostRankBatch) -> torch.Tensor:
     return ((left - sorted_scores) * real).sum() / real.sum()
 
 
-def ndcg(scorer: Scorer, table: PostRankTable, rows: np.ndarray) -> float:
-    """NDCG@8 of the requests in order of their scores."""
+def ndcg(scorer: Scorer, table: PostRankTable, rows: np.ndarray, gain: str) -> float:
+    """NDCG of the requests in order of their scores, over whole lists."""
     batch = table.batch(rows, 0)
     with torch.no_grad():
         order = scorer(batch).argsort(dim=1, descending=True).numpy()
-    found = evaluate_lists(order, batch.relevance, batch.item_mask, SETTINGS)
-    return float(found.per_request["ndcg@8"].mean())
+    settings = ListMetrics(ks=(order.shape[1],), metrics=("ndcg",), relevance="rating", gain=gain)
+    found = evaluate_lists(order, batch.relevance, batch.item_mask, settings)
+    return float(found.per_request[f"ndcg@{order.shape[1]}"].mean())
 
 
-def fit(kind: str, table: PostRankTable, epochs: int, seed: int) -> float:
-    """NDCG@8 on validation after the last epoch."""
+def fit(kind: str, table: PostRankTable, epochs: int, seed: int, gain: str) -> float:
+    """NDCG on validation after the last epoch."""
     train, valid = table.rows_of("train"), table.rows_of("valid")
     torch.manual_seed(seed)
     scorer, random = Scorer(kind, table, train), np.random.default_rng(seed)
@@ -83,7 +83,7 @@ def fit(kind: str, table: PostRankTable, epochs: int, seed: int) -> float:
             optimizer.zero_grad()
             list_loss(scorer(batch), batch).backward()
             optimizer.step()
-    return ndcg(scorer, table, valid)
+    return ndcg(scorer, table, valid, gain)
 
 
 def tables(source: dict) -> dict[str, PostRankTable]:
@@ -97,23 +97,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one seed, 1,500 requests")
     parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--movielens", metavar="FOLDER", help="ml-100k or ml-1m instead of simulated sessions")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    source: dict[str, Any] = load_yaml(CONFIG)["source"]
+    config: dict[str, Any] = load_yaml(CONFIGS / ("shop.yaml" if arguments.movielens is None else "movielens.yaml"))
+    source, gain = config["source"], config["metrics"]["gain"]
+    epochs = 6 if arguments.movielens is None else 3
+    if arguments.movielens is not None:
+        source["path"] = arguments.movielens
     seeds = (0,) if arguments.quick else (0, 1, 2)
-    if arguments.quick:
+    if arguments.quick and arguments.movielens is None:
         source["count"] = 1500
     rows = []
     for name, table in tables(source).items():
         for kind in ("qia", "mlp_query"):
             started = time.perf_counter()
-            found = [fit(kind, table, 6, seed) for seed in seeds]
+            found = [fit(kind, table, epochs, seed, gain) for seed in seeds]
             seconds = time.perf_counter() - started
             spread = float(np.std(found, ddof=1)) if len(found) > 1 else None
-            row = {"name": f"{kind}, {name}", "ndcg@8": round(float(np.mean(found)), 4), "seeds": len(found)}
+            row = {"name": f"{kind}, {name}", "ndcg_list": round(float(np.mean(found)), 4), "seeds": len(found)}
             rows.append({**row, "spread": spread, "values": found, "seconds": seconds})
             shown = "" if spread is None else f" ± {spread:.4f}"
-            print(f"{kind:10s} {name:25s} NDCG@8 {np.mean(found):.4f}{shown}  ({seconds:.0f} s)")
+            print(f"{kind:10s} {name:25s} NDCG {np.mean(found):.4f}{shown}  ({seconds:.0f} s)")
     if arguments.json:
         machine = {"processor": platform.machine(), "threads": 1, "torch": torch.__version__}
         arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n", "utf-8")

@@ -37,7 +37,7 @@ COLUMNS = {
     "query_recall": "recall@10 by query codes",
     "seeds": "seeds",
     "ndcg": "NDCG@10",
-    "ndcg@8": "NDCG@8",
+    "ndcg_list": "NDCG of the list",
     "spread": "±",
     "difference": "minus residual_kmeans",
     "adjusted_p": "p",

@@ -188,7 +188,7 @@ def main(arguments: Arguments) -> None:
         "told": told,
         "notes": data.source.table.notes,
     }
-    table = list_table(rows, arguments.list_metrics()) + "\n" + _costs(told)
+    table = "\n".join([list_table(rows, arguments.list_metrics()), _differences(record), _costs(told)])
     (output / "table.md").write_text(table, "utf-8")
     write_json(output / "metrics.json", record)
     columns = {f"{n}/{m}": v for n, result in results.items() for m, v in result.per_request.items()}
@@ -353,6 +353,24 @@ def _against(arguments: Arguments, results: dict[str, RankingResult], options: d
     return {
         name: {**as_dict(pair), "adjusted_p_value": p} for (name, pair), p in zip(pairs.items(), adjusted, strict=True)
     }
+
+
+def _differences(record: dict[str, Any]) -> str:
+    """`llm4pr` minus every other system on the primary metric, as a table."""
+    if not record["against"]:
+        return ""
+    lines = [
+        "",
+        f"| {MAIN} minus | {record['primary']} | 95 % interval | p (Holm) | seeds |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    own = record["each_seed"][MAIN]
+    for name, pair in record["against"].items():
+        seeds = ", ".join(f"{a - b:+.4f}" for a, b in zip(own, record["each_seed"][name], strict=True))
+        interval = f"[{pair['low']:+.4f}, {pair['high']:+.4f}]"
+        lines.append(f"| {name} | {pair['difference']:+.4f} | {interval} | {pair['adjusted_p_value']:.3f} | {seeds} |")
+    note = "Paired over requests (means of the seeds), users resampled; the last column is seed by seed."
+    return "\n".join([*lines, "", note, ""])
 
 
 def _costs(told: dict[str, Any]) -> str:

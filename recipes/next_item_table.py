@@ -1,0 +1,250 @@
+"""The table of `next_item`: test figures read once per model, mean and spread over seeds, what each row cost, paired tests.
+
+Test figures lie in `seed_S/test/SYSTEM/`: `ranked.safetensors` (item rows per user), `metrics.json`, and `run.json` with the
+fingerprint of the model. A folder with that fingerprint is reused, so a reported row reads the test targets once.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sidtune.core.config import as_dict
+from sidtune.core.folders import RUN_FILE, fingerprint, read_json, versions, write_folder, write_json, write_run
+from sidtune.data_builders.item_sequences import ItemSequences, SequenceExamples
+from sidtune.data_builders.schema import Tables
+from sidtune.metrics.baselines import BaselineRequests
+from sidtune.metrics.bootstrap import holm, paired_bootstrap
+from sidtune.metrics.ranking import Relevance
+from sidtune.metrics.registry import BASELINES
+from sidtune.recipes.seeds import publish
+from sidtune.trainers.next_item import measure_targets
+
+if TYPE_CHECKING:
+    from sidtune.recipes.next_item import Arguments
+
+PLACES = 20
+SHOWN = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")
+PRIMARY = "ndcg@10"
+
+
+def report(arguments: Arguments, tables: Tables, sequences: ItemSequences) -> dict[str, Any]:
+    """Measures what is trained, writes `results.json`, prints and publishes the table."""
+    rows: dict[str, dict[str, Any]] = {}
+    per_user: dict[str, dict[int, np.ndarray]] = {}
+    for name in arguments.baselines:
+        ranked = rank_baseline(name, arguments, tables, sequences)
+        result = measure_targets(ranked, sequences, held_out(arguments, sequences))
+        rows[name] = {"kind": "baseline", "metrics": {s: result.means() for s in arguments.seeds}, "cost": {}}
+        per_user[name] = dict.fromkeys(arguments.seeds, result.per_request[PRIMARY])
+    for name in [*arguments.systems, *arguments.ensembles]:
+        members = arguments.ensembles.get(name, [name])
+        seeds = [s for s in arguments.seeds if all((arguments.folder(s, m) / RUN_FILE).exists() for m in members)]
+        if not seeds:
+            continue
+        found = {seed: measured(arguments, name, members, seed, sequences) for seed in seeds}
+        kind = "ensemble" if name in arguments.ensembles else "model"
+        rows[name] = {
+            "kind": kind,
+            "metrics": {seed: means for seed, (means, _) in found.items()},
+            "cost": cost_of(arguments, members, seeds),
+        }
+        per_user[name] = {seed: values for seed, (_, values) in found.items()}
+    record = {
+        "split": "test" if arguments.test else "valid",
+        "users": len(held_out(arguments, sequences)),
+        "catalogue": len(sequences.item_ids),
+        "seeds": arguments.seeds,
+        "num_beams": arguments.num_beams,
+        "exclude_seen": arguments.exclude_seen,
+        "systems": {name: summary(row) for name, row in rows.items()},
+        "paired": paired(arguments, rows, per_user),
+        "machine": {"processor": platform.machine(), "system": platform.system()},
+        "versions": versions(),
+    }
+    write_json(Path(arguments.output_dir) / "results.json", record)
+    publish(record, markdown(record), arguments.results, arguments.readme)
+    return record
+
+
+def held_out(arguments: Arguments, sequences: ItemSequences) -> SequenceExamples:
+    """The users of the table with their whole histories: all test users, or all validation users where `test` is off."""
+    return sequences.held_out("test" if arguments.test else "valid")
+
+
+def rank_baseline(name: str, arguments: Arguments, tables: Tables, sequences: ItemSequences) -> np.ndarray:
+    """(n, PLACES) item rows of a baseline that saw the training parts and reads the whole history before the target."""
+    examples = held_out(arguments, sequences)
+    events = tables.events
+    order = np.lexsort((events["time"].to_numpy(), _user_codes(tables)))
+    places = np.arange(len(sequences.rows))
+    training = places < np.repeat(sequences.training_stops, sequences.lengths)
+    baseline = BASELINES.get(name)().fit(tables.items, events.take(order[training]))
+    lengths = examples.stops - 1 - examples.starts
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    flat = np.repeat(examples.starts - offsets[:-1], lengths) + np.arange(offsets[-1])
+    history = Relevance(offsets, sequences.rows[flat])
+    return baseline.rank(BaselineRequests([None] * len(examples), history), PLACES)
+
+
+def _user_codes(tables: Tables) -> np.ndarray:
+    from sidtune.data_builders.history import encode
+
+    return encode(tables.events["user_id"])[0]
+
+
+def measured(
+    arguments: Arguments, name: str, members: list[str], seed: int, sequences: ItemSequences
+) -> tuple[dict[str, float], np.ndarray]:
+    """Means of the metrics of one row and seed, and (n,) NDCG@10 per user; read from disk where they are of these models."""
+    from safetensors.numpy import load_file, save_file
+
+    split = "test" if arguments.test else "valid"
+    folder = Path(arguments.output_dir) / f"seed_{seed}" / split / name
+    models = {member: fingerprint(arguments.folder(seed, member)) for member in members}
+    config = {"models": models, "num_beams": arguments.num_beams, "exclude_seen": arguments.exclude_seen}
+    examples = held_out(arguments, sequences)
+    if (folder / RUN_FILE).exists() and read_json(folder / RUN_FILE)["config"] == config:
+        ranked = load_file(folder / "ranked.safetensors")["rows"]
+    else:
+        ranked = rank_members(arguments, members, seed, sequences, examples)
+        with write_folder(folder) as scratch:
+            save_file({"rows": ranked}, scratch / "ranked.safetensors")
+            means = measure_targets(ranked, sequences, examples).means()
+            write_json(scratch / "metrics.json", means)
+            write_run(scratch, step="next_item_test", config=config, metrics=means)
+    result = measure_targets(ranked, sequences, examples)
+    return result.means(), result.per_request[PRIMARY]
+
+
+def rank_members(
+    arguments: Arguments, members: list[str], seed: int, sequences: ItemSequences, examples: SequenceExamples
+) -> np.ndarray:
+    """(n, PLACES) item rows of one model, or of several that average their probabilities over common candidates."""
+    from sidtune.decoding.next_item_ranking import HistoryRanker, SidCatalogue
+    from sidtune.models.next_item import load_network
+    from sidtune.tokenizers.semantic_ids import SemanticIds
+
+    models = []
+    for member in members:
+        folder = arguments.folder(seed, member)
+        catalogue = SidCatalogue.of(SemanticIds.from_pretrained(folder / "sids"), sequences)
+        ranker = HistoryRanker(sequences, catalogue, arguments.num_beams, exclude_seen=arguments.exclude_seen)
+        cut = _cut(examples, arguments.system(member).max_history)
+        models.append((load_network(folder), ranker, cut))
+    if len(models) == 1:
+        network, ranker, cut = models[0]
+        return ranker.rank(network, cut, PLACES)[0]
+    return combined(models, arguments.num_beams, sequences.training_counts())
+
+
+def _cut(examples: SequenceExamples, max_history: int) -> SequenceExamples:
+    """The examples with no more than `max_history` items before the target."""
+    starts = np.maximum(examples.starts, examples.firsts - max_history)
+    return SequenceExamples(starts, examples.stops, examples.firsts, examples.users)
+
+
+def combined(models: list[tuple[Any, Any, SequenceExamples]], candidates: int, counts: np.ndarray) -> np.ndarray:
+    """(n, PLACES): the best of all models' candidates by mean probability, then popularity, then row.
+
+    Args:
+        models: (network, ranker, examples) of each. candidates: how many each proposes. counts: (N,) training counts.
+    """
+    from sidtune.decoding.next_item_search import mean_probability
+
+    proposed = np.concatenate([ranker.rank(network, cut, candidates)[0] for network, ranker, cut in models], axis=1)
+    proposed = np.sort(proposed, axis=1)
+    proposed[:, 1:][proposed[:, 1:] == proposed[:, :-1]] = -1
+    scores = mean_probability([ranker.score(network, cut, proposed) for network, ranker, cut in models])
+    popularity = np.where(proposed >= 0, counts[np.maximum(proposed, 0)], -1)
+    order = np.lexsort((proposed, -popularity, -scores), axis=1)[:, :PLACES]
+    return np.take_along_axis(proposed, order, axis=1)
+
+
+def cost_of(arguments: Arguments, members: list[str], seeds: list[int]) -> dict[str, Any]:
+    """Sums over the members, means over the seeds."""
+    records = [[read_json(arguments.folder(s, m) / RUN_FILE)["metrics"] for m in members] for s in seeds]
+    total = {
+        key: statistics.fmean(sum(record[key] for record in of_seed) for of_seed in records)
+        for key in ("parameters", "training_flops", "training_seconds")
+    }
+    if len(members) == 1:
+        values = [of_seed[0]["valid_ndcg@10"] for of_seed in records]
+        total["valid_ndcg@10"] = {"mean": statistics.fmean(values), "values": values}
+    return total | {"threads": records[0][0]["threads"], "processes": records[0][0]["processes"]}
+
+
+def summary(row: dict[str, Any]) -> dict[str, Any]:
+    """Mean, sample standard deviation and values over the seeds of every metric of a row."""
+    by_seed = list(row["metrics"].values())
+    metrics = {}
+    for metric in by_seed[0]:
+        values = [means[metric] for means in by_seed]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        metrics[metric] = {"mean": statistics.fmean(values), "std": spread, "values": values}
+    return {"kind": row["kind"], "seeds": len(by_seed), "metrics": metrics, **row["cost"]}
+
+
+def paired(arguments: Arguments, rows: dict[str, Any], per_user: dict[str, dict[int, np.ndarray]]) -> dict[str, Any]:
+    """The row with the best validation figure against every other one on NDCG@10; users resampled, p-values by Holm.
+
+    A user's values are averaged over the seeds that both rows have, so the test says whether the systems differ on these users,
+    and the spread over seeds in the table says how much a training moves.
+    """
+    valid = {name: row["cost"]["valid_ndcg@10"]["mean"] for name, row in rows.items() if "valid_ndcg@10" in row["cost"]}
+    if not valid:
+        return {}
+    best = max(valid, key=lambda name: valid[name])
+    pairs = {}
+    for name in rows:
+        common = [seed for seed in per_user[name] if seed in per_user[best]]
+        if name == best or not common:
+            continue
+        one, other = (np.mean([per_user[n][seed] for seed in common], axis=0) for n in (best, name))
+        pairs[name] = paired_bootstrap(one, other, arguments.level, arguments.samples)
+    adjusted = holm([pair.p_value for pair in pairs.values()]) if pairs else []
+    against = {
+        name: {**as_dict(pair), "adjusted_p_value": p_value}
+        for (name, pair), p_value in zip(pairs.items(), adjusted, strict=True)
+    }
+    return {"best_by_validation": best, "against": against}
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The table of a README."""
+    lines = ["| system | " + " | ".join(SHOWN) + " | valid ndcg@10 | parameters | training FLOPs | minutes |"]
+    lines.append("|---|" + "---:|" * (len(SHOWN) + 4))
+    for name, row in record["systems"].items():
+        cells = [f"{row['metrics'][m]['mean']:.4f} ± {row['metrics'][m]['std']:.4f}" for m in SHOWN]
+        valid = f"{row['valid_ndcg@10']['mean']:.4f}" if "valid_ndcg@10" in row else ""
+        cost = ["", "", ""]
+        if "parameters" in row:
+            cost = [
+                f"{row['parameters'] / 1e6:.2f} M",
+                f"{row['training_flops']:.1e}",
+                f"{row['training_seconds'] / 60:.1f}",
+            ]
+        lines.append("| " + " | ".join([name, *cells, valid, *cost]) + " |")
+    seeds = ", ".join(map(str, record["seeds"]))
+    seen = (
+        "left out"
+        if record["exclude_seen"]
+        else "ranked like any other (the baselines leave them out where users hardly repeat)"
+    )
+    lines += [
+        "",
+        f"{record['split'].capitalize()} targets of {record['users']:,} users, leave-one-out, whole catalogue of "
+        f"{record['catalogue']:,} items, {record['num_beams']} beams; items the user has are {seen}. Mean ± standard deviation "
+        f"over seeds {seeds}.",
+    ]
+    for name, pair in record["paired"].get("against", {}).items():
+        best = record["paired"]["best_by_validation"]
+        lines.append(
+            f"{best} minus {name} on {PRIMARY}: {pair['difference']:+.4f} [{pair['low']:+.4f}, {pair['high']:+.4f}], "
+            f"p = {pair['adjusted_p_value']:.3f}."
+        )
+    return "\n".join(lines) + "\n"
