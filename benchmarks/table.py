@@ -32,6 +32,7 @@ COLUMNS = {
     "cur_2": "CUR, 2 levels",
     "utilisation": "codes in use",
     "entropy": "entropy / max",
+    "times_matrix": "ours, peak over the matrix",
     "relative_error": "error / variance",
     "neighbours_kept": "neighbours kept",
     "query_recall": "recall@10 by query codes",

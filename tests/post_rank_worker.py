@@ -57,11 +57,14 @@ def train(root: Path, output: str, mode: str) -> None:
     options |= {"save_strategy": "no", "disable_tqdm": True, "learning_rate": 1e-3}
     work = root / f".work_{output}_{mode}"
     told = []
-    adapted = adapt_features(
-        model, processor, rows, np.arange(32), paper_arguments(work / "fa", **options),
-        train="all" if mode == "all" else "adapters",
-    )  # fmt: skip
-    told += adapted.state.log_history
+    if (
+        mode != "B"
+    ):  # LoRA cannot go on weights that ZeRO-3 has shared out already: each step needs a launch of its own there
+        args = paper_arguments(work / "fa", **options)
+        adapted = adapt_features(
+            model, processor, rows, np.arange(32), args, train="all" if mode == "all" else "adapters"
+        )
+        told += adapted.state.log_history
     if mode != "all":
         torch.manual_seed(1)
         model = add_lora(model, mode, r=4, alpha=4, dropout=0.0)

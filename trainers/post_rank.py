@@ -17,6 +17,8 @@ Overriding points (everything else is transformers'):
 3. `compute_loss`, `log`: the token means of both tasks.
 4. `_save`, `_load_from_checkpoint`: a checkpoint holds the weights that train and nothing else, whatever the layout.
 
+Under ZeRO-3 each step needs a launch of its own (save the model between them): LoRA cannot go on weights that are shared out.
+
 Loss scaling is left alone: the model says `accepts_loss_kwargs = False`, so each micro-batch's loss is divided by the number of
 accumulation steps. Two micro-batches are one big one where both have as many answer tokens of each task.
 """
@@ -75,7 +77,8 @@ def paper_arguments(output_dir: str | Path, **changes: Any) -> TrainingArguments
     }
     values = {**preset, **changes}
     if values["lr_scheduler_type"] == "cosine_with_min_lr":
-        values.setdefault("lr_scheduler_kwargs", {"min_lr": last})
+        # As a share: transformers cannot work it out from an optimizer that DeepSpeed has wrapped.
+        values.setdefault("lr_scheduler_kwargs", {"min_lr_rate": last / (values["learning_rate"] or 1.0)})
     values["remove_unused_columns"] = False
     try:
         return TrainingArguments(output_dir=str(output_dir), **values)
