@@ -198,6 +198,39 @@ def test_rq_kmeans_plus_starts_as_residual_kmeans_and_ends_better():
     assert relative_error(vectors, trained.decode(trained.encode(vectors))) < 0.97 * errors[2]
 
 
+@pytest.mark.parametrize("hidden", [(), (20,), (40, 24)])
+def test_a_pca_start_is_residual_kmeans_of_the_principal_components(hidden):
+    """Untrained: the error is what the components leave out plus what k-means of the components leaves, to the last digits."""
+    vectors = clusters(500)
+    options = {"level_sizes": (16, 8), "hidden": hidden, "latent_dims": 8, "epochs": 0, "start": "pca", "device": "cpu"}
+    quantizer = RqVae(RqVaeConfig(**options)).fit(vectors)
+    standard = ((vectors - quantizer._mean) / quantizer._scale).astype(np.float64)
+    components = np.linalg.svd(standard - standard.mean(axis=0), full_matrices=False)[2][:8]
+    latent = quantizer.latent(vectors)
+    np.testing.assert_allclose(np.abs(latent), np.abs(standard @ components.T), atol=2e-4)
+    codes = quantizer.encode(vectors)
+    found = (quantizer.decode(codes) - quantizer._mean) / quantizer._scale
+    books = quantizer.codebooks
+    lost = ((standard - standard @ components.T @ components) ** 2).sum()
+    coded = ((latent - books[0][codes[:, 0]] - books[1][codes[:, 1]]) ** 2).sum()
+    np.testing.assert_allclose(((standard - found) ** 2).sum(), lost + coded, rtol=1e-4)
+    trained = RqVae(RqVaeConfig(**{**options, "epochs": 15})).fit(vectors)
+    assert error_of(trained, vectors) < error_of(quantizer, vectors)
+
+
+def error_of(quantizer, vectors):
+    return float(((vectors - quantizer.decode(quantizer.encode(vectors))) ** 2).sum())
+
+
+def test_a_pca_start_without_room_is_refused():
+    with pytest.raises(ConfigError, match="at least 16 wide"):
+        RqVaeConfig(latent_dims=8, hidden=(15,), start="pca")
+    with pytest.raises(ConfigError, match="random or pca"):
+        RqVaeConfig(start="best")
+    with pytest.raises(ConfigError, match="by definition"):
+        RqKMeansPlusConfig(start="pca")
+
+
 def test_fsq_codes_are_grid_numbers_by_hand():
     vectors = clusters(300)
     quantizer = Fsq(FsqConfig(grids=((5, 4), (3, 2, 2)), hidden=(16,), epochs=8, batch_size=64, device="cpu")).fit(

@@ -45,6 +45,8 @@ class RqKMeansPlusConfig(RqVaeConfig):
             )
         if not self.kmeans_start:
             raise ConfigError("RQ-KMeans+ starts from k-means by definition; use 'rq_vae' to start from random codes.")
+        if self.start != "random":
+            raise ConfigError("RQ-KMeans+ starts as residual k-means by definition; `start` is an option of 'rq_vae'.")
         self.latent_dims = 1  # the checks of the base ask for a width
         super().__post_init__()
         self.latent_dims = 0

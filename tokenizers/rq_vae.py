@@ -34,6 +34,7 @@ from torch.nn import functional as F
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.tokenizers.balanced_kmeans import equal_size_kmeans
 from sidtune.tokenizers.code_losses import contrastive, diversity, rotation_trick, sinkhorn, straight_through
+from sidtune.tokenizers.linear_start import check_widths, start_as_pca
 from sidtune.tokenizers.quantizer import check_vectors
 from sidtune.tokenizers.quantizer_training import CodeModule, NeuralQuantizer, TrainingConfig, mlp
 from sidtune.tokenizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig, nearest_centroids
@@ -51,6 +52,8 @@ class RqVaeConfig(TrainingConfig):
         commitment: β.
         gradient: through the choice of codes, `straight_through` or `rotation`.
         ema_decay: above 0, codebooks follow the mean of their latents with this decay instead of a loss (0.99).
+        start: of encoder and decoder, `random` (the papers) or `pca`, which needs hidden layers twice as wide as the latent space
+            and then reconstructs well before the first step (see `linear_start.py`).
         kmeans_start: start codebooks from residual k-means; false draws small random ones.
         revive: give codes that an epoch did not use a new place, except after the last epoch.
         sinkhorn_levels: levels with uniform assignment in training, counted from 0, negative from the end; none.
@@ -69,6 +72,7 @@ class RqVaeConfig(TrainingConfig):
     commitment: float = 0.25
     gradient: Literal["straight_through", "rotation"] = "straight_through"
     ema_decay: float = 0.0
+    start: Literal["random", "pca"] = "random"
     kmeans_start: bool = True
     revive: bool = True
     sinkhorn_levels: Sequence[int] = ()
@@ -97,6 +101,10 @@ class RqVaeConfig(TrainingConfig):
             )
         if self.gradient not in ("straight_through", "rotation"):
             raise ConfigError(f"gradient must be straight_through or rotation, got '{self.gradient}'.")
+        if self.start not in ("random", "pca"):
+            raise ConfigError(f"start must be random or pca, got '{self.start}'.")
+        if self.start == "pca":
+            check_widths(self.hidden, self.latent_dims)
         if any(not -depth <= level < depth for level in self.sinkhorn_levels):
             raise ConfigError(f"sinkhorn_levels must lie in [-{depth}, {depth}), got {list(self.sinkhorn_levels)}.")
 
@@ -147,7 +155,9 @@ class RqVaeModule(CodeModule):
 
     @torch.no_grad()
     def start(self, vectors: Tensor) -> None:
-        """Codebooks from residual k-means of the latent vectors."""
+        """Networks from principal components where asked for; codebooks from residual k-means of the latent vectors."""
+        if self.config.start == "pca":
+            start_as_pca(self.encoder, self.decoder, vectors)
         if not self.config.kmeans_start:
             return
         latent = torch.cat([self.encode(part) for part in vectors.split(8192)]).cpu().numpy()
