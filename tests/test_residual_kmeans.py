@@ -292,10 +292,13 @@ def rows_with_repeats() -> np.ndarray:
 
 
 @pytest.mark.parametrize("collide", [False, True])
-def test_repeated_rows_are_merged_as_by_sorting(collide, monkeypatch):
+@pytest.mark.parametrize("flat", [False, True])
+def test_repeated_rows_are_merged_as_by_sorting(collide, flat, monkeypatch):
     if collide:  # all rows of one hash: equality of the rows themselves must decide
         monkeypatch.setattr(residual_kmeans, "_row_hashes", lambda points: np.zeros(len(points), dtype=np.uint64))
     points = rows_with_repeats()
+    if flat:  # the first columns say nothing about the order
+        points[:, :4] = 1.0
     distinct, counts = residual_kmeans.merged(points)
     expected, expected_counts = np.unique(points, axis=0, return_counts=True)
     np.testing.assert_array_equal(distinct, expected)

@@ -30,6 +30,7 @@ from sidtune.tokenizers.quantizer import Quantizer, check_codes, check_vectors
 _PAIRS_PER_BLOCK = 1 << 24  # float64 distances held at once when near-ties are decided: 128 MiB
 _CANDIDATES = 4  # centroids that rows in doubt are compared with before all of them
 _FEW_ROWS = 64  # rows in doubt that are compared with all centroids at once
+_COLUMNS = 3  # first columns that sort distinct rows
 _ROWS = 16_384  # rows hashed, compared or subtracted at once
 
 
@@ -175,8 +176,19 @@ def merged(points: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
             distinct, counts = np.unique(points, axis=0, return_counts=True)
             return distinct, counts
     starts = np.setdiff1d(np.arange(len(points)), same + 1, assume_unique=True)
-    distinct, place = np.unique(points[order[starts]], axis=0, return_index=True)
-    return distinct, np.diff(np.append(starts, len(points)))[place]
+    rows, counts = order[starts], np.diff(np.append(starts, len(points)))
+    place = _ascending(points, rows)
+    return points[rows[place]], counts[place]
+
+
+def _ascending(points: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Order of distinct rows: by their first columns, which nearly always decide; by all where they do not."""
+    front = points[rows, : min(_COLUMNS, points.shape[1])]
+    place = np.lexsort(front.T[::-1])
+    front = front[place]
+    if (front[1:] != front[:-1]).any(axis=1).all():
+        return place
+    return np.unique(points[rows], axis=0, return_index=True)[1]
 
 
 def _row_hashes(points: np.ndarray) -> np.ndarray:
