@@ -111,21 +111,26 @@ def nearest_centroids(
 
 
 def _decided(
-    index: Any, points: np.ndarray, wide: np.ndarray, rounding: np.ndarray, centroids: np.ndarray
+    index: Any,
+    points: np.ndarray,
+    wide: np.ndarray,
+    rounding: np.ndarray,
+    centroids: np.ndarray,
+    count: int = _CANDIDATES,
 ) -> np.ndarray:
-    """Exact nearest centroid of points in doubt, by the few that faiss finds near; by all where even these are too many."""
-    if len(points) < _FEW_ROWS or len(centroids) <= _CANDIDATES:
+    """Exact nearest centroid of points in doubt, by the `count` that faiss finds near; where these are too few, by eight times
+    as many, in the end by all."""
+    if len(points) < _FEW_ROWS or 2 * count >= len(centroids):
         return _exact(wide, centroids)
-    distances, found = index.search(points, _CANDIDATES)
+    distances, found = index.search(points, count)
     found.sort(axis=1)
     sums, columns, books = np.zeros(found.shape), wide.T.copy(), centroids.T.astype(np.float64)
-    for column, book in zip(
-        columns, books, strict=True
-    ):  # adds in the order of `_exact`, so that both agree to the last bit
+    # Adds in the order of `_exact`, so that both agree to the last bit.
+    for column, book in zip(columns, books, strict=True):
         sums += (column[:, None] - book[found]) ** 2
     best = found[np.arange(len(found)), sums.argmin(axis=1)]
     rest = np.flatnonzero(~(distances[:, -1] - distances[:, 0] > rounding))
-    best[rest] = _exact(wide[rest], centroids)
+    best[rest] = _decided(index, points[rest], wide[rest], rounding[rest], centroids, 8 * count)
     return best
 
 
