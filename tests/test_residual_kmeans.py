@@ -329,15 +329,17 @@ def test_a_draw_of_equal_rows_does_not_hide_the_others():
     np.testing.assert_array_equal(np.unique(centroids, axis=0), np.unique(points, axis=0))
 
 
-@pytest.mark.parametrize("crowd", ["two", "all"])
+@pytest.mark.parametrize("crowd", ["two", "dozen", "all"])
 def test_many_near_ties(crowd, monkeypatch):
-    """Two centroids equally near, or all 40 of them, up to what float32 cannot tell."""
+    """Two centroids equally near, a dozen, or all 100 of them, up to what float32 cannot tell."""
     draw = np.random.default_rng(3)
-    spokes = draw.normal(size=(40, 24))
+    spokes = draw.normal(size=(100, 24))
     book = (spokes / np.linalg.norm(spokes, axis=1, keepdims=True)).astype(np.float32)
+    if crowd == "dozen":
+        book[12:] *= 3
     wide = book.astype(np.float64)
     near = np.argsort(((wide[:, None] - wide) ** 2).sum(axis=2), axis=1)[:, :2]
-    middle = np.tile(wide[near].mean(axis=1), (40, 1)) if crowd == "two" else np.zeros((1600, 24))
+    middle = np.tile(wide[near].mean(axis=1), (16, 1)) if crowd == "two" else np.zeros((1600, 24))
     points = (middle + 3e-8 * draw.normal(size=(1600, 24))).astype(np.float32)
     expected = brute_force(points, book)
     index = faiss.IndexFlatL2(24)
