@@ -175,7 +175,7 @@ def bare_encoder(quantizer: RqOpq) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def encoding_row(items: int, dims: int, head: tuple[int, ...], rounds: int) -> dict[str, Any]:
-    """Encoding with codebooks of these sizes (hastily trained, which changes no timing), fastest of alternating rounds."""
+    """Encoding with codebooks of these sizes (trained in two rounds only), fastest of alternating rounds."""
     vectors = vectors_of(items, dims)
     config = RqOpqConfig(head, "none", rotation_rounds=1, iterations=1, max_points_per_centroid=4)
     quantizer = RqOpq(config).fit(vectors[: max(20_000, items // 10)])
