@@ -15,6 +15,7 @@ and a re-scoring of candidates need. Both give the same logits for the same hist
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -101,7 +102,7 @@ class Targets:
     states: Tensor
 
 
-class NextItemNetwork(nn.Module):
+class NextItemNetwork(nn.Module, abc.ABC):
     """What all shapes share: vectors of codes, levels, users and items, heads, saving.
 
     A batch is a mapping with `codes` (B, T, depth) int64 codes of the items oldest first, `rows` (B, T) int64 item rows,
@@ -155,21 +156,21 @@ class NextItemNetwork(nn.Module):
         """(B, 1, D_model): the user tokens."""
         return self.users(users % self.config.user_tokens)[:, None]
 
+    @abc.abstractmethod
     def forward(self, **batch: Tensor) -> Targets:
         """All targets of the batch; see `Targets`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def read(self, **batch: Tensor) -> Any:
         """Reads the histories once; what it returns is for `continue_codes` of the same network."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def continue_codes(self, memory: Any, codes: Tensor) -> list[Tensor]:
         """Scores of what follows each prefix of `codes` (B, W, l): per level 0 .. l a tensor (B, W, k_level)."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def forward_flops(self, batch: int, items: int, targets: int) -> int:
         """Floating-point operations of one forward pass over B rows of T items with P targets, padding included."""
-        raise NotImplementedError
 
     def head_flops(self, targets: int) -> int:
         """The part of `forward_flops` that the scores of all codes take."""

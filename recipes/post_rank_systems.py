@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from sidtune.core.errors import ConfigError
+from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import read_json, write_folder, write_json
 from sidtune.data_builders.post_rank_personal import personal_queries
 from sidtune.data_builders.post_rank_schema import PostRankRequest, PostRankTable
@@ -158,11 +158,15 @@ def start_model(
     if training.backbone is None:
         tokenizer = train_lm_tokenizer(_texts(table, rows), vocab_size=training.vocab_size)
         language_model = build_model(training.scratch, tokenizer, seed=seed)
-        if training.drill and folder is not None:
+        if training.drill and folder is None:
+            raise ConfigError("training: the drill needs a folder for its checkpoints; give one, or leave `drill` out.")
+        if training.drill:
             most = min(training.max_candidates, int(np.diff(table.candidate_offsets)[rows].max()))
             told = _kept(
                 language_model, kept, lambda: drilled(language_model, tokenizer, most, folder, seed, **training.drill)
             )
+            if "direction" not in told:
+                raise DataError(f"The drilled backbone in {kept} is of an earlier version; delete that folder.")
             line = {"direction": told["direction"], "bias": told["bias"]}
     else:
         tokenizer, language_model = load_tokenizer(training.backbone), load_plain(training.backbone)
