@@ -14,10 +14,12 @@ from safetensors.numpy import load_file, save_file
 from sklearn.cluster import KMeans
 
 from sidtune.core.errors import ConfigError, DataError
+from sidtune.tokenizers import nearest_centroids as module
 from sidtune.tokenizers import residual_kmeans
+from sidtune.tokenizers.nearest_centroids import nearest_centroids
 from sidtune.tokenizers.quantizer import Quantizer
 from sidtune.tokenizers.registry import QUANTIZERS, load_quantizer, make_quantizer
-from sidtune.tokenizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig, nearest_centroids
+from sidtune.tokenizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig
 
 
 def clustered(count: int = 3000, dims: int = 24, seed: int = 0) -> np.ndarray:
@@ -82,7 +84,7 @@ def test_ties_go_to_the_lowest_index():
     centroids = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]], dtype=np.float32)
     points = np.array([[1, 0], [0, 1], [0.5, 0.5], [2, 2], [0, 0]], dtype=np.float32)
     np.testing.assert_array_equal(nearest_centroids(points, centroids), [0, 1, 0, 0, 0])
-    many = np.repeat(points, 50, axis=0)  # enough rows for faiss's blocked path
+    many = np.repeat(points, 50, axis=0)
     np.testing.assert_array_equal(nearest_centroids(many, centroids), np.repeat([0, 1, 0, 0, 0], 50))
 
 
@@ -346,7 +348,8 @@ def test_many_near_ties(crowd, monkeypatch):
     index.add(book)
     assert (index.search(points, 1)[1][:, 0] != expected).any(), "the case is too easy to show anything"
     np.testing.assert_array_equal(nearest_centroids(points, book), expected)
-    monkeypatch.setattr(residual_kmeans, "_FEW_ROWS", 10**9)  # every centroid for every row in doubt: the same
+    monkeypatch.setattr(module, "_SCORES", 700)  # blocks of seven rows
+    monkeypatch.setattr(module, "_NUMBERS", 240)  # blocks of ten pairs
     np.testing.assert_array_equal(nearest_centroids(points, book), expected)
 
 

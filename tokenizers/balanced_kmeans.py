@@ -27,13 +27,9 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from sidtune.core.errors import ConfigError, DataError
+from sidtune.tokenizers.nearest_centroids import nearest_centroids
 from sidtune.tokenizers.quantizer import check_codes
-from sidtune.tokenizers.residual_kmeans import (
-    ResidualKMeans,
-    ResidualKMeansConfig,
-    nearest_centroids,
-    train_centroids,
-)
+from sidtune.tokenizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig, train_centroids
 
 _PAIRS = 1 << 25  # float32 distances held at once: 128 MiB
 _ROWS = 65_536  # rows copied at once for the means

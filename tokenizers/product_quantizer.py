@@ -22,8 +22,9 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from sidtune.core.errors import ConfigError, DataError
+from sidtune.tokenizers.nearest_centroids import nearest_centroids, row_lengths
 from sidtune.tokenizers.quantizer import Quantizer, check_codes, check_vectors
-from sidtune.tokenizers.residual_kmeans import nearest_centroids, row_lengths, train_centroids, training_rows
+from sidtune.tokenizers.residual_kmeans import train_centroids, training_rows
 
 
 @dataclass

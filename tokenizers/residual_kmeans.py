@@ -8,8 +8,7 @@ Where it differs from the paper and its code (our choices):
   points (duplicate items, residuals that became zero) can no longer take several centroids.
 - A level with at least as many codes as distinct residuals needs no k-means: every distinct residual is its own
   centroid, the remaining codes repeat centroid 0 and are never assigned. One warning says so.
-- Assignment is exact: faiss proposes, rows whose two nearest centroids lie within float32 rounding are decided again in
-  float64, ties go to the lowest index. Codes therefore depend neither on batch, thread count nor on saving and loading.
+- Assignment is exact (`nearest_centroids.py`), so codes depend neither on batch, thread count nor on saving and loading.
 - New vectors are encoded with the frozen codebooks, which the released code cannot do.
 - Training holds the vectors and one residual, which every level changes in place; encoding goes block by block.
 - The paper's third-level balancing and OPQ levels are quantizers of their own: `balanced_kmeans.py`, `rq_opq.py`.
@@ -18,18 +17,16 @@ Where it differs from the paper and its code (our choices):
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from sidtune.core.errors import ConfigError, DataError
+from sidtune.tokenizers.nearest_centroids import nearest_centroids
 from sidtune.tokenizers.quantizer import Quantizer, check_codes, check_vectors
 
-_PAIRS_PER_BLOCK = 1 << 24  # float64 distances held at once when near-ties are decided: 128 MiB
-_CANDIDATES = 4  # centroids that rows in doubt are compared with before all of them
-_FEW_ROWS = 64  # rows in doubt that are compared with all centroids at once
 _COLUMNS = 3  # first columns that sort distinct rows
 _ROWS = 16_384  # rows hashed, compared or subtracted at once
 
@@ -67,83 +64,6 @@ class ResidualKMeansConfig:
                 raise ConfigError(f"{key} of the residual k-means must be at least 1, got {getattr(self, key)}.")
         if not 0 <= self.seed < 2**31 - len(self.level_sizes):
             raise ConfigError(f"seed of the residual k-means must lie in [0, 2^31 - levels), got {self.seed}.")
-
-
-def nearest_centroids(
-    points: np.ndarray,
-    centroids: np.ndarray,
-    *,
-    exact: Callable[[np.ndarray], np.ndarray] | None = None,
-    lengths: np.ndarray | None = None,
-) -> np.ndarray:
-    """Index of the nearest centroid of each point under the exact squared distance; ties go to the lowest index.
-
-    Args:
-        points: (n, d) float32.
-        centroids: (k, d) float32.
-        exact: for points that are themselves rounded results: row numbers → those points (m, d) in float64.
-        lengths: (n,) lengths of what `points` were computed from, from which their rounding follows; default their own.
-
-    Returns:
-        (n,) int64.
-    """
-    import faiss
-
-    count, dims = points.shape
-    if len(centroids) == 1:
-        return np.zeros(count, dtype=np.int64)
-    index = faiss.IndexFlatL2(dims)
-    index.add(centroids)
-    distances, found = index.search(points, 2)
-    best = found[:, 0].copy()
-    # faiss expands ||x-c||² into float32 products; its error grows with the lengths, not with the distance itself. Roundings
-    # of a sum of d products add up to 8 √d of them but once in 10^13 pairs (Higham and Mary 2019), not to the worst case d.
-    own = row_lengths(points) if lengths is None else lengths
-    unit = np.finfo(np.float32).eps / 2
-    rounding = (8 * np.sqrt(dims) + 8) * unit * (own + row_lengths(centroids).max()) ** 2
-    doubt = np.flatnonzero(~(distances[:, 1] - distances[:, 0] > rounding))
-    block = max(1, _PAIRS_PER_BLOCK // max(len(centroids), dims))
-    for start in range(0, len(doubt), block):
-        rows = doubt[start : start + block]
-        wide = (points[rows] if exact is None else exact(rows)).astype(np.float64)
-        best[rows] = _decided(index, points[rows], wide, rounding[rows], centroids)
-    return best
-
-
-def _decided(
-    index: Any,
-    points: np.ndarray,
-    wide: np.ndarray,
-    rounding: np.ndarray,
-    centroids: np.ndarray,
-    count: int = _CANDIDATES,
-) -> np.ndarray:
-    """Exact nearest centroid of points in doubt, by the `count` that faiss finds near; where these are too few, by eight times
-    as many, in the end by all."""
-    if len(points) < _FEW_ROWS or 2 * count >= len(centroids):
-        return _exact(wide, centroids)
-    distances, found = index.search(points, count)
-    found.sort(axis=1)
-    sums, columns, books = np.zeros(found.shape), wide.T.copy(), centroids.T.astype(np.float64)
-    # Adds in the order of `_exact`, so that both agree to the last bit.
-    for column, book in zip(columns, books, strict=True):
-        sums += (column[:, None] - book[found]) ** 2
-    best = found[np.arange(len(found)), sums.argmin(axis=1)]
-    rest = np.flatnonzero(~(distances[:, -1] - distances[:, 0] > rounding))
-    best[rest] = _decided(index, points[rest], wide[rest], rounding[rest], centroids, 8 * count)
-    return best
-
-
-def row_lengths(points: np.ndarray) -> np.ndarray:
-    """(n,) Euclidean lengths of points (n, d), without the copy that `np.linalg.norm` makes."""
-    return np.sqrt(np.einsum("nd,nd->n", points, points))
-
-
-def _exact(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-    from scipy.spatial.distance import cdist
-
-    # cdist sums the squared differences themselves, in one fixed order, so equal centroids get equal distances.
-    return cdist(points.astype(np.float64), centroids.astype(np.float64), "sqeuclidean").argmin(axis=1)
 
 
 def _unit_rows(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -35,9 +35,10 @@ from sidtune.core.errors import ConfigError, DataError
 from sidtune.tokenizers.balanced_kmeans import equal_size_kmeans
 from sidtune.tokenizers.code_losses import contrastive, diversity, rotation_trick, sinkhorn, straight_through
 from sidtune.tokenizers.linear_start import check_widths, start_as_pca
+from sidtune.tokenizers.nearest_centroids import nearest_centroids
 from sidtune.tokenizers.quantizer import check_vectors
 from sidtune.tokenizers.quantizer_training import CodeModule, NeuralQuantizer, TrainingConfig, mlp
-from sidtune.tokenizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig, nearest_centroids
+from sidtune.tokenizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig
 
 
 @dataclass
