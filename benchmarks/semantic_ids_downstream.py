@@ -1,7 +1,8 @@
 """What a small model makes of semantic IDs: the steps of the recipes, run in one process for `semantic_ids.py`.
 
 One `Source` names a data set, the vectors of its items, the budget of codes and the training of the small model. `learn_sids`,
-`init_model`, `sft` and `evaluate` are called as a person would call them; nothing of them is written again here. Our own
+`init_model`, `sft` and `evaluate` are called as a person would call them; nothing of them is written again here. Where a source has
+no text, `items` networks of `recipes/next_item` take the language model's place: on the same time they learn far more. Our own
 measurement; no paper is involved.
 """
 
@@ -15,19 +16,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors.numpy
+import torch
 
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import read_json
 from sidtune.data_builders.store import load_folder
+from sidtune.decoding.next_item_ranking import HistoryRanker, SidCatalogue
 from sidtune.metrics.bootstrap import PairedResult, paired_bootstrap
+from sidtune.models.next_item import NextItemConfig, make_network
 from sidtune.recipes import build_data, evaluate, init_model, learn_sids, sft
+from sidtune.recipes.next_item import read_source
+from sidtune.recipes.next_item_table import rank_baseline
 from sidtune.tokenizers.encoders import Encoder
 from sidtune.tokenizers.quality import SidQuality, sid_quality
 from sidtune.tokenizers.query_recall import QueryItemRecall, query_item_recall, query_targets
 from sidtune.tokenizers.registry import load_encoder, load_quantizer
 from sidtune.tokenizers.semantic_ids import SemanticIds
+from sidtune.trainers.next_item import FitSettings, draw_users, measure_targets, train_next_item
+from sidtune.trainers.next_item_data import NextItemRows
 
 METRIC = "ndcg@10"
 MODEL = {"model_type": "qwen3", "num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True}
@@ -50,11 +59,12 @@ class Source:
         title: as it stands in the table.
         reader, options, split: of build_data. folder: name below `SIDTUNE_DATA`, None for the embedded shop.
         encoder: of learn_sids.
+        model: `language` (a small Qwen3) or `items` (see `models/next_item.py`).
         width: codes per level k; four levels, so 4k tokens.
         grid: coordinates of one FSQ level, product about k.
         hidden, layers: size of the small model.
         epochs: of quantizers that are networks.
-        steps, batch, learning_rate: of its training on whole histories. max_length: tokens of a history.
+        steps, batch, learning_rate: of its training on whole histories. max_length: tokens of a history, items for `items`.
         requests: test requests that are decoded.
         queries: whether requests have a query.
     """
@@ -74,12 +84,18 @@ class Source:
     split: dict[str, Any] = field(default_factory=dict)
     hidden: int = 64
     layers: int = 2
+    model: str = "language"
     max_length: int = 256
     queries: bool = False
 
+    @property
+    def path(self) -> str | None:
+        """Its folder on this machine; None for the embedded shop."""
+        return None if self.folder is None else str(Path(os.environ.get("SIDTUNE_DATA", "")) / self.folder)
+
     def available(self) -> bool:
         """Whether its files are on this machine."""
-        return self.folder is None or (Path(os.environ.get("SIDTUNE_DATA", "")) / self.folder).is_dir()
+        return self.path is None or Path(self.path).is_dir()
 
 
 def build(source: Source, folder: Path) -> Path:
@@ -90,8 +106,7 @@ def build(source: Source, folder: Path) -> Path:
         raise DataError(
             f"The data of {source.title} is not there; set SIDTUNE_DATA to the folder that holds '{source.folder}'."
         )
-    path = None if source.folder is None else str(Path(os.environ["SIDTUNE_DATA"]) / source.folder)
-    arguments = {"reader": source.reader, "path": path, "options": source.options, "split": source.split}
+    arguments = {"reader": source.reader, "path": source.path, "options": source.options, "split": source.split}
     build_data.main(build_data.Arguments(str(folder), **arguments))
     return folder
 
@@ -127,6 +142,51 @@ def quality(source: Source, data: Path, folder: Path, seed: int) -> tuple[SidQua
     queries = encoder.encode(texts)
     found = query_item_recall(queries, vectors, quantizer, wanted, query_rows=asked, item_codes=sids.codes)
     return report, found
+
+
+def train_and_score(
+    source: Source, data: Path, sids: Path, folder: Path, seed: int, baselines: list[str]
+) -> dict[str, Any]:
+    """Trains the small model and evaluates it on test requests: its costs, NDCG@10 and that of the baselines."""
+    if source.model == "items":
+        return items_model(source, sids, folder, seed, baselines)
+    trained = train(source, data, sids, folder, seed)
+    return trained | score(source, data, sids, folder, "test", baselines)
+
+
+def items_model(source: Source, folder: Path, work: Path, seed: int, baselines: list[str]) -> dict[str, Any]:
+    """The same with a network of `recipes/next_item`; no item of the user's history is recommended, by no system."""
+    tables, sequences = read_source({"path": source.path, "reader": source.reader, "options": source.options})
+    catalogue = SidCatalogue.of(SemanticIds.from_pretrained(folder / "sids"), sequences)
+    sizes = catalogue.sids.level_sizes
+    rows = NextItemRows(sequences, sequences.whole_examples(source.max_length), catalogue.codes, sizes)
+    shape = {"width": source.hidden, "layers": source.layers, "feed_forward": 2 * source.hidden}
+    torch.manual_seed(seed)
+    network = make_network(NextItemConfig(list(sizes), len(sequences.item_ids), **shape))
+    args = {
+        "max_steps": source.steps,
+        "per_device_train_batch_size": source.batch,
+        "learning_rate": source.learning_rate,
+    }
+    epochs = source.steps / -(-len(rows) // source.batch)
+    settings = FitSettings(args | {"warmup_steps": source.steps // 20}, average=0.99, evaluate_every=epochs)
+    ranker = HistoryRanker(sequences, catalogue, exclude_seen=True)
+    started = time.time()
+    train_next_item(network, rows, ranker, settings, work / "sft", max_history=source.max_length, seed=seed)
+    trained = {"parameters": network.parameters_count(), "steps": source.steps}
+    trained["train_s"] = round(time.time() - started, 1)
+    started = time.time()
+    examples = draw_users(sequences.held_out("test"), source.requests, seed=0)
+    ranked = ranker.rank(network, examples.cut(source.max_length), 10)[0]
+    result = measure_targets(ranked, sequences, examples)
+    users = [sequences.user_ids[user] for user in examples.users]
+    values = {f"{evaluate.MODEL}/{METRIC}": result.per_request[METRIC]}
+    (work / "test").mkdir()
+    pq.write_table(pa.table({"request_id": users, "user_id": users, **values}), work / "test" / "per_request.parquet")
+    scored = {"requests": len(examples), METRIC: result.means()[METRIC], "eval_s": round(time.time() - started, 1)}
+    simple = {name: rank_baseline(name, examples, tables, sequences) for name in baselines}
+    means = {name: measure_targets(found, sequences, examples).means() for name, found in simple.items()}
+    return trained | scored | ({"baselines": means} if means else {})
 
 
 def train(source: Source, data: Path, sids: Path, folder: Path, seed: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ Our choice of layout; the rule is that of the papers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -55,6 +55,10 @@ class SequenceExamples:
     def targets(self) -> int:
         """Targets of all examples together."""
         return int((self.stops - self.firsts).sum())
+
+    def cut(self, max_history: int) -> SequenceExamples:
+        """The same examples with at most `max_history` items before the first target."""
+        return replace(self, starts=np.maximum(self.starts, self.firsts - max_history))
 
 
 @dataclass(frozen=True)

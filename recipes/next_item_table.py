@@ -37,8 +37,8 @@ def report(arguments: Arguments, tables: Tables, sequences: ItemSequences) -> di
     rows: dict[str, dict[str, Any]] = {}
     per_user: dict[str, dict[int, np.ndarray]] = {}
     for name in arguments.baselines:
-        ranked = rank_baseline(name, arguments, tables, sequences)
-        result = measure_targets(ranked, sequences, held_out(arguments, sequences))
+        examples = held_out(arguments, sequences)
+        result = measure_targets(rank_baseline(name, examples, tables, sequences), sequences, examples)
         rows[name] = {"kind": "baseline", "metrics": {s: result.means() for s in arguments.seeds}, "cost": {}}
         per_user[name] = dict.fromkeys(arguments.seeds, result.per_request[PRIMARY])
     for name in [*arguments.systems, *arguments.ensembles]:
@@ -76,9 +76,8 @@ def held_out(arguments: Arguments, sequences: ItemSequences) -> SequenceExamples
     return sequences.held_out("test" if arguments.test else "valid")
 
 
-def rank_baseline(name: str, arguments: Arguments, tables: Tables, sequences: ItemSequences) -> np.ndarray:
-    """(n, PLACES) item rows of a baseline that saw the training parts and reads the whole history before the target."""
-    examples = held_out(arguments, sequences)
+def rank_baseline(name: str, examples: SequenceExamples, tables: Tables, sequences: ItemSequences) -> np.ndarray:
+    """(n, PLACES) item rows of a baseline that saw the training parts and reads the histories of the examples."""
     events = tables.events
     order = np.lexsort((events["time"].to_numpy(), _user_codes(tables)))
     places = np.arange(len(sequences.rows))
@@ -134,18 +133,12 @@ def rank_members(
         folder = arguments.folder(seed, member)
         catalogue = SidCatalogue.of(SemanticIds.from_pretrained(folder / "sids"), sequences)
         ranker = HistoryRanker(sequences, catalogue, arguments.num_beams, exclude_seen=arguments.exclude_seen)
-        cut = _cut(examples, arguments.system(member).max_history)
+        cut = examples.cut(arguments.system(member).max_history)
         models.append((load_network(folder), ranker, cut))
     if len(models) == 1:
         network, ranker, cut = models[0]
         return ranker.rank(network, cut, PLACES)[0]
     return combined(models, arguments.num_beams, sequences.training_counts())
-
-
-def _cut(examples: SequenceExamples, max_history: int) -> SequenceExamples:
-    """The examples with no more than `max_history` items before the target."""
-    starts = np.maximum(examples.starts, examples.firsts - max_history)
-    return SequenceExamples(starts, examples.stops, examples.firsts, examples.users)
 
 
 def combined(models: list[tuple[Any, Any, SequenceExamples]], candidates: int, counts: np.ndarray) -> np.ndarray:

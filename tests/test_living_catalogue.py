@@ -175,6 +175,12 @@ def test_tokens_no_learned_item_used_are_named():
     assert any("first: <a_2>" in sentence and "never trained" in sentence for sentence in drift.recommendation)
 
 
+def test_levels_that_share_a_letter_have_names_of_their_own_in_the_table():
+    sids = SemanticIds(list("abcd"), np.array([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]]), (2, 2, 2), letters="abb")
+    table = measure_drift(sids, np.arange(4) >= 2).to_markdown()
+    assert [table.count(f"CUR of prefix {name} |") for name in ("a", "b1", "b2", "c")] == [1, 1, 1, 0]
+
+
 def test_the_held_out_error_is_that_of_codebooks_that_did_not_see_the_items():
     _, vectors, quantizer, _ = catalogue()
     order = np.random.default_rng(3).permutation(200)

@@ -29,7 +29,7 @@ from sidtune.tokenizers.collision_cost import deviation, relative, squared_error
 from sidtune.tokenizers.collisions import CollisionMethod, check_quantizer
 from sidtune.tokenizers.quality import entropy_bits
 from sidtune.tokenizers.quantizer import Quantizer, check_vectors
-from sidtune.tokenizers.semantic_ids import LETTERS, SemanticIds
+from sidtune.tokenizers.semantic_ids import SemanticIds
 
 _SAME = 0.01  # relative distance at which two vectors of one text count as equal
 
@@ -90,6 +90,7 @@ class Drift:
     """The report.
 
     Attributes:
+        levels: names of the levels for the table.
         learned, added, now: the items the codebooks were learned from, all added since, and all together.
         new_items: items of this run, the last part of the added ones.
         added_share: added over learned items.
@@ -107,6 +108,7 @@ class Drift:
         recommendation: full sentences.
     """
 
+    levels: list[str]
     learned: Part
     added: Part
     now: Part
@@ -134,9 +136,9 @@ class Drift:
         rows.append(("ICR (items with a code of their own)", [f"{p.icr:.2%}" for p in parts]))
         rows.append(("items beyond one per code", [f"{p.lost_rate:.2%}" for p in parts]))
         rows.append(("largest group", [f"{p.largest_group}" for p in parts]))
-        for level, letter in enumerate(LETTERS[: len(self.learned.cur)]):
-            rows.append((f"CUR of prefix {letter}", [f"{p.cur[level]:.4%}" for p in parts]))
-            rows.append((f"entropy of level {letter} (bits)", [f"{p.entropy_bits[level]:.2f}" for p in parts]))
+        for level, name in enumerate(self.levels):
+            rows.append((f"CUR of prefix {name}", [f"{p.cur[level]:.4%}" for p in parts]))
+            rows.append((f"entropy of level {name} (bits)", [f"{p.entropy_bits[level]:.2f}" for p in parts]))
         if self.learned.mse is not None:
             rows.append(("mean squared error", [f"{p.mse:.3g}" for p in parts]))
             rows.append(("error / variance as learned", [f"{p.relative_error:.3f}" for p in parts]))
@@ -283,6 +285,7 @@ def measure_drift(
     parts = [_part(sids, rows, errors, spread, width) for rows in (~added, added, np.ones(len(sids), dtype=bool))]
     reference = None if errors is None else "learned" if held_out_mse is None else "held_out"
     drift = Drift(
+        levels=sids.level_names(),
         learned=parts[0],
         added=parts[1],
         now=parts[2],
