@@ -1,13 +1,15 @@
 """The table of `next_item`: test figures read once per model, mean and spread over seeds, what each row cost, paired tests.
 
 Test figures lie in `seed_S/test/SYSTEM/`: `ranked.safetensors` (item rows per user), `metrics.json`, and `run.json` with the
-fingerprint of the model. A folder with that fingerprint is reused, so a reported row reads the test targets once.
+fingerprint of the model. A folder with that fingerprint is reused, so a reported row reads the test targets once. Models are chosen
+and tested under one rule for items that the user has (`exclude_seen`); two more columns show the same models under the other rule.
 """
 
 from __future__ import annotations
 
 import platform
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,7 @@ from sidtune.data_builders.item_sequences import ItemSequences, SequenceExamples
 from sidtune.data_builders.schema import Tables
 from sidtune.metrics.baselines import BaselineRequests
 from sidtune.metrics.bootstrap import holm, paired_bootstrap
-from sidtune.metrics.ranking import Relevance
+from sidtune.metrics.ranking import RankingResult, Relevance
 from sidtune.metrics.registry import BASELINES
 from sidtune.recipes.seeds import publish
 from sidtune.trainers.next_item import measure_targets
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 PLACES = 20
 SHOWN = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")
+OTHER = ("recall@10", "ndcg@10")  # shown under the other rule for items the user has
 PRIMARY = "ndcg@10"
 
 
@@ -39,7 +42,8 @@ def report(arguments: Arguments, tables: Tables, sequences: ItemSequences) -> di
     for name in arguments.baselines:
         examples = held_out(arguments, sequences)
         result = measure_targets(rank_baseline(name, examples, tables, sequences), sequences, examples)
-        rows[name] = {"kind": "baseline", "metrics": {s: result.means() for s in arguments.seeds}, "cost": {}}
+        means = dict.fromkeys(arguments.seeds, result.means())
+        rows[name] = {"kind": "baseline", "metrics": means, "other_rule": means, "cost": {}}
         per_user[name] = dict.fromkeys(arguments.seeds, result.per_request[PRIMARY])
     for name in [*arguments.systems, *arguments.ensembles]:
         members = arguments.ensembles.get(name, [name])
@@ -50,10 +54,11 @@ def report(arguments: Arguments, tables: Tables, sequences: ItemSequences) -> di
         kind = "ensemble" if name in arguments.ensembles else "model"
         rows[name] = {
             "kind": kind,
-            "metrics": {seed: means for seed, (means, _) in found.items()},
+            "metrics": {seed: rule.means() for seed, (rule, _) in found.items()},
+            "other_rule": {seed: other.means() for seed, (_, other) in found.items()},
             "cost": cost_of(arguments, members, seeds),
         }
-        per_user[name] = {seed: values for seed, (_, values) in found.items()}
+        per_user[name] = {seed: rule.per_request[PRIMARY] for seed, (rule, _) in found.items()}
     record = {
         "split": "test" if arguments.test else "valid",
         "users": len(held_out(arguments, sequences)),
@@ -98,8 +103,8 @@ def _user_codes(tables: Tables) -> np.ndarray:
 
 def measured(
     arguments: Arguments, name: str, members: list[str], seed: int, sequences: ItemSequences
-) -> tuple[dict[str, float], np.ndarray]:
-    """Means of the metrics of one row and seed, and (n,) NDCG@10 per user; read from disk where they are of these models."""
+) -> tuple[RankingResult, RankingResult]:
+    """Metrics of one row and seed under the rule of the table and the other; read from disk where they are of these models."""
     from safetensors.numpy import load_file, save_file
 
     split = "test" if arguments.test else "valid"
@@ -108,22 +113,26 @@ def measured(
     config = {"models": models, "num_beams": arguments.num_beams, "exclude_seen": arguments.exclude_seen}
     examples = held_out(arguments, sequences)
     if (folder / RUN_FILE).exists() and read_json(folder / RUN_FILE)["config"] == config:
-        ranked = load_file(folder / "ranked.safetensors")["rows"]
+        ranked = load_file(folder / "ranked.safetensors")
     else:
         ranked = rank_members(arguments, members, seed, sequences, examples)
         with write_folder(folder) as scratch:
-            save_file({"rows": ranked}, scratch / "ranked.safetensors")
-            means = measure_targets(ranked, sequences, examples).means()
+            save_file(ranked, scratch / "ranked.safetensors")
+            means = measure_targets(ranked["rows"], sequences, examples).means()
             write_json(scratch / "metrics.json", means)
             write_run(scratch, step="next_item_test", config=config, metrics=means)
-    result = measure_targets(ranked, sequences, examples)
-    return result.means(), result.per_request[PRIMARY]
+    rule, other = (measure_targets(ranked[key], sequences, examples) for key in ("rows", "other_rule"))
+    return rule, other
 
 
 def rank_members(
     arguments: Arguments, members: list[str], seed: int, sequences: ItemSequences, examples: SequenceExamples
-) -> np.ndarray:
-    """(n, PLACES) item rows of one model, or of several that average their probabilities over common candidates."""
+) -> dict[str, np.ndarray]:
+    """(n, PLACES) item rows of one model, or of several that average their probabilities over common candidates.
+
+    Returns:
+        `rows` under `exclude_seen` of the arguments, `other_rule` under its opposite.
+    """
     from sidtune.decoding.next_item_ranking import HistoryRanker, SidCatalogue
     from sidtune.models.next_item import load_network
     from sidtune.tokenizers.semantic_ids import SemanticIds
@@ -135,10 +144,17 @@ def rank_members(
         ranker = HistoryRanker(sequences, catalogue, arguments.num_beams, exclude_seen=arguments.exclude_seen)
         cut = examples.cut(arguments.system(member).max_history)
         models.append((load_network(folder), ranker, cut))
-    if len(models) == 1:
-        network, ranker, cut = models[0]
-        return ranker.rank(network, cut, PLACES)[0]
-    return combined(models, arguments.num_beams, sequences.training_counts())
+    others = [(network, replace(ranker, exclude_seen=not ranker.exclude_seen), cut) for network, ranker, cut in models]
+    return {key: _ranked(side, arguments, sequences) for key, side in (("rows", models), ("other_rule", others))}
+
+
+def _ranked(
+    models: list[tuple[Any, Any, SequenceExamples]], arguments: Arguments, sequences: ItemSequences
+) -> np.ndarray:
+    if len(models) > 1:
+        return combined(models, arguments.num_beams, sequences.training_counts())
+    network, ranker, cut = models[0]
+    return ranker.rank(network, cut, PLACES)[0]
 
 
 def combined(models: list[tuple[Any, Any, SequenceExamples]], candidates: int, counts: np.ndarray) -> np.ndarray:
@@ -172,14 +188,15 @@ def cost_of(arguments: Arguments, members: list[str], seeds: list[int]) -> dict[
 
 
 def summary(row: dict[str, Any]) -> dict[str, Any]:
-    """Mean, sample standard deviation and values over the seeds of every metric of a row."""
-    by_seed = list(row["metrics"].values())
-    metrics = {}
-    for metric in by_seed[0]:
-        values = [means[metric] for means in by_seed]
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        metrics[metric] = {"mean": statistics.fmean(values), "std": spread, "values": values}
-    return {"kind": row["kind"], "seeds": len(by_seed), "metrics": metrics, **row["cost"]}
+    """Mean, sample standard deviation and values over the seeds of every metric of a row, under both rules."""
+    found: dict[str, dict[str, Any]] = {"metrics": {}, "other_rule": {}}
+    for rule, metrics in found.items():
+        by_seed = list(row[rule].values())
+        for metric in by_seed[0]:
+            values = [means[metric] for means in by_seed]
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            metrics[metric] = {"mean": statistics.fmean(values), "std": spread, "values": values}
+    return {"kind": row["kind"], "seeds": len(row["metrics"]), **found, **row["cost"]}
 
 
 def paired(arguments: Arguments, rows: dict[str, Any], per_user: dict[str, dict[int, np.ndarray]]) -> dict[str, Any]:
@@ -209,10 +226,11 @@ def paired(arguments: Arguments, rows: dict[str, Any], per_user: dict[str, dict[
 
 def markdown(record: dict[str, Any]) -> str:
     """The table of a README."""
-    lines = ["| system | " + " | ".join(SHOWN) + " | valid ndcg@10 | parameters | training FLOPs | minutes |"]
-    lines.append("|---|" + "---:|" * (len(SHOWN) + 4))
+    columns = [*SHOWN, *(f"{metric}*" for metric in OTHER), "valid ndcg@10", "parameters", "training FLOPs", "minutes"]
+    lines = ["| system | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
     for name, row in record["systems"].items():
         cells = [f"{row['metrics'][m]['mean']:.4f} ± {row['metrics'][m]['std']:.4f}" for m in SHOWN]
+        cells += [f"{row['other_rule'][m]['mean']:.4f}" for m in OTHER]
         valid = f"{row['valid_ndcg@10']['mean']:.4f}" if "valid_ndcg@10" in row else ""
         cost = ["", "", ""]
         if "parameters" in row:
@@ -223,16 +241,15 @@ def markdown(record: dict[str, Any]) -> str:
             ]
         lines.append("| " + " | ".join([name, *cells, valid, *cost]) + " |")
     seeds = ", ".join(map(str, record["seeds"]))
-    seen = (
-        "left out"
-        if record["exclude_seen"]
-        else "ranked like any other (the baselines leave them out where users hardly repeat)"
-    )
+    rules = ["ranked like any other (the baselines leave them out where users hardly repeat)", "left out"]
+    seen, other = rules[record["exclude_seen"]], rules[not record["exclude_seen"]]
+    threads = sorted({row["threads"] * row["processes"] for row in record["systems"].values() if "threads" in row})
     lines += [
         "",
         f"{record['split'].capitalize()} targets of {record['users']:,} users, leave-one-out, whole catalogue of "
-        f"{record['catalogue']:,} items, {record['num_beams']} beams; items the user has are {seen}. Mean ± standard deviation "
-        f"over seeds {seeds}.",
+        f"{record['catalogue']:,} items, {record['num_beams']} beams; items the user has are {seen}; in the columns with a star "
+        f"they are {other}. Mean ± standard deviation over seeds {seeds}. Training on {record['machine']['processor']}, "
+        f"{' or '.join(map(str, threads))} thread(s).",
     ]
     for name, pair in record["paired"].get("against", {}).items():
         best = record["paired"]["best_by_validation"]

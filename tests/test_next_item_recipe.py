@@ -77,6 +77,28 @@ def test_the_table_shows_figures_cost_and_tests(finished):
     assert "items minus item_knn on ndcg@10" in text and "120 users" in text
 
 
+def test_the_columns_with_a_star_leave_out_what_the_user_has(finished):
+    from safetensors.numpy import load_file
+
+    given, _ = finished
+    _, sequences = next_item.read_source(given.source)
+    examples = sequences.held_out("test")
+    for name in ("items", "both"):
+        ranked = load_file(Path(given.output_dir) / "seed_0" / "test" / name / "ranked.safetensors")
+        changed = 0
+        for place in range(len(examples)):
+            seen = seen_of(sequences, examples, place)
+            every = [item for item in ranked["rows"][place].tolist() if item >= 0]
+            left = [item for item in ranked["other_rule"][place].tolist() if item >= 0]
+            kept = [item for item in every if item not in seen]
+            changed += len(kept) < len(every)
+            assert not seen.intersection(left) and (left[: len(kept)] == kept or name == "both")
+        assert changed > 20
+    record = json.loads((finished[1] / "figures.json").read_text())["systems"]
+    assert record["items"]["other_rule"]["ndcg@10"] != record["items"]["metrics"]["ndcg@10"]
+    assert f"{record['items']['other_rule']['ndcg@10']['mean']:.4f} | " in (finished[1] / "README.md").read_text()
+
+
 def test_a_second_run_trains_nothing_and_reads_no_test_again(finished, capsys, monkeypatch):
     given, _ = finished
     monkeypatch.setattr(next_item_table, "rank_members", lambda *a: pytest.fail("the test targets were read again"))
@@ -119,8 +141,8 @@ def test_baselines_see_the_training_parts_only(finished):
     given, _ = finished
     tables, sequences = next_item.read_source(given.source)
     counts = sequences.training_counts()
-    ranked = next_item_table.rank_baseline("popularity", given, tables, sequences)
     examples = sequences.held_out("test")
+    ranked = next_item_table.rank_baseline("popularity", examples, tables, sequences)
     order = sorted(range(60), key=lambda row: (-counts[row], sequences.item_ids[row]))
     for place, row in enumerate(ranked):
         expected = [item for item in order if item not in seen_of(sequences, examples, place)]
