@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from test_distributed_sft import free_port, run
+from launching import free_port, needs_deepspeed, run
 
 pytestmark = pytest.mark.slow
-needs_deepspeed = pytest.mark.skipif(
-    not importlib.util.find_spec("deepspeed") or not importlib.util.find_spec("ninja"), reason="deepspeed is missing"
-)
 GROUPS = ["ddp,ddp-find-unused,fsdp2", pytest.param("zero2,zero3", marks=needs_deepspeed)]
 
 
 @pytest.mark.parametrize("wrappers", GROUPS)
 def test_shared_prompts_train_like_ordinary_rows(wrappers, tmp_path):
     worker, output = Path(__file__).parent / "group_worker.py", tmp_path / "moved.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
     run([*command, str(worker), wrappers, str(output)], tmp_path)
     moved = torch.load(output)
     assert set(moved) == {(wrapper, train) for wrapper in wrappers.split(",") for train in ("all", "rows")}

@@ -8,7 +8,8 @@
 The paper starts from a distilled BGE; any encoder or decoder-only model of `transformers.AutoModel` will do, and a small BERT from
 scratch makes it run offline. Every batch holds rows of every term (B of each; a shorter list of pairs comes round more often),
 so each step sees the whole loss and, under data parallelism, every process has a gradient for every parameter. Each distinct text
-of a batch is encoded once. Negatives are those of the process's own batch; they are not gathered across processes.
+of a batch is encoded once. Negatives are those of the process's own batch; they are not gathered across processes. The model is
+small, so it is trained whole on every process: a launch that splits weights (ZeRO-3, FSDP) is refused.
 
 Overriding points of Trainer (everything else is transformers'): `_get_train_sampler` (the order is a function of seed and epoch, so
 a run resumes exactly), `compute_loss`, `log`.
@@ -16,6 +17,7 @@ a run resumes exactly), `compute_loss`, `log`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 
 from sidtune.core.errors import ConfigError, DataError
@@ -211,7 +214,7 @@ def aligned_args(values: dict[str, Any], output_dir: str | Path, seed: int = 0) 
     """`values` over the defaults of the aligned encoder: batches of 64 rows of each term, 2e-5 falling to 0 after a short warm-up.
 
     Raises:
-        ConfigError: an unknown key, a wrong type, or values that do not go together.
+        ConfigError: an unknown key, a wrong type, values that do not go together, or a launch that splits the weights.
     """
     preset = {
         "per_device_train_batch_size": 64,
@@ -224,7 +227,13 @@ def aligned_args(values: dict[str, Any], output_dir: str | Path, seed: int = 0) 
     }
     checked = {**preset, **checked_aligned_args(values)}
     fixed = {"output_dir": str(output_dir), "remove_unused_columns": False, "prediction_loss_only": True}
-    return built(TrainingArguments, checked, seed, "args", **fixed)
+    args = built(TrainingArguments, checked, seed, "args", **fixed)
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" or is_deepspeed_zero3_enabled():
+        raise ConfigError(
+            "The aligned encoder is trained and saved as one piece, so it needs whole weights on every process; launch it with "
+            "ddp or zero2."
+        )
+    return args
 
 
 def train_aligned(
