@@ -26,6 +26,19 @@ from sidtune.tokenizers.nearest_centroids import nearest_centroids, row_lengths
 from sidtune.tokenizers.quantizer import Quantizer, check_codes, check_vectors
 from sidtune.tokenizers.residual_kmeans import train_centroids, training_rows
 
+_TURNED = 32  # rows of one product in float64
+
+
+def _turned(points: np.ndarray, turn: np.ndarray) -> np.ndarray:
+    """(m, w) float64 products of points (m, d) with a part (w, d) of the rotation.
+
+    In blocks of one size, the last one filled up with zeros: a product adds in an order that follows from its size, so a point has
+    the same numbers whatever stands beside it.
+    """
+    blocks = np.zeros((-(-len(points) // _TURNED), _TURNED, points.shape[1]))
+    blocks.reshape(-1, points.shape[1])[: len(points)] = points
+    return (blocks @ turn.T).reshape(-1, len(turn))[: len(points)]
+
 
 @dataclass
 class ProductQuantizerConfig:
@@ -199,8 +212,7 @@ class ProductQuantizer(Quantizer):
             part = np.ascontiguousarray(turned[:, m * width : (m + 1) * width])
 
             def exact(rows: np.ndarray, turn: np.ndarray = turn) -> np.ndarray:
-                # einsum adds in one order whatever the number of rows, which a BLAS product does not promise.
-                return np.einsum("nd,wd->nw", vectors[rows].astype(np.float64), turn)
+                return _turned(vectors[rows].astype(np.float64), turn)
 
             codes[:, m] = nearest_centroids(part, self._centroids[m], exact=exact, lengths=lengths)
         return codes
