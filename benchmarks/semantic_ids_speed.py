@@ -142,7 +142,7 @@ def training_row(items: int, dims: int, options: dict[str, Any]) -> dict[str, An
         bare_s,
         abs(error - other) < 0.02 * other,
         rows_differing=differing,
-        relative_error=error / other,
+        error_over_baseline=round(error / other, 4),
         ours_peak_mb=round(ours_mb, 1),
         baseline_peak_mb=round(bare_mb, 1),
         times_matrix=round(ours_mb / matrix, 2),

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 
 _SCORES = 1 << 22  # float32 scores held at once: 16 MiB; in smaller blocks the multiplication is slower
+_ROWS = 4096  # rows of points multiplied at once, at most
+_CACHED = 1 << 18  # scores that the reductions read at a time: 1 MiB, which stay in cache
 _NUMBERS = 1 << 16  # float64 numbers held at once when rows in doubt are decided: 512 KiB, which stay in cache
 _NEVER = float("-inf")
 
@@ -47,18 +49,21 @@ def nearest_centroids(
     squares = np.einsum("kd,kd->k", wide, wide)
     margin = rounding(own, float(np.sqrt(squares.max())), dims)
     turned, half = np.ascontiguousarray(centroids.T), (squares * 0.5).astype(np.float32)
-    block = min(count, max(1, _SCORES // len(centroids)))
+    block, step = (max(1, numbers // len(centroids)) for numbers in (_SCORES, _CACHED))
+    block = min(block, _ROWS, count)
     buffer = np.empty((block, len(centroids)), dtype=np.float32)
     rows, columns = [], []
     for start in range(0, count, block):
         part = points[start : start + block]
-        scores = np.matmul(part, turned, out=buffer[: len(part)])
-        scores -= half
-        chosen = scores.argmax(axis=1)
-        best[start : start + block] = chosen
-        row, column = _in_doubt(scores, chosen, margin[start : start + block])
-        rows.append(row + start)
-        columns.append(column)
+        products = np.matmul(part, turned, out=buffer[: len(part)])
+        for begin in range(0, len(part), step):
+            scores, place = products[begin : begin + step], start + begin
+            scores -= half
+            chosen = scores.argmax(axis=1)
+            best[place : place + len(scores)] = chosen
+            row, column = _in_doubt(scores, chosen, margin[place : place + len(scores)])
+            rows.append(row + place)
+            columns.append(column)
     _decide(best, np.concatenate(rows), np.concatenate(columns), points, wide, exact)
     return best
 
