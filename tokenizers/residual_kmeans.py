@@ -28,7 +28,7 @@ from sidtune.tokenizers.nearest_centroids import nearest_centroids
 from sidtune.tokenizers.quantizer import Quantizer, check_codes, check_vectors
 
 _COLUMNS = 3  # first columns that sort distinct rows
-_ROWS = 16_384  # rows hashed, compared or subtracted at once
+_ROWS = 2048  # rows hashed, compared or subtracted at once
 
 
 @dataclass
@@ -289,11 +289,11 @@ class ResidualKMeans(Quantizer):
 
         Without `normalize_residuals`, vectors = decode(encode(vectors)) + residual(vectors) up to float32 rounding.
         """
-        return self._walk(vectors, depth)[1]
-
-    def _walk(self, vectors: np.ndarray, depth: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         self._require_fit()
-        residual = check_vectors(vectors, self.dims)
+        return self._walk(check_vectors(vectors, self.dims), depth)[1]
+
+    def _walk(self, residual: np.ndarray, depth: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Codes and what is left of checked vectors."""
         depth = self.depth if depth is None else depth
         if not 0 <= depth <= self.depth:
             raise ConfigError(f"depth must lie in [0, {self.depth}], got {depth}.")

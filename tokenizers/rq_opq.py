@@ -166,7 +166,7 @@ class RqOpq(Quantizer):
 
     def _encode(self, vectors: np.ndarray) -> np.ndarray:
         codes, residual = self.head._walk(vectors)
-        return np.concatenate([codes, self.tail.encode(residual)], axis=1)
+        return np.concatenate([codes, self.tail._encode(residual)], axis=1)
 
     def residual(self, vectors: np.ndarray, depth: int | None = None) -> np.ndarray:
         """What is left of vectors (n, d) after `depth` head levels (default: all of the head), float32 (n, d)."""
