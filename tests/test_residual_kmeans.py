@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tracemalloc
 import warnings
 
 import faiss
@@ -349,8 +350,23 @@ def test_many_near_ties(crowd, monkeypatch):
     assert (index.search(points, 1)[1][:, 0] != expected).any(), "the case is too easy to show anything"
     np.testing.assert_array_equal(nearest_centroids(points, book), expected)
     monkeypatch.setattr(module, "_SCORES", 700)  # blocks of seven rows
+    monkeypatch.setattr(module, "_CACHED", 300)  # of three
     monkeypatch.setattr(module, "_NUMBERS", 240)  # blocks of ten pairs
+    monkeypatch.setattr(module, "_PAIRS", 20)  # decided before all are known
     np.testing.assert_array_equal(nearest_centroids(points, book), expected)
+
+
+def test_crowds_of_equal_centroids_take_no_memory():
+    """A level with more codes than distinct residuals repeats a centroid; every row near it has all of them as candidates."""
+    book = np.ones((2000, 4), dtype=np.float32)
+    book[7:9] = 3.0
+    points = np.repeat(np.array([[1.0], [2.9], [1.1]], dtype=np.float32), 4, axis=1)[np.arange(6000) % 3]
+    tracemalloc.start()
+    found = nearest_centroids(points, book)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_array_equal(found, np.array([0, 7, 0])[np.arange(6000) % 3])
+    assert peak < 120 << 20, "all 8 million pairs at once take more than that"
 
 
 def test_training_and_encoding_leave_the_vectors_alone():

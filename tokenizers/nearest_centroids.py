@@ -19,6 +19,7 @@ _SCORES = 1 << 22  # float32 scores held at once: 16 MiB; in smaller blocks the 
 _ROWS = 4096  # rows of points multiplied at once, at most
 _CACHED = 1 << 18  # scores that the reductions read at a time: 1 MiB, which stay in cache
 _NUMBERS = 1 << 16  # float64 numbers held at once when rows in doubt are decided: 512 KiB, which stay in cache
+_PAIRS = 1 << 20  # candidates of rows in doubt held at once
 _NEVER = float("-inf")
 
 
@@ -52,7 +53,8 @@ def nearest_centroids(
     block, step = (max(1, numbers // len(centroids)) for numbers in (_SCORES, _CACHED))
     block = min(block, _ROWS, count)
     buffer = np.empty((block, len(centroids)), dtype=np.float32)
-    rows, columns = [], []
+    pairs: list[tuple[np.ndarray, np.ndarray]] = []
+    held = 0
     for start in range(0, count, block):
         part = points[start : start + block]
         products = np.matmul(part, turned, out=buffer[: len(part)])
@@ -62,9 +64,12 @@ def nearest_centroids(
             chosen = scores.argmax(axis=1)
             best[place : place + len(scores)] = chosen
             row, column = _in_doubt(scores, chosen, margin[place : place + len(scores)])
-            rows.append(row + place)
-            columns.append(column)
-    _decide(best, np.concatenate(rows), np.concatenate(columns), points, wide, exact)
+            pairs.append((row + place, column))
+            held += len(row)
+            if held > _PAIRS:
+                _decide(best, pairs, points, wide, exact)
+                pairs, held = [], 0
+    _decide(best, pairs, points, wide, exact)
     return best
 
 
@@ -93,14 +98,16 @@ def _in_doubt(scores: np.ndarray, chosen: np.ndarray, margin: np.ndarray) -> tup
 
 def _decide(
     best: np.ndarray,
-    rows: np.ndarray,
-    columns: np.ndarray,
+    pairs: list[tuple[np.ndarray, np.ndarray]],
     points: np.ndarray,
     centroids: np.ndarray,
     exact: Callable[[np.ndarray], np.ndarray] | None,
 ) -> None:
-    """Sets `best` of the rows in doubt to the nearest of their candidates, in float64; pairs come sorted."""
-    if len(rows) > 4 * len(best):
+    """Sets `best` of the rows in doubt to the nearest of their candidates, in float64; pairs (row, centroid) come sorted."""
+    if not pairs:
+        return
+    rows, columns = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    if len(rows) > 16 * (1 + np.count_nonzero(np.diff(rows))):
         # Many equal centroids, as where a level has more codes than distinct residuals: the first of each is enough.
         _, first, group = np.unique(centroids, axis=0, return_index=True, return_inverse=True)
         kept = first[group.reshape(-1)][columns] == columns
