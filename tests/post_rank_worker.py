@@ -57,9 +57,8 @@ def train(root: Path, output: str, mode: str) -> None:
     options |= {"save_strategy": "no", "disable_tqdm": True, "learning_rate": 1e-3}
     work = root / f".work_{output}_{mode}"
     told = []
-    if (
-        mode != "B"
-    ):  # LoRA cannot go on weights that ZeRO-3 has shared out already: each step needs a launch of its own there
+    # LoRA cannot go on weights that ZeRO-3 has shared out already: each step needs a launch of its own there.
+    if mode != "B":
         args = paper_arguments(work / "fa", **options)
         adapted = adapt_features(
             model, processor, rows, np.arange(32), args, train="all" if mode == "all" else "adapters"
