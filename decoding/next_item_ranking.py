@@ -78,15 +78,25 @@ class HistoryRanker:
 
     def rank(self, network: nn.Module, examples: SequenceExamples, k: int) -> tuple[np.ndarray, np.ndarray]:
         """(n, k) int64 item rows, best first, -1 where the beams hold fewer, and (n, k) float32 log-probabilities."""
-        rows = np.full((len(examples), k), -1, dtype=np.int64)
-        scores = np.full((len(examples), k), -np.inf, dtype=np.float32)
+        return self._rank(network, examples, k, (self.exclude_seen,))[self.exclude_seen]
+
+    def rank_both(self, network: nn.Module, examples: SequenceExamples, k: int) -> dict[bool, np.ndarray]:
+        """Item rows (n, k) of one search under both rules: seen items ranked (False) and left out (True)."""
+        return {rule: rows for rule, (rows, _) in self._rank(network, examples, k, (False, True)).items()}
+
+    def _rank(
+        self, network: nn.Module, examples: SequenceExamples, k: int, rules: tuple[bool, ...]
+    ) -> dict[bool, tuple[np.ndarray, np.ndarray]]:
+        shape = (len(examples), k)
+        found = {rule: (np.full(shape, -1, np.int64), np.full(shape, -np.inf, np.float32)) for rule in rules}
         with evaluating(network):
             for part in self._parts(examples):
                 batch, trie = self._batch(network, examples, part)
                 beams = search_network(network, batch, trie, self.num_beams)
-                seen = self._seen(examples, part) if self.exclude_seen else None
-                rows[part], scores[part] = rank_items(beams, self.catalogue.leaves, k, exclude=seen)
-        return rows, scores
+                for rule, (rows, scores) in found.items():
+                    seen = self.seen(examples, part) if rule else None
+                    rows[part], scores[part] = rank_items(beams, self.catalogue.leaves, k, exclude=seen)
+        return found
 
     def score(self, network: nn.Module, examples: SequenceExamples, items: np.ndarray) -> np.ndarray:
         """(n, C) float32 log-probabilities of item rows (n, C) after each history; -inf where the row is -1."""
@@ -125,7 +135,7 @@ class HistoryRanker:
             device
         )
 
-    def _seen(self, examples: SequenceExamples, part: np.ndarray) -> list[np.ndarray]:
+    def seen(self, examples: SequenceExamples, part: np.ndarray) -> list[np.ndarray]:
         """Distinct items before the target of each user, whatever part of them the network reads."""
         begin, stops = self.sequences.offsets[examples.users[part]], examples.stops[part] - 1
         return [np.unique(self.sequences.rows[a:b]) for a, b in zip(begin, stops, strict=True)]

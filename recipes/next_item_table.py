@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import platform
 import statistics
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +20,9 @@ from sidtune.data_builders.item_sequences import ItemSequences, SequenceExamples
 from sidtune.data_builders.schema import Tables
 from sidtune.metrics.baselines import BaselineRequests
 from sidtune.metrics.bootstrap import holm, paired_bootstrap
-from sidtune.metrics.ranking import RankingResult, Relevance
+from sidtune.metrics.ranking import Relevance
 from sidtune.metrics.registry import BASELINES
+from sidtune.recipes.next_item_slices import markdown_slices, mean_slices, slices
 from sidtune.recipes.seeds import publish
 from sidtune.trainers.next_item import measure_targets
 
@@ -39,9 +39,11 @@ def report(arguments: Arguments, tables: Tables, sequences: ItemSequences) -> di
     """Measures what is trained, writes `results.json`, prints and publishes the table."""
     rows: dict[str, dict[str, Any]] = {}
     per_user: dict[str, dict[int, np.ndarray]] = {}
+    ranks: dict[str, list[np.ndarray]] = {}
+    examples = held_out(arguments, sequences)
     for name in arguments.baselines:
-        examples = held_out(arguments, sequences)
-        result = measure_targets(rank_baseline(name, examples, tables, sequences), sequences, examples)
+        ranks[name] = [rank_baseline(name, examples, tables, sequences)]
+        result = measure_targets(ranks[name][0], sequences, examples)
         means = dict.fromkeys(arguments.seeds, result.means())
         rows[name] = {"kind": "baseline", "metrics": means, "other_rule": means, "cost": {}}
         per_user[name] = dict.fromkeys(arguments.seeds, result.per_request[PRIMARY])
@@ -50,24 +52,29 @@ def report(arguments: Arguments, tables: Tables, sequences: ItemSequences) -> di
         seeds = [s for s in arguments.seeds if all((arguments.folder(s, m) / RUN_FILE).exists() for m in members)]
         if not seeds:
             continue
-        found = {seed: measured(arguments, name, members, seed, sequences) for seed in seeds}
-        kind = "ensemble" if name in arguments.ensembles else "model"
+        ranked = {seed: measured(arguments, name, members, seed, sequences, examples) for seed in seeds}
+        found = {
+            key: {seed: measure_targets(sides[key], sequences, examples) for seed, sides in ranked.items()}
+            for key in ("rows", "other_rule")
+        }
+        ranks[name] = [sides["rows"] for sides in ranked.values()]
         rows[name] = {
-            "kind": kind,
-            "metrics": {seed: rule.means() for seed, (rule, _) in found.items()},
-            "other_rule": {seed: other.means() for seed, (_, other) in found.items()},
+            "kind": "ensemble" if name in arguments.ensembles else "model",
+            "metrics": {seed: result.means() for seed, result in found["rows"].items()},
+            "other_rule": {seed: result.means() for seed, result in found["other_rule"].items()},
             "cost": cost_of(arguments, members, seeds),
         }
-        per_user[name] = {seed: rule.per_request[PRIMARY] for seed, (rule, _) in found.items()}
+        per_user[name] = {seed: result.per_request[PRIMARY] for seed, result in found["rows"].items()}
     record = {
         "split": "test" if arguments.test else "valid",
-        "users": len(held_out(arguments, sequences)),
+        "users": len(examples),
         "catalogue": len(sequences.item_ids),
         "seeds": arguments.seeds,
         "num_beams": arguments.num_beams,
         "exclude_seen": arguments.exclude_seen,
         "systems": {name: summary(row) for name, row in rows.items()},
         "paired": paired(arguments, rows, per_user),
+        "where": where(arguments, ranks, per_user, sequences, examples),
         "machine": {"processor": platform.machine(), "system": platform.system()},
         "versions": versions(),
     }
@@ -102,27 +109,56 @@ def _user_codes(tables: Tables) -> np.ndarray:
 
 
 def measured(
-    arguments: Arguments, name: str, members: list[str], seed: int, sequences: ItemSequences
-) -> tuple[RankingResult, RankingResult]:
-    """Metrics of one row and seed under the rule of the table and the other; read from disk where they are of these models."""
+    arguments: Arguments,
+    name: str,
+    members: list[str],
+    seed: int,
+    sequences: ItemSequences,
+    examples: SequenceExamples,
+) -> dict[str, np.ndarray]:
+    """The rankings of one row and seed as `rank_members` returns them; read from disk where they are of these models."""
     from safetensors.numpy import load_file, save_file
 
     split = "test" if arguments.test else "valid"
     folder = Path(arguments.output_dir) / f"seed_{seed}" / split / name
     models = {member: fingerprint(arguments.folder(seed, member)) for member in members}
     config = {"models": models, "num_beams": arguments.num_beams, "exclude_seen": arguments.exclude_seen}
-    examples = held_out(arguments, sequences)
     if (folder / RUN_FILE).exists() and read_json(folder / RUN_FILE)["config"] == config:
-        ranked = load_file(folder / "ranked.safetensors")
-    else:
-        ranked = rank_members(arguments, members, seed, sequences, examples)
-        with write_folder(folder) as scratch:
-            save_file(ranked, scratch / "ranked.safetensors")
-            means = measure_targets(ranked["rows"], sequences, examples).means()
-            write_json(scratch / "metrics.json", means)
-            write_run(scratch, step="next_item_test", config=config, metrics=means)
-    rule, other = (measure_targets(ranked[key], sequences, examples) for key in ("rows", "other_rule"))
-    return rule, other
+        return load_file(folder / "ranked.safetensors")
+    ranked = rank_members(arguments, members, seed, sequences, examples)
+    with write_folder(folder) as scratch:
+        save_file(ranked, scratch / "ranked.safetensors")
+        means = measure_targets(ranked["rows"], sequences, examples).means()
+        write_json(scratch / "metrics.json", means)
+        write_run(scratch, step="next_item_test", config=config, metrics=means)
+    return ranked
+
+
+def where(
+    arguments: Arguments,
+    ranks: dict[str, list[np.ndarray]],
+    per_user: dict[str, dict[int, np.ndarray]],
+    sequences: ItemSequences,
+    examples: SequenceExamples,
+) -> dict[str, Any]:
+    """Figures of each row by slices of the users, with the SIDs of the first trained system; see `next_item_slices`."""
+    from sidtune.decoding.next_item_ranking import SidCatalogue
+    from sidtune.tokenizers.semantic_ids import SemanticIds
+
+    trained = [arguments.folder(seed, name) for name in arguments.systems for seed in arguments.seeds]
+    first = next((folder for folder in trained if (folder / RUN_FILE).exists()), None)
+    if first is None:
+        return {}
+    codes = SidCatalogue.of(SemanticIds.from_pretrained(first / "sids"), sequences).codes
+    return {
+        name: mean_slices(
+            [
+                slices(ranked, ndcg, sequences, examples, codes)
+                for ranked, ndcg in zip(ranks[name], per_user[name].values(), strict=False)
+            ]
+        )
+        for name in ranks
+    }
 
 
 def rank_members(
@@ -141,27 +177,26 @@ def rank_members(
     for member in members:
         folder = arguments.folder(seed, member)
         catalogue = SidCatalogue.of(SemanticIds.from_pretrained(folder / "sids"), sequences)
-        ranker = HistoryRanker(sequences, catalogue, arguments.num_beams, exclude_seen=arguments.exclude_seen)
-        cut = examples.cut(arguments.system(member).max_history)
-        models.append((load_network(folder), ranker, cut))
-    others = [(network, replace(ranker, exclude_seen=not ranker.exclude_seen), cut) for network, ranker, cut in models]
-    return {key: _ranked(side, arguments, sequences) for key, side in (("rows", models), ("other_rule", others))}
-
-
-def _ranked(
-    models: list[tuple[Any, Any, SequenceExamples]], arguments: Arguments, sequences: ItemSequences
-) -> np.ndarray:
+        ranker = HistoryRanker(sequences, catalogue, arguments.num_beams)
+        models.append((load_network(folder), ranker, examples.cut(arguments.system(member).max_history)))
     if len(models) > 1:
-        return combined(models, arguments.num_beams, sequences.training_counts())
-    network, ranker, cut = models[0]
-    return ranker.rank(network, cut, PLACES)[0]
+        ranked = combined(models, arguments.num_beams, sequences.training_counts())
+    else:
+        network, ranker, cut = models[0]
+        ranked = ranker.rank_both(network, cut, PLACES)
+    return {"rows": ranked[arguments.exclude_seen], "other_rule": ranked[not arguments.exclude_seen]}
 
 
-def combined(models: list[tuple[Any, Any, SequenceExamples]], candidates: int, counts: np.ndarray) -> np.ndarray:
+def combined(
+    models: list[tuple[Any, Any, SequenceExamples]], candidates: int, counts: np.ndarray
+) -> dict[bool, np.ndarray]:
     """(n, PLACES): the best of all models' candidates by mean probability, then popularity, then row.
 
     Args:
         models: (network, ranker, examples) of each. candidates: how many each proposes. counts: (N,) training counts.
+
+    Returns:
+        Seen items ranked (False) and left out (True), of the same candidates.
     """
     from sidtune.decoding.next_item_search import mean_probability
 
@@ -169,9 +204,19 @@ def combined(models: list[tuple[Any, Any, SequenceExamples]], candidates: int, c
     proposed = np.sort(proposed, axis=1)
     proposed[:, 1:][proposed[:, 1:] == proposed[:, :-1]] = -1
     scores = mean_probability([ranker.score(network, cut, proposed) for network, ranker, cut in models])
-    popularity = np.where(proposed >= 0, counts[np.maximum(proposed, 0)], -1)
-    order = np.lexsort((proposed, -popularity, -scores), axis=1)[:, :PLACES]
-    return np.take_along_axis(proposed, order, axis=1)
+    _, ranker, cut = models[0]
+    seen = ranker.seen(cut, np.arange(len(cut)))
+    pairs = np.repeat(np.arange(len(cut)), [len(rows) for rows in seen]) * len(counts) + np.concatenate(seen)
+    had = np.isin(np.arange(len(cut))[:, None] * len(counts) + proposed, pairs) & (proposed >= 0)
+    sides = {False: proposed, True: np.where(had, -1, proposed)}
+    return {rule: _best(rows, scores, counts) for rule, rows in sides.items()}
+
+
+def _best(rows: np.ndarray, scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The first PLACES of candidate rows (n, C), -1 for none, by score, popularity and row."""
+    popularity = np.where(rows >= 0, counts[np.maximum(rows, 0)], -1)
+    order = np.lexsort((rows, -popularity, -np.where(rows >= 0, scores, -np.inf)), axis=1)[:, :PLACES]
+    return np.take_along_axis(rows, order, axis=1)
 
 
 def cost_of(arguments: Arguments, members: list[str], seeds: list[int]) -> dict[str, Any]:
@@ -257,4 +302,5 @@ def markdown(record: dict[str, Any]) -> str:
             f"{best} minus {name} on {PRIMARY}: {pair['difference']:+.4f} [{pair['low']:+.4f}, {pair['high']:+.4f}], "
             f"p = {pair['adjusted_p_value']:.3f}."
         )
+    lines += markdown_slices(record["where"])
     return "\n".join(lines) + "\n"

@@ -151,6 +151,8 @@ def test_ranking_does_not_depend_on_the_batch_and_leaves_seen_items_out(kind):
     assert np.array_equal(rows, again)
     assert all(sorted(row) == list(range(30)) for row in rows.tolist())
     unseen, _ = HistoryRanker(SEQUENCES, CATALOGUE, num_beams=60, exclude_seen=True).rank(network, examples, 30)
+    both = big.rank_both(network, examples, 30)
+    assert np.array_equal(both[False], rows) and np.array_equal(both[True], unseen)
     for place, row in enumerate(unseen.tolist()):
         seen = set(SEQUENCES.rows[examples.starts[place] : examples.stops[place] - 1].tolist())
         assert [item for item in row if item >= 0] == [item for item in rows[place].tolist() if item not in seen]

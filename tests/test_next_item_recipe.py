@@ -170,8 +170,11 @@ def test_an_ensemble_ranks_by_the_mean_probability(finished):
         models.append((load_network(folder), ranker, examples))
         mean += np.exp(ranker.score(models[-1][0], examples, everything)) / 2
     found = next_item_table.combined(models, 60, sequences.training_counts())
-    for row, scores in zip(found, mean, strict=True):
-        assert np.allclose(scores[row], np.sort(scores)[::-1][:20], rtol=1e-4)
+    for place, scores in enumerate(mean):
+        assert np.allclose(scores[found[False][place]], np.sort(scores)[::-1][:20], rtol=1e-4)
+        left = scores.copy()
+        left[list(seen_of(sequences, examples, place))] = -1
+        assert np.allclose(left[found[True][place]], np.sort(left)[::-1][:20], rtol=1e-4)
 
 
 def test_the_yaml_of_the_recipe_is_valid_and_takes_another_folder_by_one_option(repo_root, tmp_path, monkeypatch):

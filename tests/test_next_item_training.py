@@ -277,3 +277,21 @@ def test_refusals(tmp_path):
     with pytest.raises(DataError, match="no validation target"):
         train_next_item(small_network("items"), rows, HistoryRanker(pair, CATALOGUE), settings(), tmp_path / "b")
     assert isinstance(small_network("items")(**rows_of().collate([0])), Targets)
+
+
+@pytest.mark.parametrize("kind", ["items", "tokens", "t5"])
+def test_bfloat16_learns_what_float32_learns(tmp_path, kind):
+    extra = {"loss": LossConfig(contrastive=0.5, ahead=0.5, label_smoothing=0.1)}
+    curves, networks = [], []
+    for bf16 in (False, True):
+        network = small_network(kind, ahead=1, dropout=0.0)
+        args = {**settings().args, "bf16": bf16, "logging_steps": 1}
+        ranker = HistoryRanker(SEQUENCES, CATALOGUE)
+        trainer = train_next_item(
+            network, rows_of(), ranker, settings(**extra, args=args), tmp_path / str(bf16), seed=0
+        )
+        curves.append([log["nll"] for log in trainer.state.log_history if "nll" in log])
+        networks.append(network)
+    assert len(curves[0]) > 3 and curves[0] != curves[1]  # the second one did round
+    assert curves[1] == pytest.approx(curves[0], rel=0.01)
+    assert all(p.dtype == torch.float32 for p in networks[1].parameters())

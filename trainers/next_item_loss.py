@@ -69,11 +69,12 @@ class NextItemLoss:
         row, place = batch["learn"].nonzero(as_tuple=True)
         items = batch["target_rows"][row, place]
         smoothed, plain = self.code_losses(targets.logits, items)
+        states = targets.states.float()  # bf16 under autocast, which does not reach here
         total = smoothed
         if self.config.contrastive:
-            total = total + self.config.contrastive * self.contrast(network, targets.states, items)
+            total = total + self.config.contrastive * self.contrast(network, states, items)
         if self.config.ahead:
-            total = total + self.config.ahead * self.ahead(network, targets.states, batch, row, place)
+            total = total + self.config.ahead * self.ahead(network, states, batch, row, place)
         return total, plain.detach()
 
     def code_losses(self, logits: list[Tensor], items: Tensor) -> tuple[Tensor, Tensor]:
