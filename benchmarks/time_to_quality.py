@@ -1,6 +1,6 @@
 """Validation NDCG@10 against training FLOPs and seconds: whole histories, packed whole histories, sliding windows.
 
-    python benchmarks/time_to_quality.py [--quick] [--json FILE] [--plot FILE] [--path FOLDER] [--epochs E] [--part decoder|t5]
+    python benchmarks/time_to_quality.py [--quick] [--json FILE] [--plot FILE] [--path FOLDER] [--epochs E] [--bf16] [--part PART]
 
 Two groups, in each the same network, data, SIDs, targets in a batch, learning rate and shape of the schedule:
 
@@ -58,6 +58,7 @@ class Setup:
     learning_rate: float
     history: int
     valid_users: int
+    bf16: bool = False
 
     def config(self, part: str, **changes: Any) -> NextItemConfig:
         shape = {**self.shapes[part], **changes}
@@ -166,7 +167,7 @@ def curve(
     per_row = rows.examples.targets / len(rows)
     batch = max(1, round(setup.targets_of_a_batch / per_row))
     args = {"num_train_epochs": epochs, "per_device_train_batch_size": batch, "learning_rate": setup.learning_rate}
-    args |= {"warmup_steps": 20, "logging_strategy": "no", "logging_first_step": False}
+    args |= {"warmup_steps": 20, "logging_strategy": "no", "logging_first_step": False, "bf16": setup.bf16}
     fit = FitSettings(args=args, average=0.99, evaluate_every=max(0.05, epochs / 24), valid_users=setup.valid_users)
     torch.manual_seed(0)
     ranker = HistoryRanker(setup.sequences, setup.catalogue, num_beams=20)
@@ -257,18 +258,21 @@ def main() -> None:
         "--epochs", type=float, help="passes of the windows over all targets; default 4 quick, 12 otherwise"
     )
     parser.add_argument("--whole_epochs", type=float, help="the same for whole histories; default twice --epochs")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 matrix products on both sides")
     parser.add_argument("--part", choices=[DECODER, T5], action="append", help="only this group; default both")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = options.path or chain(Path(folder), *((500, 150) if options.quick else (4000, 2000)))
         epochs = options.epochs or (4 if options.quick else 12)
         setup = make_setup(options.quick, path, epochs, options.whole_epochs or 2 * epochs)
+        setup.bf16 = options.bf16
     rows = [row for part in options.part or [DECODER, T5] for row in compare(setup, part)]
     for row in rows:
         reached = f"{row['flops_ratio']} x fewer FLOPs, {row['ratio']} x less time" if row["ratio"] else "not reached"
         print(f"{row['name']}: NDCG@10 {row['quality']:.4f} of the windows: {reached}; equal: {row['equal']}")
     if options.json:
         machine = {"processor": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        machine["matrix_products"] = "bfloat16" if options.bf16 else "float32"
         options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n", encoding="utf-8")
     if options.plot:
         plot(rows, options.plot)

@@ -99,14 +99,20 @@ class HistoryRanker:
         return found
 
     def score(self, network: nn.Module, examples: SequenceExamples, items: np.ndarray) -> np.ndarray:
-        """(n, C) float32 log-probabilities of item rows (n, C) after each history; -inf where the row is -1."""
+        """(n, C) float32 log-probabilities of item rows (n, C) after each history; -inf where the row is -1.
+
+        Empty places at the end of all rows of a batch cost nothing.
+        """
         leaves = np.where(items >= 0, self.catalogue.leaf_of[np.maximum(items, 0)], -1)
         scores = np.full(items.shape, -np.inf, dtype=np.float32)
         with evaluating(network):
             for part in self._parts(examples):
                 batch, trie = self._batch(network, examples, part)
-                wanted = torch.from_numpy(leaves[part]).to(trie.device)
-                scores[part] = score_leaves(network, batch, trie, wanted).cpu().numpy()
+                filled = np.flatnonzero((leaves[part] >= 0).any(axis=0))
+                width = int(filled[-1]) + 1 if len(filled) else 0
+                if width:
+                    wanted = torch.from_numpy(leaves[part, :width]).to(trie.device)
+                    scores[part, :width] = score_leaves(network, batch, trie, wanted).cpu().numpy()
         return scores
 
     def _parts(self, examples: SequenceExamples) -> list[np.ndarray]:

@@ -24,7 +24,7 @@ from sidtune.metrics.ranking import Relevance
 from sidtune.metrics.registry import BASELINES
 from sidtune.recipes.next_item_slices import markdown_slices, mean_slices, slices
 from sidtune.recipes.seeds import publish
-from sidtune.trainers.next_item import measure_targets
+from sidtune.trainers.next_item import FitSettings, draw_users, measure_targets
 
 if TYPE_CHECKING:
     from sidtune.recipes.next_item import Arguments
@@ -33,17 +33,19 @@ PLACES = 20
 SHOWN = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")
 OTHER = ("recall@10", "ndcg@10")  # shown under the other rule for items the user has
 PRIMARY = "ndcg@10"
+Member = tuple[Any, Any, SequenceExamples]  # a network, its ranker, the histories that it reads
 
 
 def report(arguments: Arguments, tables: Tables, sequences: ItemSequences) -> dict[str, Any]:
     """Measures what is trained, writes `results.json`, prints and publishes the table."""
     rows: dict[str, dict[str, Any]] = {}
     per_user: dict[str, dict[int, np.ndarray]] = {}
-    ranks: dict[str, list[np.ndarray]] = {}
+    ranks: dict[str, dict[int, dict[str, np.ndarray]]] = {}
     examples = held_out(arguments, sequences)
     for name in arguments.baselines:
-        ranks[name] = [rank_baseline(name, examples, tables, sequences)]
-        result = measure_targets(ranks[name][0], sequences, examples)
+        ranked = rank_baseline(name, examples, tables, sequences)
+        ranks[name] = dict.fromkeys(arguments.seeds, {"rows": ranked, "other_rule": ranked})
+        result = measure_targets(ranked, sequences, examples)
         means = dict.fromkeys(arguments.seeds, result.means())
         rows[name] = {"kind": "baseline", "metrics": means, "other_rule": means, "cost": {}}
         per_user[name] = dict.fromkeys(arguments.seeds, result.per_request[PRIMARY])
@@ -52,17 +54,19 @@ def report(arguments: Arguments, tables: Tables, sequences: ItemSequences) -> di
         seeds = [s for s in arguments.seeds if all((arguments.folder(s, m) / RUN_FILE).exists() for m in members)]
         if not seeds:
             continue
-        ranked = {seed: measured(arguments, name, members, seed, sequences, examples) for seed in seeds}
+        ranks[name] = {}
+        for seed in seeds:
+            proposals = [ranks[member][seed] for member in members] if len(members) > 1 else []
+            ranks[name][seed] = measured(arguments, name, members, seed, sequences, examples, proposals)
         found = {
-            key: {seed: measure_targets(sides[key], sequences, examples) for seed, sides in ranked.items()}
+            key: {seed: measure_targets(sides[key], sequences, examples) for seed, sides in ranks[name].items()}
             for key in ("rows", "other_rule")
         }
-        ranks[name] = [sides["rows"] for sides in ranked.values()]
         rows[name] = {
             "kind": "ensemble" if name in arguments.ensembles else "model",
             "metrics": {seed: result.means() for seed, result in found["rows"].items()},
             "other_rule": {seed: result.means() for seed, result in found["other_rule"].items()},
-            "cost": cost_of(arguments, members, seeds),
+            "cost": cost_of(arguments, name, members, seeds),
         }
         per_user[name] = {seed: result.per_request[PRIMARY] for seed, result in found["rows"].items()}
     record = {
@@ -115,28 +119,35 @@ def measured(
     seed: int,
     sequences: ItemSequences,
     examples: SequenceExamples,
+    proposals: list[dict[str, np.ndarray]],
 ) -> dict[str, np.ndarray]:
     """The rankings of one row and seed as `rank_members` returns them; read from disk where they are of these models."""
     from safetensors.numpy import load_file, save_file
 
-    split = "test" if arguments.test else "valid"
-    folder = Path(arguments.output_dir) / f"seed_{seed}" / split / name
+    folder = measured_folder(arguments, seed, name)
     models = {member: fingerprint(arguments.folder(seed, member)) for member in members}
     config = {"models": models, "num_beams": arguments.num_beams, "exclude_seen": arguments.exclude_seen}
     if (folder / RUN_FILE).exists() and read_json(folder / RUN_FILE)["config"] == config:
         return load_file(folder / "ranked.safetensors")
-    ranked = rank_members(arguments, members, seed, sequences, examples)
+    ranked = rank_members(arguments, members, seed, sequences, examples, proposals)
     with write_folder(folder) as scratch:
         save_file(ranked, scratch / "ranked.safetensors")
         means = measure_targets(ranked["rows"], sequences, examples).means()
         write_json(scratch / "metrics.json", means)
+        if len(members) > 1:
+            means = {**means, f"valid_{PRIMARY}": valid_figure(arguments, members, seed, sequences)}
         write_run(scratch, step="next_item_test", config=config, metrics=means)
     return ranked
 
 
+def measured_folder(arguments: Arguments, seed: int, name: str) -> Path:
+    """Where the ranking of a row and seed lies."""
+    return Path(arguments.output_dir) / f"seed_{seed}" / ("test" if arguments.test else "valid") / name
+
+
 def where(
     arguments: Arguments,
-    ranks: dict[str, list[np.ndarray]],
+    ranks: dict[str, dict[int, dict[str, np.ndarray]]],
     per_user: dict[str, dict[int, np.ndarray]],
     sequences: ItemSequences,
     examples: SequenceExamples,
@@ -150,25 +161,44 @@ def where(
     if first is None:
         return {}
     codes = SidCatalogue.of(SemanticIds.from_pretrained(first / "sids"), sequences).codes
-    return {
-        name: mean_slices(
-            [
-                slices(ranked, ndcg, sequences, examples, codes)
-                for ranked, ndcg in zip(ranks[name], per_user[name].values(), strict=False)
-            ]
-        )
-        for name in ranks
-    }
+    found = {}
+    for name, rankings in ranks.items():
+        values = per_user[name]
+        parts = [slices(r["rows"], values[seed], sequences, examples, codes) for seed, r in rankings.items()]
+        found[name] = mean_slices(parts)
+    return found
 
 
 def rank_members(
-    arguments: Arguments, members: list[str], seed: int, sequences: ItemSequences, examples: SequenceExamples
+    arguments: Arguments,
+    members: list[str],
+    seed: int,
+    sequences: ItemSequences,
+    examples: SequenceExamples,
+    proposals: list[dict[str, np.ndarray]],
 ) -> dict[str, np.ndarray]:
     """(n, PLACES) item rows of one model, or of several that average their probabilities over common candidates.
+
+    Args:
+        proposals: what this function returned for each of several members: their candidates.
 
     Returns:
         `rows` under `exclude_seen` of the arguments, `other_rule` under its opposite.
     """
+    models = models_of(arguments, members, seed, sequences, examples)
+    if len(models) > 1:
+        proposed = np.concatenate([rows for member in proposals for rows in member.values()], axis=1)
+        ranked = combined(models, proposed, sequences.training_counts())
+    else:
+        network, ranker, cut = models[0]
+        ranked = ranker.rank_both(network, cut, PLACES)
+    return {"rows": ranked[arguments.exclude_seen], "other_rule": ranked[not arguments.exclude_seen]}
+
+
+def models_of(
+    arguments: Arguments, members: list[str], seed: int, sequences: ItemSequences, examples: SequenceExamples
+) -> list[Member]:
+    """The trained networks of the members, each with its ranker and the histories as long as it reads them."""
     from sidtune.decoding.next_item_ranking import HistoryRanker, SidCatalogue
     from sidtune.models.next_item import load_network
     from sidtune.tokenizers.semantic_ids import SemanticIds
@@ -179,30 +209,34 @@ def rank_members(
         catalogue = SidCatalogue.of(SemanticIds.from_pretrained(folder / "sids"), sequences)
         ranker = HistoryRanker(sequences, catalogue, arguments.num_beams)
         models.append((load_network(folder), ranker, examples.cut(arguments.system(member).max_history)))
-    if len(models) > 1:
-        ranked = combined(models, arguments.num_beams, sequences.training_counts())
-    else:
-        network, ranker, cut = models[0]
-        ranked = ranker.rank_both(network, cut, PLACES)
-    return {"rows": ranked[arguments.exclude_seen], "other_rule": ranked[not arguments.exclude_seen]}
+    return models
 
 
-def combined(
-    models: list[tuple[Any, Any, SequenceExamples]], candidates: int, counts: np.ndarray
-) -> dict[bool, np.ndarray]:
-    """(n, PLACES): the best of all models' candidates by mean probability, then popularity, then row.
+def valid_figure(arguments: Arguments, members: list[str], seed: int, sequences: ItemSequences) -> float:
+    """Validation NDCG@10 of an ensemble on the users by which its first member was chosen."""
+    users = arguments.system(members[0]).fit.get("valid_users", FitSettings.valid_users)
+    examples = draw_users(sequences.held_out("valid"), users, seed)
+    models = models_of(arguments, members, seed, sequences, examples)
+    ranks = [rows for network, ranker, cut in models for rows in ranker.rank_both(network, cut, PLACES).values()]
+    ranked = combined(models, np.concatenate(ranks, axis=1), sequences.training_counts())[arguments.exclude_seen]
+    return measure_targets(ranked, sequences, examples).means()[PRIMARY]
+
+
+def combined(models: list[Member], proposed: np.ndarray, counts: np.ndarray) -> dict[bool, np.ndarray]:
+    """(n, PLACES): the best candidates by the models' mean probability, then popularity, then row.
 
     Args:
-        models: (network, ranker, examples) of each. candidates: how many each proposes. counts: (N,) training counts.
+        models: (network, ranker, examples) of each. proposed: (n, C) item rows, -1 for none, repeated ones count once.
+        counts: (N,) training counts.
 
     Returns:
         Seen items ranked (False) and left out (True), of the same candidates.
     """
     from sidtune.decoding.next_item_search import mean_probability
 
-    proposed = np.concatenate([ranker.rank(network, cut, candidates)[0] for network, ranker, cut in models], axis=1)
     proposed = np.sort(proposed, axis=1)
     proposed[:, 1:][proposed[:, 1:] == proposed[:, :-1]] = -1
+    proposed = -np.sort(-proposed, axis=1)  # the empty places last
     scores = mean_probability([ranker.score(network, cut, proposed) for network, ranker, cut in models])
     _, ranker, cut = models[0]
     seen = ranker.seen(cut, np.arange(len(cut)))
@@ -219,16 +253,19 @@ def _best(rows: np.ndarray, scores: np.ndarray, counts: np.ndarray) -> np.ndarra
     return np.take_along_axis(rows, order, axis=1)
 
 
-def cost_of(arguments: Arguments, members: list[str], seeds: list[int]) -> dict[str, Any]:
-    """Sums over the members, means over the seeds."""
+def cost_of(arguments: Arguments, name: str, members: list[str], seeds: list[int]) -> dict[str, Any]:
+    """Sums over the members, means over the seeds; and the validation figures by which rows are compared."""
     records = [[read_json(arguments.folder(s, m) / RUN_FILE)["metrics"] for m in members] for s in seeds]
     total = {
         key: statistics.fmean(sum(record[key] for record in of_seed) for of_seed in records)
         for key in ("parameters", "training_flops", "training_seconds")
     }
-    if len(members) == 1:
-        values = [of_seed[0]["valid_ndcg@10"] for of_seed in records]
-        total["valid_ndcg@10"] = {"mean": statistics.fmean(values), "values": values}
+    values = [of_seed[0]["valid_ndcg@10"] for of_seed in records]
+    if len(members) > 1:
+        values = [
+            read_json(measured_folder(arguments, seed, name) / RUN_FILE)["metrics"]["valid_ndcg@10"] for seed in seeds
+        ]
+    total["valid_ndcg@10"] = {"mean": statistics.fmean(values), "values": values}
     return total | {"threads": records[0][0]["threads"], "processes": records[0][0]["processes"]}
 
 
