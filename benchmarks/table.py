@@ -18,6 +18,9 @@ COLUMNS = {
     "ours_s": "ours, s",
     "baseline_s": "other, s",
     "ratio": "ratio",
+    "flops_ratio": "FLOPs ratio",
+    "quality": "NDCG@10 to reach",
+    "ours_best": "our best NDCG@10",
     "equal": "equal",
     "possible": "work saved",
     "times_least": "ours over least work",
@@ -51,7 +54,7 @@ def cell(name: str, value: Any) -> str:
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if name == "ratio":
+    if name in ("ratio", "flops_ratio"):
         return f"{value:.1f}×" if value >= 2 else f"{value:.2f}×"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 

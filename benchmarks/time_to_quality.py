@@ -248,6 +248,16 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     pyplot.close(figure)
 
 
+def save(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Writes the rows so far and draws them, where the options name files; after each group, for a group takes long."""
+    if options.json:
+        machine = {"processor": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        machine["matrix_products"] = "bfloat16" if options.bf16 else "float32"
+        options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+    if options.plot:
+        plot(rows, options.plot)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small world; ends within five minutes on two cores")
@@ -266,16 +276,13 @@ def main() -> None:
         epochs = options.epochs or (4 if options.quick else 12)
         setup = make_setup(options.quick, path, epochs, options.whole_epochs or 2 * epochs)
         setup.bf16 = options.bf16
-    rows = [row for part in options.part or [DECODER, T5] for row in compare(setup, part)]
+    rows: list[dict[str, Any]] = []
+    for part in options.part or [DECODER, T5]:
+        rows += compare(setup, part)
+        save(rows, options)
     for row in rows:
         reached = f"{row['flops_ratio']} x fewer FLOPs, {row['ratio']} x less time" if row["ratio"] else "not reached"
         print(f"{row['name']}: NDCG@10 {row['quality']:.4f} of the windows: {reached}; equal: {row['equal']}")
-    if options.json:
-        machine = {"processor": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-        machine["matrix_products"] = "bfloat16" if options.bf16 else "float32"
-        options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n", encoding="utf-8")
-    if options.plot:
-        plot(rows, options.plot)
     if not all(row["equal"] for row in rows):
         raise SystemExit("The losses of a target differ between the two sides; the figures mean nothing.")
 
