@@ -116,8 +116,9 @@ def make_setup(quick: bool, path: str, epochs: float, whole_epochs: float) -> Se
         return Setup(sequences, catalogue, {DECODER: decoder, T5: t5}, epochs, whole_epochs, 256, 1e-2, 40, 300)
     decoder = {"network": "tokens", "width": 128, "layers": 3, "heads": 4, "feed_forward": 256, "dropout": 0.2}
     t5 = {"network": "t5", "width": 128, "layers": 3, "code_layers": 3, "heads": 4, "head_dim": 32, "feed_forward": 512}
+    t5 = {**t5, "dropout": 0.1}
     return Setup(
-        sequences, catalogue, {DECODER: decoder, T5: {**t5, "dropout": 0.1}}, epochs or 12, 512, 1e-3, 20, 1500
+        sequences, catalogue, {DECODER: decoder, T5: t5}, epochs, whole_epochs, 512, 1e-3, history=20, valid_users=1500
     )
 
 

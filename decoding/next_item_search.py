@@ -1,7 +1,8 @@
 """Beam search and exact scores with a next-item network, over the same trie as language models.
 
-A network needs two methods, `read` (a history, once) and `continue_codes` (scores after any number of code prefixes); see
-`sidtune.models.next_item`. Beams of one history share what was read, and the prefixes of all beams are scored in one pass.
+A network needs three methods: `read` (a history, once), `continue_codes` (scores along any number of code prefixes) and
+`next_logits` (scores after them); see `sidtune.models.next_item`. Beams of one history share what was read, and the prefixes of all
+beams are scored in one pass.
 Scores are log-probabilities over the legal codes only, as everywhere in sidtune. Our choice; TIGER's code searches without a
 trie and throws illegal SIDs away.
 """
@@ -29,6 +30,8 @@ class CodeNetwork(Protocol):
 
     def continue_codes(self, memory: Any, codes: Tensor) -> list[Tensor]: ...
 
+    def next_logits(self, memory: Any, codes: Tensor) -> Tensor: ...
+
 
 class _NetworkSearch:
     """A network in the place of a language model: the view that the beam search has of either."""
@@ -42,7 +45,7 @@ class _NetworkSearch:
         return self.trie.children(nodes, level)
 
     def logits(self, level: int) -> tuple[Tensor, None]:
-        return self.network.continue_codes(self.memory, self._codes)[level].float(), None
+        return self.network.next_logits(self.memory, self._codes).float(), None
 
     def advance(self, level: int, codes: Tensor, parents: Tensor) -> None:
         old = self._codes.gather(1, parents[..., None].expand(-1, -1, level))

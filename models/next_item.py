@@ -9,8 +9,9 @@ Three shapes behind one interface (`NextItemNetwork`):
 * `t5`: TIGER's encoder-decoder (Rajput et al. 2023, 2305.05065) on transformers' T5, in `models/next_item_t5.py`.
 
 Every network answers two questions. `forward(**batch)` gives the codes of all targets of whole histories in one pass. `read` and
-`continue_codes` read a history once and score the continuations of any number of code prefixes, which is what a beam search
-and a re-scoring of candidates need. Both give the same logits for the same history; a test compares them.
+`continue_codes` read a history once and score the continuations of any number of code prefixes, which is what a re-scoring of
+candidates needs; `next_logits` gives the last of them alone, for a beam search. All give the same logits for the same history; a test
+compares them.
 """
 
 from __future__ import annotations
@@ -167,6 +168,10 @@ class NextItemNetwork(nn.Module, abc.ABC):
     @abc.abstractmethod
     def continue_codes(self, memory: Any, codes: Tensor) -> list[Tensor]:
         """Scores of what follows each prefix of `codes` (B, W, l): per level 0 .. l a tensor (B, W, k_level)."""
+
+    def next_logits(self, memory: Any, codes: Tensor) -> Tensor:
+        """(B, W, k_l): scores of what follows each whole prefix of `codes` (B, W, l), the last of `continue_codes`."""
+        return self.continue_codes(memory, codes)[-1]
 
     @abc.abstractmethod
     def forward_flops(self, batch: int, items: int, targets: int) -> int:

@@ -148,6 +148,16 @@ class ItemDecoder(NextItemNetwork):
         states = memory[:, None].expand(-1, width, -1).flatten(0, 1)
         return [part.view(rows, width, -1) for part in self._write(states, codes.flatten(0, 1))]
 
+    def next_logits(self, memory: Tensor, codes: Tensor) -> Tensor:
+        rows, width, length = codes.shape
+        states = memory[:, None].expand(-1, width, -1).flatten(0, 1)
+        x = torch.cat([states[:, None], self.embed(codes.flatten(0, 1))], dim=1)
+        positions = torch.arange(length + 1, device=x.device).expand(x.shape[:2])
+        for block in self.code_blocks[:-1]:
+            x, _ = block(x, positions, None)
+        last = self.code_norm(self.code_blocks[-1].last(x, positions))
+        return self.level_logits(last, length).view(rows, width, -1)
+
     def forward_flops(self, batch: int, items: int, targets: int) -> int:
         config, length = self.config, items + (self.users is not None)
         over = block_flops(config.width, config.feed_forward, batch * length, batch * length * length)

@@ -67,6 +67,19 @@ class Block(nn.Module):
         x = x + F.dropout(self.down(F.silu(gate) * up), self.dropout, self.training)
         return x, (k, v)
 
+    def last(self, x: Tensor, positions: Tensor) -> Tensor:
+        """(B, D_model): what a causal `forward` gives at the last of the positions x (B, S, D_model), without the others."""
+        batch, length, width = x.shape
+        normed = self.attention_norm(x)
+        q = F.linear(normed[:, -1:], self.qkv.weight[:width]).view(batch, 1, self.heads, -1).transpose(1, 2)
+        pairs = F.linear(normed, self.qkv.weight[width:]).view(batch, length, 2, self.heads, -1)
+        k, v = pairs.permute(2, 0, 3, 1, 4)
+        q, k = rotate(q, positions[:, -1:]), rotate(k, positions)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, width)
+        x = x[:, -1] + self.out(mixed)
+        gate, up = self.up(self.feed_norm(x)).chunk(2, dim=-1)
+        return x + self.down(F.silu(gate) * up)
+
 
 def block_flops(width: int, feed_forward: int, tokens: int, pairs: int) -> int:
     """Multiply-adds times two of one block forward: `tokens` positions, `pairs` (query, key) pairs that are computed."""

@@ -78,8 +78,11 @@ def test_training_and_search_score_alike(kind, full, extra):
         history = one_history(CATALOGUE, np.array(shown), user)
         prefix = torch.from_numpy(CATALOGUE.codes[target])[None, None, :-1]
         with torch.no_grad():
-            found = network.continue_codes(network.read(**history), prefix)
+            memory = network.read(**history)
+            found = network.continue_codes(memory, prefix)
+            steps = [network.next_logits(memory, prefix[..., :level]) for level in range(len(SIZES))]
         assert torch.allclose(torch.cat([part[0, 0] for part in found]), expected, atol=1e-5)
+        assert torch.allclose(torch.cat([part[0, 0] for part in steps]), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
