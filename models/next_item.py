@@ -10,8 +10,8 @@ Three shapes behind one interface (`NextItemNetwork`):
 
 Every network answers two questions. `forward(**batch)` gives the codes of all targets of whole histories in one pass. `read` and
 `continue_codes` read a history once and score the continuations of any number of code prefixes, which is what a re-scoring of
-candidates needs; `next_logits` gives the last of them alone, for a beam search. All give the same logits for the same history; a test
-compares them.
+candidates needs; `next_logits` gives the last of them alone, for a beam search. All give the same logits for the same history; a
+test compares them.
 """
 
 from __future__ import annotations
