@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from next_item_worlds import chain_folder
 
 from sidtune.benchmarks import semantic_ids as benchmark
 from sidtune.benchmarks import semantic_ids_downstream as downstream
@@ -41,6 +42,30 @@ def test_codes_by_lot_keep_the_counts_and_lose_the_items(tmp_path):
     assert sorted(map(tuple, drawn.codes.tolist())) == sorted(map(tuple, codes.tolist()))
     assert (drawn.codes == codes).all(axis=1).mean() < 0.1
     assert (SemanticIds.from_pretrained(tmp_path / "learned" / "sids").codes == codes).all()
+
+
+def test_the_items_model_learns_the_rule_and_writes_what_it_measured(tmp_path, monkeypatch):
+    data = chain_folder(tmp_path / "data" / "chain", users=150)
+    monkeypatch.setenv("SIDTUNE_DATA", str(data.parent))
+    index = json.loads((data / "X.index.json").read_text())
+    codes = np.array([[int(token.strip("<>")[2:]) for token in row] for row in index.values()], dtype=np.int32)
+    SemanticIds(list(index), codes, (6, 5, 2)).save_pretrained(tmp_path / "learned" / "sids")
+    training = {"steps": 300, "batch": 16, "learning_rate": 1e-2, "hidden": 32, "max_length": 20}
+    source = downstream.Source(
+        "", "letter", {}, 4, (), 1, requests=100, folder="chain", model="items", **{**training, "layers": 1}
+    )
+    (tmp_path / "work").mkdir()
+    found = downstream.items_model(source, tmp_path / "learned", tmp_path / "work", 0, ["popularity", "item_knn"])
+    table = pq.read_table(tmp_path / "work" / "test" / "per_request.parquet")
+    raw = json.loads((data / "X.inter.json").read_text())
+    assert found["requests"] == len(table) == 100 and set(table["user_id"].to_pylist()) <= set(raw)
+    assert found["ndcg@10"] == pytest.approx(np.mean(table["sidtune/ndcg@10"]))
+    # A user follows the chain with probability .85, and a target that the user already has cannot be recommended.
+    reachable = np.mean([row[-1] not in row[:-1] for row in raw.values()])
+    assert 0.6 < found["ndcg@10"] < reachable < 0.9
+    assert (
+        found["baselines"]["popularity"]["ndcg@10"] < found["baselines"]["item_knn"]["ndcg@10"] < found["ndcg@10"] - 0.2
+    )
 
 
 def fake(calls):
