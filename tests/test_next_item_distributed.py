@@ -72,7 +72,7 @@ def test_two_processes_learn_what_one_learns(runs, name):
 
 def test_the_main_process_alone_measures_and_writes(runs):
     one, two, printed = runs
-    assert printed.count("| popularity |") == 1
+    assert printed.count("| system | recall@5 |") == 1
     assert not list((two / "seed_0").glob(".*"))
     first, second = (read_json(folder / "results.json")["systems"] for folder in (one, two))
     assert list(first) == list(second)
