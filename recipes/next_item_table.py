@@ -127,6 +127,8 @@ def measured(
     folder = measured_folder(arguments, seed, name)
     models = {member: fingerprint(arguments.folder(seed, member)) for member in members}
     config = {"models": models, "num_beams": arguments.num_beams, "exclude_seen": arguments.exclude_seen}
+    if len(members) > 1:
+        config["candidates"] = PLACES  # of each member and rule; an ensemble of another number is another row
     if (folder / RUN_FILE).exists() and read_json(folder / RUN_FILE)["config"] == config:
         return load_file(folder / "ranked.safetensors")
     ranked = rank_members(arguments, members, seed, sequences, examples, proposals)
