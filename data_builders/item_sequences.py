@@ -56,6 +56,10 @@ class SequenceExamples:
         """Targets of all examples together."""
         return int((self.stops - self.firsts).sum())
 
+    def take(self, places: np.ndarray) -> SequenceExamples:
+        """The examples at some places."""
+        return SequenceExamples(*(array[places] for array in (self.starts, self.stops, self.firsts, self.users)))
+
     def cut(self, max_history: int) -> SequenceExamples:
         """The same examples with at most `max_history` items before the first target."""
         return replace(self, starts=np.maximum(self.starts, self.firsts - max_history))
@@ -129,6 +133,11 @@ class ItemSequences:
         targets = self.offsets[users + 1] - (1 if split == "test" else 2)
         starts = self.offsets[users] if max_history is None else np.maximum(self.offsets[users], targets - max_history)
         return SequenceExamples(starts, targets + 1, targets, users)
+
+    def seen(self, examples: SequenceExamples) -> list[np.ndarray]:
+        """Distinct items before the first target of each example's user, whatever part of them the example shows."""
+        begin = self.offsets[examples.users]
+        return [np.unique(self.rows[a:b]) for a, b in zip(begin, examples.firsts, strict=True)]
 
     def whole_examples(self, max_history: int = 50, overlap: int | None = None) -> SequenceExamples:
         """One example per user over the training part; every item but the first is a target.

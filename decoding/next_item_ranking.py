@@ -94,7 +94,7 @@ class HistoryRanker:
                 batch, trie = self._batch(network, examples, part)
                 beams = search_network(network, batch, trie, self.num_beams)
                 for rule, (rows, scores) in found.items():
-                    seen = self.seen(examples, part) if rule else None
+                    seen = self.sequences.seen(examples.take(part)) if rule else None
                     rows[part], scores[part] = rank_items(beams, self.catalogue.leaves, k, exclude=seen)
         return found
 
@@ -140,8 +140,3 @@ class HistoryRanker:
         return {name: torch.from_numpy(value).to(device) for name, value in batch.items()}, self.catalogue.trie.to(
             device
         )
-
-    def seen(self, examples: SequenceExamples, part: np.ndarray) -> list[np.ndarray]:
-        """Distinct items before the target of each user, whatever part of them the network reads."""
-        begin, stops = self.sequences.offsets[examples.users[part]], examples.stops[part] - 1
-        return [np.unique(self.sequences.rows[a:b]) for a, b in zip(begin, stops, strict=True)]

@@ -99,11 +99,20 @@ def score_leaves(network: CodeNetwork, batch: dict[str, Tensor], trie: SidTrie, 
     return total.masked_fill(leaves < 0, _NEVER)
 
 
-def mean_probability(scores: list[np.ndarray]) -> np.ndarray:
+def mean_probability(scores: list[np.ndarray], weights: list[float] | None = None) -> np.ndarray:
     """Log of the mean probability of several models, elementwise: log-probabilities (B, C) each give (B, C).
 
     A mean of probabilities, not of logarithms: a model that finds an item impossible does not veto it.
+
+    Args:
+        scores: of each model. weights: of each model, positive; they are divided by their sum. None for equal ones.
     """
-    if not scores:
-        raise ConfigError("An ensemble needs the scores of at least one model.")
-    return np.logaddexp.reduce(np.stack(scores).astype(np.float64), axis=0) - np.log(len(scores))
+    shares = np.ones(len(scores)) if weights is None else np.asarray(weights, dtype=np.float64)
+    if not scores or len(shares) != len(scores) or not (shares > 0).all():
+        raise ConfigError(
+            f"An ensemble needs the scores of at least one model and a positive weight of each, got {len(scores)} models "
+            f"and the weights {shares.tolist()}."
+        )
+    logs = np.log(shares / shares.sum())
+    parts = [score.astype(np.float64) + log for score, log in zip(scores, logs, strict=True)]
+    return np.logaddexp.reduce(parts, axis=0)

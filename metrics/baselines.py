@@ -11,7 +11,7 @@ than k.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,21 +108,59 @@ class Baseline:
         Raises:
             SidtuneError: not fitted, k below 1, history rows outside the catalogue, lengths that differ.
         """
-        if not hasattr(self, "order"):
-            raise ConfigError("This baseline is not fitted; call fit(items, events) before rank.")
         if not isinstance(k, int) or k < 1:
             raise ConfigError(f"k must be a positive integer, got {k!r}.")
-        history = _check_requests(requests, self.items)
+        history = self._checked(requests)
         ranked = np.full((len(requests), k), -1, dtype=np.int64)
+        for start, stop, scores, banned in self._chunks(requests, history):
+            ranked[start:stop] = top_rows(scores, banned, self.order, self.place, k)
+        return ranked
+
+    def shares(self, requests: BaselineRequests, candidates: np.ndarray) -> np.ndarray:
+        """What share of all scores of a request each candidate has: a distribution over the catalogue (our choice).
+
+        A request that scores nothing shares by popularity. Items that `rank` would not rank have no share.
+
+        Args:
+            requests: R requests. candidates: (R, C) item rows, -1 for an empty place.
+
+        Returns:
+            (R, C) float64; 0 at empty places. Over the whole catalogue each row sums to 1, or to 0 where nothing is left.
+
+        Raises:
+            SidtuneError: not fitted, candidates or history rows outside the catalogue, lengths that differ.
+        """
+        history = self._checked(requests)
+        if candidates.shape[0] != len(requests) or candidates.max(initial=-1) >= self.items:
+            raise DataError(
+                f"Candidates must be {len(requests)} rows of items below {self.items}, got the shape {candidates.shape} "
+                f"and the item {candidates.max(initial=-1)}."
+            )
+        found = np.zeros(candidates.shape)
+        for start, stop, scores, banned in self._chunks(requests, history):
+            found[start:stop] = _shares(scores, banned, self.counts, candidates[start:stop])
+        return found
+
+    @property
+    def numbers(self) -> int:
+        """Learned numbers that it keeps, popularity counts apart."""
+        return 0
+
+    def _checked(self, requests: BaselineRequests) -> Relevance:
+        if not hasattr(self, "order"):
+            raise ConfigError("This baseline is not fitted; call fit(items, events) first.")
+        return _check_requests(requests, self.items)
+
+    def _chunks(
+        self, requests: BaselineRequests, history: Relevance
+    ) -> Iterator[tuple[int, int, sp.csr_matrix | None, sp.csr_matrix | None]]:
+        """First and last + 1 request of each chunk, its scores, and the items not to rank."""
         step = max(1, min(_BLOCK // self.items, 4096))
         for start in range(0, len(requests), step):
             stop = min(start + step, len(requests))
             part = _part(history, start, stop)
             scores, banned = self._scores(requests.queries[start:stop], part)
-            if self.excludes:
-                banned = _binary(part, self.items)
-            ranked[start:stop] = top_rows(scores, banned, self.order, self.place, k)
-        return ranked
+            yield start, stop, scores, _binary(part, self.items) if self.excludes else banned
 
     def _popularity(self, items: pa.Table, events: pa.Table) -> np.ndarray:
         return event_counts(events, items)
@@ -180,6 +218,35 @@ def repeat_share(events: pa.Table) -> float:
     return (moments - pairs) / moments
 
 
+def _shares(
+    scores: sp.csr_matrix | None, banned: sp.csr_matrix | None, counts: np.ndarray, candidates: np.ndarray
+) -> np.ndarray:
+    """`Baseline.shares` of one chunk: scores and banned (r, N), counts (N,), candidates (r, C)."""
+    shape, items = (len(candidates), len(counts)), np.maximum(candidates, 0)
+    scores = without(scores if scores is not None else sp.csr_matrix(shape), banned)
+    values, totals = _entries(scores, items), np.asarray(scores.sum(axis=1)).ravel()
+    bare = np.flatnonzero(totals <= 0)
+    values[bare], totals[bare] = counts[items[bare]], counts.sum()
+    if banned is not None:
+        marks = (banned != 0).tocsr()[bare]
+        values[bare] *= _entries(marks, items[bare]) == 0
+        totals[bare] -= marks @ counts
+    return np.where(candidates >= 0, values, 0.0) / np.where(totals > 0, totals, 1.0)[:, None]
+
+
+def _entries(matrix: sp.csr_matrix, columns: np.ndarray) -> np.ndarray:
+    """(r, C) float64 entries of the rows of a matrix (r, N) at the columns (r, C)."""
+    if not columns.size:
+        return np.zeros(columns.shape)  # scipy answers an empty index with a matrix
+    owner = np.repeat(np.arange(len(columns)), columns.shape[1])
+    return np.asarray(matrix[owner, columns.ravel()], dtype=np.float64).reshape(columns.shape)
+
+
+def without(scores: sp.csr_matrix, banned: sp.csr_matrix | None) -> sp.csr_matrix:
+    """Scores with 0 at the banned items; None bans nothing."""
+    return scores if banned is None else (scores - scores.multiply(banned != 0)).tocsr()
+
+
 def top_rows(
     scores: sp.csr_matrix | None, banned: sp.csr_matrix | None, order: np.ndarray, place: np.ndarray, k: int
 ) -> np.ndarray:
@@ -202,8 +269,7 @@ def top_rows(
     ranked = np.full((count, k), -1, dtype=np.int64)
     used = np.zeros(count, dtype=np.int64)
     if scores is not None:
-        if banned is not None:
-            scores = scores - scores.multiply(banned != 0)
+        scores = without(scores, banned)
         owner, item, rank, _ = _sorted_entries(scores, place, k)
         ranked[owner, rank] = item
         used = np.bincount(owner, minlength=count)

@@ -74,6 +74,11 @@ class ItemKNN(Baseline):
             parts.append(sp.csr_matrix((kept, (owner, item)), shape=chunk.shape))
         return sp.vstack(parts, format="csr")
 
+    @property
+    def numbers(self) -> int:
+        """Similarities that it keeps."""
+        return int(self.similarity.nnz)
+
     def _scores(self, queries: Sequence[str | None], history: Relevance) -> tuple[sp.csr_matrix, None]:
         if self.max_history is not None:
             history = last_of_each(history, self.max_history)

@@ -31,6 +31,7 @@ from sidtune.data_builders.item_sequences import ItemSequences, SequenceExamples
 from sidtune.data_builders.registry import READERS
 from sidtune.data_builders.schema import Tables
 from sidtune.metrics.registry import BASELINES
+from sidtune.recipes.next_item_members import check_ensembles
 from sidtune.recipes.run import merged
 from sidtune.recipes.seeds import check_readme
 
@@ -129,7 +130,8 @@ class Arguments:
         output_dir: folder to write.
         systems: name → options of a `System`, over `defaults`.
         defaults: options of every system.
-        ensembles: name → list of systems; they propose candidates together, each scores all of them, probabilities are averaged.
+        ensembles: name → list of systems, baselines of the table, or ensembles above it; they propose candidates together, each
+            scores all of them, probabilities are averaged. A baseline's probability of an item is its share of all its scores.
         only: names of systems to train now; null for all. The table shows what is there.
         seeds: each system is trained with each.
         test: read the test targets. Without it, only validation figures are shown; choose all settings so.
@@ -165,10 +167,7 @@ class Arguments:
             raise ConfigError("Systems, ensembles and baselines need different names without '/', and none is 'test'.")
         for name in self.systems:
             self.system(name).check(f"systems.{name}")
-        for name, members in self.ensembles.items():
-            for member in members if isinstance(members, list) and members else [None]:
-                if member not in self.systems:
-                    raise ConfigError(f"ensembles.{name} must list systems: {nearest(str(member), self.systems)}")
+        check_ensembles(self.ensembles, [*self.systems, *self.baselines])
         for name in self.only or []:
             if name not in self.systems:
                 raise ConfigError(f"only: there is no system '{name}': {nearest(name, self.systems)}")

@@ -16,12 +16,12 @@ import numpy as np
 
 from sidtune.core.config import as_dict
 from sidtune.core.folders import RUN_FILE, fingerprint, read_json, versions, write_folder, write_json, write_run
+from sidtune.data_builders.history import encode
 from sidtune.data_builders.item_sequences import ItemSequences, SequenceExamples
 from sidtune.data_builders.schema import Tables
-from sidtune.metrics.baselines import BaselineRequests
 from sidtune.metrics.bootstrap import holm, paired_bootstrap
-from sidtune.metrics.ranking import Relevance
 from sidtune.metrics.registry import BASELINES
+from sidtune.recipes.next_item_members import BaselineMember, Member, NetworkMember, rank_together, weights_of
 from sidtune.recipes.next_item_slices import markdown_slices, mean_slices, slices
 from sidtune.recipes.seeds import publish
 from sidtune.trainers.next_item import FitSettings, draw_users, measure_targets
@@ -33,52 +33,40 @@ PLACES = 20
 SHOWN = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")
 OTHER = ("recall@10", "ndcg@10")  # shown under the other rule for items the user has
 PRIMARY = "ndcg@10"
-Member = tuple[Any, Any, SequenceExamples]  # a network, its ranker, the histories that it reads
 
 
 def report(arguments: Arguments, tables: Tables, sequences: ItemSequences) -> dict[str, Any]:
     """Measures what is trained, writes `results.json`, prints and publishes the table."""
+    who = Rankings(arguments, tables, sequences)
     rows: dict[str, dict[str, Any]] = {}
     per_user: dict[str, dict[int, np.ndarray]] = {}
     ranks: dict[str, dict[int, dict[str, np.ndarray]]] = {}
-    examples = held_out(arguments, sequences)
-    for name in arguments.baselines:
-        ranked = rank_baseline(name, examples, tables, sequences)
-        ranks[name] = dict.fromkeys(arguments.seeds, {"rows": ranked, "other_rule": ranked})
-        result = measure_targets(ranked, sequences, examples)
-        means = dict.fromkeys(arguments.seeds, result.means())
-        rows[name] = {"kind": "baseline", "metrics": means, "other_rule": means, "cost": {}}
-        per_user[name] = dict.fromkeys(arguments.seeds, result.per_request[PRIMARY])
-    for name in [*arguments.systems, *arguments.ensembles]:
-        members = arguments.ensembles.get(name, [name])
-        seeds = [s for s in arguments.seeds if all((arguments.folder(s, m) / RUN_FILE).exists() for m in members)]
+    for name in [*arguments.baselines, *arguments.systems, *arguments.ensembles]:
+        seeds = [seed for seed in arguments.seeds if who.ready(name, seed)]
         if not seeds:
             continue
-        ranks[name] = {}
-        for seed in seeds:
-            proposals = [ranks[member][seed] for member in members] if len(members) > 1 else []
-            ranks[name][seed] = measured(arguments, name, members, seed, sequences, examples, proposals)
+        ranks[name] = {seed: who.ranked(name, seed) for seed in seeds}
         found = {
-            key: {seed: measure_targets(sides[key], sequences, examples) for seed, sides in ranks[name].items()}
+            key: {seed: measure_targets(sides[key], sequences, who.examples) for seed, sides in ranks[name].items()}
             for key in ("rows", "other_rule")
         }
         rows[name] = {
-            "kind": "ensemble" if name in arguments.ensembles else "model",
+            "kind": who.kind(name),
             "metrics": {seed: result.means() for seed, result in found["rows"].items()},
             "other_rule": {seed: result.means() for seed, result in found["other_rule"].items()},
-            "cost": cost_of(arguments, name, members, seeds),
+            "cost": who.cost(name, seeds),
         }
         per_user[name] = {seed: result.per_request[PRIMARY] for seed, result in found["rows"].items()}
     record = {
         "split": "test" if arguments.test else "valid",
-        "users": len(examples),
+        "users": len(who.examples),
         "catalogue": len(sequences.item_ids),
         "seeds": arguments.seeds,
         "num_beams": arguments.num_beams,
         "exclude_seen": arguments.exclude_seen,
         "systems": {name: summary(row) for name, row in rows.items()},
         "paired": paired(arguments, rows, per_user),
-        "where": where(arguments, ranks, per_user, sequences, examples),
+        "where": where(arguments, ranks, per_user, sequences, who.examples),
         "machine": {"processor": platform.machine(), "system": platform.system()},
         "versions": versions(),
     }
@@ -87,64 +75,150 @@ def report(arguments: Arguments, tables: Tables, sequences: ItemSequences) -> di
     return record
 
 
-def held_out(arguments: Arguments, sequences: ItemSequences) -> SequenceExamples:
-    """The users of the table with their whole histories: all test users, or all validation users where `test` is off."""
-    return sequences.held_out("test" if arguments.test else "valid")
+class Rankings:
+    """The rankings, validation figures and costs of all rows.
+
+    Attributes:
+        examples: the users of the table with their whole histories: all test users, or all validation users where `test` is off.
+    """
+
+    def __init__(self, arguments: Arguments, tables: Tables, sequences: ItemSequences) -> None:
+        self.arguments, self.tables, self.sequences = arguments, tables, sequences
+        self.examples = sequences.held_out("test" if arguments.test else "valid")
+        self._baselines: dict[str, BaselineMember] = {}
+        self._ranked: dict[tuple[str, int], dict[str, np.ndarray]] = {}
+
+    def weights(self, name: str) -> dict[str, float]:
+        """Who ranks in a row, and with what weight."""
+        return weights_of(name, self.arguments.ensembles)
+
+    def networks(self, name: str) -> list[str]:
+        """The systems among the members of a row."""
+        return [member for member in self.weights(name) if member in self.arguments.systems]
+
+    def kind(self, name: str) -> str:
+        """`baseline`, `model` or `ensemble`."""
+        kinds = {"baseline": self.arguments.baselines, "model": self.arguments.systems}
+        return next((kind for kind, names in kinds.items() if name in names), "ensemble")
+
+    def ready(self, name: str, seed: int) -> bool:
+        """Whether all networks of a row are trained."""
+        return all((self.arguments.folder(seed, member) / RUN_FILE).exists() for member in self.networks(name))
+
+    def ranked(self, name: str, seed: int) -> dict[str, np.ndarray]:
+        """(n, PLACES) item rows of a row: `rows` under `exclude_seen` of the arguments, `other_rule` under its opposite.
+
+        Read from disk where they are of these models, else ranked and written. A baseline has no seed and is not stored.
+        """
+        seed_of = 0 if self.kind(name) == "baseline" else seed
+        if (name, seed_of) not in self._ranked:
+            self._ranked[name, seed_of] = (
+                self._rank(name, seed) if self.kind(name) == "baseline" else self._stored(name, seed)
+            )
+        return self._ranked[name, seed_of]
+
+    def valid_figure(self, name: str, seed: int) -> float:
+        """Validation NDCG@10: by which a network was chosen, or of an ensemble or baseline on the users of its first network."""
+        if self.kind(name) == "model":
+            return read_json(self.arguments.folder(seed, name) / RUN_FILE)["metrics"][f"valid_{PRIMARY}"]
+        if self.kind(name) == "ensemble":
+            return read_json(self._folder(name, seed) / RUN_FILE)["metrics"][f"valid_{PRIMARY}"]
+        return self._valid_figure(name, seed)
+
+    def cost(self, name: str, seeds: list[int]) -> dict[str, Any]:
+        """Sums over the members, means over the seeds; and the validation figures by which rows are compared."""
+        values = [self.valid_figure(name, seed) for seed in seeds]
+        total: dict[str, Any] = {f"valid_{PRIMARY}": {"mean": statistics.fmean(values), "values": values}}
+        members = self.networks(name)
+        numbers = sum(self._member(m, 0).baseline.numbers for m in self.weights(name) if m not in members)
+        if not members:
+            return total | ({"parameters": numbers} if numbers else {})
+        records = [[read_json(self.arguments.folder(s, m) / RUN_FILE)["metrics"] for m in members] for s in seeds]
+        for key in ("parameters", "training_flops", "training_seconds"):
+            total[key] = statistics.fmean(sum(record[key] for record in of_seed) for of_seed in records)
+        total["parameters"] += numbers
+        return total | {"threads": records[0][0]["threads"], "processes": records[0][0]["processes"]}
+
+    def _stored(self, name: str, seed: int) -> dict[str, np.ndarray]:
+        from safetensors.numpy import load_file, save_file
+
+        folder, weights = self._folder(name, seed), self.weights(name)
+        models = {member: fingerprint(self.arguments.folder(seed, member)) for member in self.networks(name)}
+        config = {"models": models, "num_beams": self.arguments.num_beams, "exclude_seen": self.arguments.exclude_seen}
+        if len(weights) > 1:  # an ensemble of other weights or of another number of candidates is another row
+            config |= {"weights": weights, "candidates": PLACES}
+        if (folder / RUN_FILE).exists() and read_json(folder / RUN_FILE)["config"] == config:
+            return load_file(folder / "ranked.safetensors")
+        ranked = self._rank(name, seed)
+        with write_folder(folder) as scratch:
+            save_file(ranked, scratch / "ranked.safetensors")
+            means = measure_targets(ranked["rows"], self.sequences, self.examples).means()
+            write_json(scratch / "metrics.json", means)
+            if len(weights) > 1:
+                means = {**means, f"valid_{PRIMARY}": self._valid_figure(name, seed)}
+            write_run(scratch, step="next_item_test", config=config, metrics=means)
+        return ranked
+
+    def _rank(self, name: str, seed: int) -> dict[str, np.ndarray]:
+        """Ranks the users of the table; an ensemble scores what its members ranked under both rules."""
+        weights = self.weights(name)
+        if len(weights) == 1:
+            found = self._member(name, seed).rank_both(self.examples, PLACES)
+        else:
+            proposed = [rows for member in weights for rows in self.ranked(member, seed).values()]
+            found = self._together(weights, seed, self.examples, proposed)
+        rule = self.arguments.exclude_seen
+        return {"rows": found[rule], "other_rule": found[not rule]}
+
+    def _valid_figure(self, name: str, seed: int) -> float:
+        weights = self.weights(name)
+        first = self.arguments.system(next(iter(self.networks(name) or self.arguments.systems)))
+        users = first.fit.get("valid_users", FitSettings.valid_users)
+        examples = draw_users(self.sequences.held_out("valid"), users, seed)
+        proposed = {member: self._member(member, seed).rank_both(examples, PLACES) for member in weights}
+        ranked = proposed.get(name) or self._together(
+            weights, seed, examples, [rows for both in proposed.values() for rows in both.values()]
+        )
+        return measure_targets(ranked[self.arguments.exclude_seen], self.sequences, examples).means()[PRIMARY]
+
+    def _together(
+        self, weights: dict[str, float], seed: int, examples: SequenceExamples, proposed: list[np.ndarray]
+    ) -> dict[bool, np.ndarray]:
+        members = [self._member(member, seed) for member in weights]
+        candidates = np.concatenate(proposed, axis=1)
+        return rank_together(members, list(weights.values()), examples, candidates, self.sequences, PLACES)
+
+    def _member(self, name: str, seed: int) -> Member:
+        if name in self.arguments.systems:
+            return load_member(self.arguments, name, seed, self.sequences)
+        if name not in self._baselines:
+            self._baselines[name] = fit_baseline(name, self.tables, self.sequences)
+        return self._baselines[name]
+
+    def _folder(self, name: str, seed: int) -> Path:
+        split = "test" if self.arguments.test else "valid"
+        return Path(self.arguments.output_dir) / f"seed_{seed}" / split / name
 
 
-def rank_baseline(name: str, examples: SequenceExamples, tables: Tables, sequences: ItemSequences) -> np.ndarray:
-    """(n, PLACES) item rows of a baseline that saw the training parts and reads the histories of the examples."""
+def load_member(arguments: Arguments, name: str, seed: int, sequences: ItemSequences) -> NetworkMember:
+    """A trained system with its search."""
+    from sidtune.decoding.next_item_ranking import HistoryRanker, SidCatalogue
+    from sidtune.models.next_item import load_network
+    from sidtune.tokenizers.semantic_ids import SemanticIds
+
+    folder = arguments.folder(seed, name)
+    catalogue = SidCatalogue.of(SemanticIds.from_pretrained(folder / "sids"), sequences)
+    ranker = HistoryRanker(sequences, catalogue, arguments.num_beams)
+    return NetworkMember(load_network(folder), ranker, arguments.system(name).max_history)
+
+
+def fit_baseline(name: str, tables: Tables, sequences: ItemSequences) -> BaselineMember:
+    """A baseline that saw the training parts only."""
     events = tables.events
-    order = np.lexsort((events["time"].to_numpy(), _user_codes(tables)))
-    places = np.arange(len(sequences.rows))
-    training = places < np.repeat(sequences.training_stops, sequences.lengths)
+    order = np.lexsort((events["time"].to_numpy(), encode(events["user_id"])[0]))
+    training = np.arange(len(sequences.rows)) < np.repeat(sequences.training_stops, sequences.lengths)
     baseline = BASELINES.get(name)().fit(tables.items, events.take(order[training]))
-    lengths = examples.stops - 1 - examples.starts
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    flat = np.repeat(examples.starts - offsets[:-1], lengths) + np.arange(offsets[-1])
-    history = Relevance(offsets, sequences.rows[flat])
-    return baseline.rank(BaselineRequests([None] * len(examples), history), PLACES)
-
-
-def _user_codes(tables: Tables) -> np.ndarray:
-    from sidtune.data_builders.history import encode
-
-    return encode(tables.events["user_id"])[0]
-
-
-def measured(
-    arguments: Arguments,
-    name: str,
-    members: list[str],
-    seed: int,
-    sequences: ItemSequences,
-    examples: SequenceExamples,
-    proposals: list[dict[str, np.ndarray]],
-) -> dict[str, np.ndarray]:
-    """The rankings of one row and seed as `rank_members` returns them; read from disk where they are of these models."""
-    from safetensors.numpy import load_file, save_file
-
-    folder = measured_folder(arguments, seed, name)
-    models = {member: fingerprint(arguments.folder(seed, member)) for member in members}
-    config = {"models": models, "num_beams": arguments.num_beams, "exclude_seen": arguments.exclude_seen}
-    if len(members) > 1:
-        config["candidates"] = PLACES  # of each member and rule; an ensemble of another number is another row
-    if (folder / RUN_FILE).exists() and read_json(folder / RUN_FILE)["config"] == config:
-        return load_file(folder / "ranked.safetensors")
-    ranked = rank_members(arguments, members, seed, sequences, examples, proposals)
-    with write_folder(folder) as scratch:
-        save_file(ranked, scratch / "ranked.safetensors")
-        means = measure_targets(ranked["rows"], sequences, examples).means()
-        write_json(scratch / "metrics.json", means)
-        if len(members) > 1:
-            means = {**means, f"valid_{PRIMARY}": valid_figure(arguments, members, seed, sequences)}
-        write_run(scratch, step="next_item_test", config=config, metrics=means)
-    return ranked
-
-
-def measured_folder(arguments: Arguments, seed: int, name: str) -> Path:
-    """Where the ranking of a row and seed lies."""
-    return Path(arguments.output_dir) / f"seed_{seed}" / ("test" if arguments.test else "valid") / name
+    return BaselineMember(baseline, sequences)
 
 
 def where(
@@ -169,106 +243,6 @@ def where(
         parts = [slices(r["rows"], values[seed], sequences, examples, codes) for seed, r in rankings.items()]
         found[name] = mean_slices(parts)
     return found
-
-
-def rank_members(
-    arguments: Arguments,
-    members: list[str],
-    seed: int,
-    sequences: ItemSequences,
-    examples: SequenceExamples,
-    proposals: list[dict[str, np.ndarray]],
-) -> dict[str, np.ndarray]:
-    """(n, PLACES) item rows of one model, or of several that average their probabilities over common candidates.
-
-    Args:
-        proposals: what this function returned for each of several members: their candidates.
-
-    Returns:
-        `rows` under `exclude_seen` of the arguments, `other_rule` under its opposite.
-    """
-    models = models_of(arguments, members, seed, sequences, examples)
-    if len(models) > 1:
-        proposed = np.concatenate([rows for member in proposals for rows in member.values()], axis=1)
-        ranked = combined(models, proposed, sequences.training_counts())
-    else:
-        network, ranker, cut = models[0]
-        ranked = ranker.rank_both(network, cut, PLACES)
-    return {"rows": ranked[arguments.exclude_seen], "other_rule": ranked[not arguments.exclude_seen]}
-
-
-def models_of(
-    arguments: Arguments, members: list[str], seed: int, sequences: ItemSequences, examples: SequenceExamples
-) -> list[Member]:
-    """The trained networks of the members, each with its ranker and the histories as long as it reads them."""
-    from sidtune.decoding.next_item_ranking import HistoryRanker, SidCatalogue
-    from sidtune.models.next_item import load_network
-    from sidtune.tokenizers.semantic_ids import SemanticIds
-
-    models = []
-    for member in members:
-        folder = arguments.folder(seed, member)
-        catalogue = SidCatalogue.of(SemanticIds.from_pretrained(folder / "sids"), sequences)
-        ranker = HistoryRanker(sequences, catalogue, arguments.num_beams)
-        models.append((load_network(folder), ranker, examples.cut(arguments.system(member).max_history)))
-    return models
-
-
-def valid_figure(arguments: Arguments, members: list[str], seed: int, sequences: ItemSequences) -> float:
-    """Validation NDCG@10 of an ensemble on the users by which its first member was chosen."""
-    users = arguments.system(members[0]).fit.get("valid_users", FitSettings.valid_users)
-    examples = draw_users(sequences.held_out("valid"), users, seed)
-    models = models_of(arguments, members, seed, sequences, examples)
-    ranks = [rows for network, ranker, cut in models for rows in ranker.rank_both(network, cut, PLACES).values()]
-    ranked = combined(models, np.concatenate(ranks, axis=1), sequences.training_counts())[arguments.exclude_seen]
-    return measure_targets(ranked, sequences, examples).means()[PRIMARY]
-
-
-def combined(models: list[Member], proposed: np.ndarray, counts: np.ndarray) -> dict[bool, np.ndarray]:
-    """(n, PLACES): the best candidates by the models' mean probability, then popularity, then row.
-
-    Args:
-        models: (network, ranker, examples) of each. proposed: (n, C) item rows, -1 for none, repeated ones count once.
-        counts: (N,) training counts.
-
-    Returns:
-        Seen items ranked (False) and left out (True), of the same candidates.
-    """
-    from sidtune.decoding.next_item_search import mean_probability
-
-    proposed = np.sort(proposed, axis=1)
-    proposed[:, 1:][proposed[:, 1:] == proposed[:, :-1]] = -1
-    proposed = -np.sort(-proposed, axis=1)  # the empty places last
-    scores = mean_probability([ranker.score(network, cut, proposed) for network, ranker, cut in models])
-    _, ranker, cut = models[0]
-    seen = ranker.seen(cut, np.arange(len(cut)))
-    pairs = np.repeat(np.arange(len(cut)), [len(rows) for rows in seen]) * len(counts) + np.concatenate(seen)
-    had = np.isin(np.arange(len(cut))[:, None] * len(counts) + proposed, pairs) & (proposed >= 0)
-    sides = {False: proposed, True: np.where(had, -1, proposed)}
-    return {rule: _best(rows, scores, counts) for rule, rows in sides.items()}
-
-
-def _best(rows: np.ndarray, scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The first PLACES of candidate rows (n, C), -1 for none, by score, popularity and row."""
-    popularity = np.where(rows >= 0, counts[np.maximum(rows, 0)], -1)
-    order = np.lexsort((rows, -popularity, -np.where(rows >= 0, scores, -np.inf)), axis=1)[:, :PLACES]
-    return np.take_along_axis(rows, order, axis=1)
-
-
-def cost_of(arguments: Arguments, name: str, members: list[str], seeds: list[int]) -> dict[str, Any]:
-    """Sums over the members, means over the seeds; and the validation figures by which rows are compared."""
-    records = [[read_json(arguments.folder(s, m) / RUN_FILE)["metrics"] for m in members] for s in seeds]
-    total = {
-        key: statistics.fmean(sum(record[key] for record in of_seed) for of_seed in records)
-        for key in ("parameters", "training_flops", "training_seconds")
-    }
-    values = [of_seed[0]["valid_ndcg@10"] for of_seed in records]
-    if len(members) > 1:
-        values = [
-            read_json(measured_folder(arguments, seed, name) / RUN_FILE)["metrics"]["valid_ndcg@10"] for seed in seeds
-        ]
-    total["valid_ndcg@10"] = {"mean": statistics.fmean(values), "values": values}
-    return total | {"threads": records[0][0]["threads"], "processes": records[0][0]["processes"]}
 
 
 def summary(row: dict[str, Any]) -> dict[str, Any]:
@@ -310,19 +284,21 @@ def paired(arguments: Arguments, rows: dict[str, Any], per_user: dict[str, dict[
 
 def markdown(record: dict[str, Any]) -> str:
     """The table of a README."""
-    columns = [*SHOWN, *(f"{metric}*" for metric in OTHER), "valid ndcg@10", "parameters", "training FLOPs", "minutes"]
+    columns = [
+        *SHOWN,
+        *(f"{metric}*" for metric in OTHER),
+        "valid ndcg@10",
+        "parameters, M",
+        "training FLOPs",
+        "minutes",
+    ]
     lines = ["| system | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
     for name, row in record["systems"].items():
         cells = [f"{row['metrics'][m]['mean']:.4f} ± {row['metrics'][m]['std']:.4f}" for m in SHOWN]
         cells += [f"{row['other_rule'][m]['mean']:.4f}" for m in OTHER]
         valid = f"{row['valid_ndcg@10']['mean']:.4f}" if "valid_ndcg@10" in row else ""
-        cost = ["", "", ""]
-        if "parameters" in row:
-            cost = [
-                f"{row['parameters'] / 1e6:.2f} M",
-                f"{row['training_flops']:.1e}",
-                f"{row['training_seconds'] / 60:.1f}",
-            ]
+        costs = (("parameters", 1e6, ".2f"), ("training_flops", 1.0, ".1e"), ("training_seconds", 60, ".1f"))
+        cost = [format(row[key] / unit, form) if key in row else "" for key, unit, form in costs]
         lines.append("| " + " | ".join([name, *cells, valid, *cost]) + " |")
     seeds = ", ".join(map(str, record["seeds"]))
     rules = ["ranked like any other (the baselines leave them out where users hardly repeat)", "left out"]

@@ -121,6 +121,34 @@ def test_item_knn_equals_dense_numpy(neighbours, exclude, path, monkeypatch):
         assert len(set(got[place].tolist()) - banned) == 15
 
 
+@pytest.mark.parametrize("exclude", [False, True])
+@pytest.mark.parametrize("name", list(BASELINES))
+def test_shares_are_the_scores_over_their_sum(name, exclude, monkeypatch):
+    """Against the scores of the baseline, row by row; a request without one shares by popularity."""
+    monkeypatch.setattr(baselines, "_BLOCK", 200)  # several chunks
+    items, requests = catalogue(40, 3), asks(40, 60, 4)
+    fitted = BASELINES.get(name)(exclude_seen=exclude).fit(items, log(items, 90, 5))
+    scores, own_ban = fitted._scores(requests.queries, requests.history)
+    slow, bare = np.zeros((60, 40)), 0
+    for place in range(60):
+        row = np.zeros(40) if scores is None else scores[[place]].toarray()[0]
+        banned = np.zeros(40, dtype=bool) if own_ban is None else own_ban[[place]].toarray()[0] != 0
+        if exclude:
+            banned = np.isin(np.arange(40), history_of(requests, place))
+        row = np.where(banned, 0, row)
+        if row.sum() == 0:
+            bare += 1
+            row = np.where(banned, 0, fitted.counts)
+        slow[place] = row / row.sum()
+    assert bare == 60 if name == "popularity" else 0 < bare < 60
+    everything = np.tile(np.arange(40), (60, 1))
+    np.testing.assert_allclose(fitted.shares(requests, everything), slow, atol=1e-12)
+    some = np.random.default_rng(0).integers(-1, 40, (60, 7))
+    expected = np.where(some >= 0, np.take_along_axis(slow, np.maximum(some, 0), axis=1), 0)
+    np.testing.assert_allclose(fitted.shares(requests, some), expected, atol=1e-12)
+    assert fitted.numbers == (np.count_nonzero(fitted.similarity.toarray()) if name == "item_knn" else 0)
+
+
 def test_item_knn_uses_the_latest_events_only_when_asked():
     history = Relevance.from_lists([[1, 2, 3], [], [4]])
     last = last_of_each(history, 2)
@@ -296,6 +324,11 @@ def test_empty_texts_and_no_events():
         (lambda: BM25().fit(pa.table({"item_id": ["a"]}), log(catalogue(1), 0)), "no column 'title'"),
         (lambda: Popularity().fit(catalogue(3), log(catalogue(3), 3)).rank(asks(3, 2), 0), "k must be"),
         (lambda: Popularity().fit(catalogue(3), log(catalogue(3), 3)).rank(asks(30, 9), 1), "outside 0 to 2"),
+        (lambda: Popularity().shares(asks(3, 1), np.zeros((1, 1), dtype=int)), "not fitted"),
+        (
+            lambda: Popularity().fit(catalogue(3), log(catalogue(3), 3)).shares(asks(3, 2), np.full((2, 4), 3)),
+            r"2 rows of items below 3, got the shape \(2, 4\) and the item 3",
+        ),
         (
             lambda: (
                 Popularity()

@@ -206,6 +206,11 @@ def test_mean_probability_is_the_mean():
     assert np.allclose(np.exp(mean_probability([one, other])), [[0.4, 0.15]])
     nothing = np.array([[-np.inf, -np.inf]])
     assert np.allclose(np.exp(mean_probability([one, nothing])), [[0.25, 0.05]])
+    assert np.allclose(np.exp(mean_probability([one, other], [1, 3])), [[0.35, 0.175]])
+    assert np.isneginf(mean_probability([nothing, nothing])).all()
+    for scores, weights in (([], None), ([one], [1, 1]), ([one, other], [1, 0])):
+        with pytest.raises(ConfigError, match="positive weight of each"):
+            mean_probability(scores, weights)
 
 
 def test_shared_sids_share_a_score_and_stand_by_popularity():

@@ -11,6 +11,7 @@ from next_item_worlds import chain_folder
 from sidtune.core.config import parse
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.recipes import next_item, next_item_table
+from sidtune.recipes.next_item_members import rank_together, weights_of
 
 TINY = {
     "seeds": [0, 1],
@@ -29,7 +30,7 @@ TINY = {
         },
     },
     "systems": {"items": {}, "own": {"sids": {"name": "residual_kmeans", "level_sizes": [8, 8]}}},
-    "ensembles": {"both": ["items", "own"]},
+    "ensembles": {"both": ["items", "own"], "memory": ["both", "item_knn"]},
 }
 
 
@@ -60,7 +61,8 @@ def test_the_metric_lies_in_its_band(finished):
     assert rows["items"] > rows["item_knn"] + 0.3 > rows["popularity"] + 0.3, rows
     valid = {n: row["valid_ndcg@10"]["mean"] for n, row in record["systems"].items() if "valid_ndcg@10" in row}
     best = record["paired"]["best_by_validation"]
-    assert set(valid) == {"items", "own", "both"} and best == max(valid, key=valid.get) != "own"
+    assert set(valid) == set(record["systems"]) and best == max(valid, key=valid.get)
+    assert best in ("items", "both")
     pair = record["paired"]["against"]["item_knn"]
     assert pair["low"] > 0.3 and pair["adjusted_p_value"] < 0.05
     assert pair["difference"] == pytest.approx(rows[best] - rows["item_knn"], abs=1e-9)
@@ -103,7 +105,9 @@ def test_the_columns_with_a_star_leave_out_what_the_user_has(finished):
 
 def test_a_second_run_trains_nothing_and_reads_no_test_again(finished, capsys, monkeypatch):
     given, _ = finished
-    monkeypatch.setattr(next_item_table, "rank_members", lambda *a: pytest.fail("the test targets were read again"))
+    monkeypatch.setattr(
+        next_item_table, "load_member", lambda *a: pytest.fail("a network ranked the test targets again")
+    )
     next_item.main(given)
     assert capsys.readouterr().out.count("unchanged, skipped") == 4
 
@@ -115,13 +119,12 @@ def test_another_model_reads_the_test_anew(finished, tmp_path, monkeypatch):
     shutil.copytree(folder / "run", tmp_path / "run")
     shutil.copytree(given.folder(1, "items"), tmp_path / "run" / "seed_0" / "items", dirs_exist_ok=True)
     read = []
-    original = next_item_table.rank_members
-    monkeypatch.setattr(
-        next_item_table, "rank_members", lambda a, m, s, *r: read.append((m, s)) or original(a, m, s, *r)
-    )
+    original = next_item_table.Rankings._rank
+    monkeypatch.setattr(next_item_table.Rankings, "_rank", lambda self, *row: read.append(row) or original(self, *row))
     moved = arguments(folder / "data", tmp_path / "run", only=[])
     next_item.main(moved)
-    assert read == [(["items"], 0), (["items", "own"], 0)]
+    networks = [(name, seed) for name, seed in read if name not in ("popularity", "item_knn")]
+    assert networks == [("items", 0), ("both", 0), ("memory", 0)]
 
 
 def test_ranked_items_are_the_models_and_the_figures_those_of_the_items(finished):
@@ -144,7 +147,7 @@ def test_baselines_see_the_training_parts_only(finished):
     tables, sequences = next_item.read_source(given.source)
     counts = sequences.training_counts()
     examples = sequences.held_out("test")
-    ranked = next_item_table.rank_baseline("popularity", examples, tables, sequences)
+    ranked = next_item_table.fit_baseline("popularity", tables, sequences).rank_both(examples, 20)[False]
     order = sorted(range(60), key=lambda row: (-counts[row], sequences.item_ids[row]))
     for place, row in enumerate(ranked):
         expected = [item for item in order if item not in seen_of(sequences, examples, place)]
@@ -155,33 +158,81 @@ def seen_of(sequences, examples, place):
     return set(sequences.rows[examples.starts[place] : examples.firsts[place]].tolist())
 
 
-def mean_probabilities(given, sequences, examples, seed):
-    """Both models of the tiny ensemble, and their mean probability (n, 60) of every item."""
-    from sidtune.decoding.next_item_ranking import HistoryRanker, SidCatalogue
-    from sidtune.models.next_item import load_network
-    from sidtune.tokenizers.semantic_ids import SemanticIds
+def members_of(given, seed):
+    """Both models of the tiny ensemble with beams for the whole catalogue, and item-kNN."""
+    from dataclasses import replace
 
-    everything, models = np.tile(np.arange(60), (len(examples), 1)), []
-    for name in ("items", "own"):
-        folder = given.folder(seed, name)
-        ranker = HistoryRanker(sequences, SidCatalogue.of(SemanticIds.from_pretrained(folder / "sids"), sequences), 60)
-        models.append((load_network(folder), ranker, examples))
-    return models, sum(np.exp(ranker.score(network, cut, everything)) for network, ranker, cut in models) / 2
+    wide = replace(given, num_beams=60)
+    tables, sequences = next_item.read_source(given.source)
+    members = [next_item_table.load_member(wide, name, seed, sequences) for name in ("items", "own")]
+    return [*members, next_item_table.fit_baseline("item_knn", tables, sequences)], sequences
 
 
-def test_an_ensemble_ranks_by_the_mean_probability(finished):
+def mean_probability_of_everything(members, weights, examples):
+    everything = np.tile(np.arange(60), (len(examples), 1))
+    return sum(w * np.exp(member.score(examples, everything)) for member, w in zip(members, weights, strict=True))
+
+
+@pytest.mark.parametrize("weights", [[0.5, 0.5], [0.25, 0.25, 0.5]])
+def test_an_ensemble_ranks_by_the_mean_probability(finished, weights):
     given, _ = finished
-    _, sequences = next_item.read_source(given.source)
+    members, sequences = members_of(given, 0)
+    members = members[: len(weights)]
     examples = sequences.held_out("test")
-    models, mean = mean_probabilities(given, sequences, examples, 0)
+    mean = mean_probability_of_everything(members, weights, examples)
     everything = np.tile(np.arange(60), (len(examples), 1))
     twice = np.concatenate([everything, everything[:, ::-1], np.full((len(examples), 3), -1)], axis=1)
-    found = next_item_table.combined(models, twice, sequences.training_counts())
+    found = rank_together(members, weights, examples, twice, sequences, 20)
     for place, scores in enumerate(mean):
         assert np.allclose(scores[found[False][place]], np.sort(scores)[::-1][:20], rtol=1e-4)
         left = scores.copy()
         left[list(seen_of(sequences, examples, place))] = -1
         assert np.allclose(left[found[True][place]], np.sort(left)[::-1][:20], rtol=1e-4)
+
+
+def test_every_member_gives_a_distribution_over_items(finished):
+    """Items of one SID share its probability, so a network's sum counts each SID once; item-kNN gives nothing to seen items."""
+    given, _ = finished
+    members, sequences = members_of(given, 0)
+    examples = sequences.held_out("test")
+    everything = np.tile(np.arange(60), (len(examples), 1))
+    for member in members:
+        mass = np.exp(member.score(examples, everything).astype(np.float64))
+        if hasattr(member, "ranker"):
+            _, first = np.unique(member.ranker.catalogue.leaf_of, return_index=True)
+            mass = mass[:, first]
+        elif member.baseline.excludes:
+            assert all(mass[p, list(seen_of(sequences, examples, p))].sum() == 0 for p in range(len(examples)))
+        assert np.allclose(mass.sum(axis=1), 1, atol=1e-4)
+
+
+def test_the_ensemble_with_a_baseline_is_what_its_weights_say(finished):
+    """The table's row, made again from its members' stored lists and the mean by hand."""
+    from safetensors.numpy import load_file
+
+    given, _ = finished
+    members, sequences = members_of(given, 1)
+    examples = sequences.held_out("test")
+    folder = Path(given.output_dir) / "seed_1" / "test"
+    assert json.loads((folder / "memory" / "run.json").read_text())["config"]["weights"] == {
+        "items": 0.25,
+        "own": 0.25,
+        "item_knn": 0.5,
+    }
+    stored = load_file(folder / "memory" / "ranked.safetensors")["rows"]
+    mean = mean_probability_of_everything(members, [0.25, 0.25, 0.5], examples)
+    proposals = [load_file(folder / name / "ranked.safetensors") for name in ("items", "own")]
+    knn = members[2].rank_both(examples, 20)[False]
+    for place in range(len(examples)):
+        known = {item for lists in proposals for rows in lists.values() for item in rows[place].tolist()}
+        known = sorted((known | set(knn[place].tolist())) - {-1}, key=lambda item: -mean[place, item])
+        assert np.allclose(mean[place, stored[place]], mean[place, known[:20]], rtol=1e-4)
+
+
+def test_weights_of_nested_ensembles():
+    ensembles = {"a": ["x", "y"], "b": ["a", "z"], "c": ["b", "x"]}
+    assert weights_of("x", ensembles) == {"x": 1.0}
+    assert weights_of("c", ensembles) == {"x": 0.625, "y": 0.125, "z": 0.25}
 
 
 def test_an_ensemble_has_a_validation_figure(finished):
@@ -190,11 +241,27 @@ def test_an_ensemble_has_a_validation_figure(finished):
     examples = sequences.held_out("valid")
     values = json.loads((folder / "figures.json").read_text())["systems"]["both"]["valid_ndcg@10"]["values"]
     for seed, value in enumerate(values):
-        _, mean = mean_probabilities(given, sequences, examples, seed)
+        members, _ = members_of(given, seed)
+        mean = mean_probability_of_everything(members[:2], [0.5, 0.5], examples)
         targets = sequences.rows[examples.firsts]
         rank = (mean > np.take_along_axis(mean, targets[:, None], axis=1)).sum(axis=1)
         expected = np.mean(np.where(rank < 10, 1 / np.log2(rank + 2), 0.0))
         assert value == pytest.approx(expected, abs=2 / len(examples))  # equal scores may stand in another order
+
+
+def test_a_baseline_has_a_validation_figure_and_counts_its_numbers(finished):
+    given, folder = finished
+    tables, sequences = next_item.read_source(given.source)
+    rows = json.loads((folder / "figures.json").read_text())["systems"]
+    member = next_item_table.fit_baseline("item_knn", tables, sequences)
+    examples = sequences.held_out("valid")
+    ranked, targets = member.rank_both(examples, 10)[False], sequences.rows[examples.firsts]
+    hit = ranked == targets[:, None]
+    expected = (hit / np.log2(np.arange(10) + 2)).sum(axis=1).mean()
+    assert rows["item_knn"]["valid_ndcg@10"]["values"] == pytest.approx([expected] * 2)
+    assert rows["item_knn"]["parameters"] == member.baseline.similarity.nnz > 0
+    assert rows["memory"]["parameters"] == rows["both"]["parameters"] + rows["item_knn"]["parameters"]
+    assert "parameters" not in rows["popularity"]
 
 
 def test_the_yaml_of_the_recipe_is_valid_and_takes_another_folder_by_one_option(repo_root, tmp_path, monkeypatch):
@@ -235,6 +302,11 @@ REFUSED = {
     "unknown quantizer": ({"systems": {"a": {"sids": {"name": "residual_kmean"}}}}, "residual_kmeans"),
     "wrong size": ({"systems": {"a": {"network": {"width": 30, "heads": 4}}}}, "even size"),
     "unknown member": ({"ensembles": {"e": ["itemz"]}}, "items"),
+    "ensemble of itself": ({"ensembles": {"e": ["items", "e"]}}, "ensembles above it"),
+    "baseline not in the table": (
+        {"ensembles": {"e": ["items", "item_knn"]}, "baselines": []},
+        "baselines of the table",
+    ),
     "unknown only": ({"only": ["x"]}, "no system 'x'"),
     "same name": ({"baselines": ["popularity", "items"]}, "different names"),
     "few beams": ({"num_beams": 5}, "10 or more"),

@@ -285,7 +285,7 @@ def draw_users(examples: SequenceExamples, count: int | None, seed: int) -> Sequ
     if count is None or count >= len(examples):
         return examples
     chosen = np.sort(np.random.default_rng(seed).choice(len(examples), count, replace=False))
-    return SequenceExamples(*(getattr(examples, name)[chosen] for name in ("starts", "stops", "firsts", "users")))
+    return examples.take(chosen)
 
 
 def fit_arguments(settings: FitSettings, work: str | Path, rows: int, seed: int) -> TrainingArguments:
