@@ -196,11 +196,25 @@ def read_source(source: dict) -> tuple[Tables, ItemSequences]:
     return tables, ItemSequences.from_tables(tables)
 
 
-def _only_file(folder: Path, pattern: str, what: str) -> Path:
+def _needs(spec: dict) -> tuple[str, str]:
+    """The pattern of the file that SIDs come from, and what it is for."""
+    return ("*.index.json", "published SIDs") if spec["name"] == PUBLISHED else ("*.npy", "SIDs of our own")
+
+
+def _only_file(spec: dict, source: dict) -> Path:
+    folder, (pattern, what) = Path(build(Source, source, "source").path), _needs(spec)
     found = sorted(folder.glob(pattern))
     if len(found) != 1:
         raise DataError(f"{folder} holds {len(found)} files {pattern} and needs exactly one for {what}.")
     return found[0]
+
+
+def _item_vectors(spec: dict, source: dict, sequences: ItemSequences) -> np.ndarray:
+    """(N, d) vectors of the source, row n = item n."""
+    from sidtune.tokenizers.precomputed import PrecomputedConfig, PrecomputedEncoder
+
+    encoder = PrecomputedEncoder(PrecomputedConfig(path=str(_only_file(spec, source)), align="row_number"))
+    return encoder.encode([""] * len(sequences.item_ids), sequences.item_ids)
 
 
 def make_sids(spec: dict, source: dict, sequences: ItemSequences) -> Any:
@@ -209,22 +223,46 @@ def make_sids(spec: dict, source: dict, sequences: ItemSequences) -> Any:
     Raises:
         DataError: the folder lacks the one file that is needed, or items lack a SID or a vector.
     """
-    from sidtune.tokenizers.precomputed import PrecomputedConfig, PrecomputedEncoder
     from sidtune.tokenizers.registry import make_collisions, make_quantizer
     from sidtune.tokenizers.semantic_ids import SemanticIds
 
-    folder = Path(build(Source, source, "source").path)
     if spec["name"] == PUBLISHED:
-        return SemanticIds.from_index_json(_only_file(folder, "*.index.json", "published SIDs"))
-    file = _only_file(folder, "*.npy", "SIDs of our own")
-    encoder = PrecomputedEncoder(PrecomputedConfig(path=str(file), align="row_number"))
-    vectors = encoder.encode([""] * len(sequences.item_ids), sequences.item_ids)
+        return SemanticIds.from_index_json(_only_file(spec, source))
+    vectors = _item_vectors(spec, source, sequences)
     quantizer = make_quantizer(spec["name"], _without(spec, "name", "collisions"))
     codes = quantizer.fit_encode(vectors)
     counts = sequences.training_counts().astype(np.float64)
     coded = SemanticIds(sequences.item_ids, codes, tuple(quantizer.level_sizes), counts)
     treatment = {"name": "expand", **spec.get("collisions", {})}
     return make_collisions(treatment["name"], _without(treatment, "name")).resolve(coded, vectors, quantizer)
+
+
+def trainable(arguments: Arguments, sequences: ItemSequences) -> list[str]:
+    """The systems to train now, in order; checks what their SIDs come from before any of them is trained.
+
+    A system for which the folder has no file at all is left out with a sentence, unless `only` names it.
+
+    Raises:
+        DataError: a file that is malformed, ambiguous or does not cover the catalogue; no system is left.
+    """
+    from sidtune.decoding.next_item_ranking import SidCatalogue
+
+    kept = []
+    for name in arguments.only if arguments.only is not None else arguments.systems:
+        spec = arguments.system(name).sids
+        pattern, what = _needs(spec)
+        folder = Path(build(Source, arguments.source, "source").path)
+        if arguments.only is None and not any(folder.glob(pattern)):
+            print(f"{name} is left out: {folder} has no file {pattern}, which it needs for {what}.", flush=True)
+            continue
+        if spec["name"] == PUBLISHED:
+            SidCatalogue.of(make_sids(spec, arguments.source, sequences), sequences)
+        else:
+            _item_vectors(spec, arguments.source, sequences)
+        kept.append(name)
+    if not kept and arguments.only is None:
+        raise DataError(f"No system can be trained on {folder}: it has neither published SIDs nor item vectors.")
+    return kept
 
 
 def examples_of(system: System, sequences: ItemSequences) -> SequenceExamples:
@@ -323,8 +361,9 @@ def main(arguments: Arguments) -> None:
     for readme in arguments.readme:
         check_readme(Path(readme))
     tables, sequences = read_source(arguments.source)
+    names = trainable(arguments, sequences)
     for seed in arguments.seeds:
-        for name in arguments.only if arguments.only is not None else arguments.systems:
+        for name in names:
             fit(arguments, name, seed, sequences)
     on_main(lambda: report(arguments, tables, sequences))
 

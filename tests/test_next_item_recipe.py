@@ -333,8 +333,35 @@ def test_a_folder_without_published_sids_or_vectors_says_so(tmp_path):
         next_item.main(arguments(folder, tmp_path / "run", ensembles={}, only=["items"]))
     with pytest.raises(DataError, match=r"holds 0 files \*.npy"):
         next_item.main(arguments(folder, tmp_path / "run", ensembles={}, only=["own"]))
+    with pytest.raises(DataError, match="No system can be trained"):
+        next_item.main(arguments(folder, tmp_path / "run"))
     with pytest.raises(ConfigError, match="not set"):
         arguments(Path("$NO_SUCH_VARIABLE/x"), tmp_path / "run")
+
+
+def test_a_folder_without_vectors_trains_the_rest(tmp_path, capsys):
+    folder = chain_folder(tmp_path / "data", users=30)
+    (folder / "X.vectors.npy").unlink()
+    short = {"fit": {"args": {"num_train_epochs": 1}, "evaluate_every": 1}}
+    next_item.main(arguments(folder, tmp_path / "run", defaults=short, seeds=[0], test=False))
+    assert "own is left out: " in capsys.readouterr().out
+    record = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert set(record["systems"]) == {"popularity", "item_knn", "items"}
+
+
+@pytest.mark.parametrize("fault", ["two files", "too few vectors", "an item without a SID"])
+def test_a_faulty_source_is_refused_before_any_training(tmp_path, monkeypatch, fault):
+    folder = chain_folder(tmp_path / "data", users=30)
+    if fault == "two files":
+        np.save(folder / "Y.vectors.npy", np.zeros((60, 8), dtype=np.float32))
+    elif fault == "too few vectors":
+        np.save(folder / "X.vectors.npy", np.zeros((59, 8), dtype=np.float32))
+    else:
+        index = json.loads((folder / "X.index.json").read_text())
+        (folder / "X.index.json").write_text(json.dumps({item: sid for item, sid in index.items() if item != "7"}))
+    monkeypatch.setattr(next_item, "fit", lambda *a: pytest.fail("training began"))
+    with pytest.raises(DataError):
+        next_item.main(arguments(folder, tmp_path / "run"))
 
 
 def test_the_grpo_pipeline_of_the_recipe_is_valid(repo_root, tmp_path, monkeypatch):
