@@ -145,7 +145,9 @@ class Rankings:
         folder, weights = self._folder(name, seed), self.weights(name)
         models = {member: fingerprint(self.arguments.folder(seed, member)) for member in self.networks(name)}
         config = {"models": models, "num_beams": self.arguments.num_beams, "exclude_seen": self.arguments.exclude_seen}
-        if len(weights) > 1:  # an ensemble of other weights or of another number of candidates is another row
+        if (
+            self.kind(name) == "ensemble"
+        ):  # an ensemble of other weights or of another number of candidates is another row
             config |= {"weights": weights, "candidates": PLACES}
         if (folder / RUN_FILE).exists() and read_json(folder / RUN_FILE)["config"] == config:
             return load_file(folder / "ranked.safetensors")
@@ -154,7 +156,7 @@ class Rankings:
             save_file(ranked, scratch / "ranked.safetensors")
             means = measure_targets(ranked["rows"], self.sequences, self.examples).means()
             write_json(scratch / "metrics.json", means)
-            if len(weights) > 1:
+            if self.kind(name) == "ensemble":
                 means = {**means, f"valid_{PRIMARY}": self._valid_figure(name, seed)}
             write_run(scratch, step="next_item_test", config=config, metrics=means)
         return ranked
@@ -163,7 +165,7 @@ class Rankings:
         """Ranks the users of the table; an ensemble scores what its members ranked under both rules."""
         weights = self.weights(name)
         if len(weights) == 1:
-            found = self._member(name, seed).rank_both(self.examples, PLACES)
+            found = self._member(next(iter(weights)), seed).rank_both(self.examples, PLACES)
         else:
             proposed = [rows for member in weights for rows in self.ranked(member, seed).values()]
             found = self._together(weights, seed, self.examples, proposed)
@@ -175,10 +177,10 @@ class Rankings:
         first = self.arguments.system(next(iter(self.networks(name) or self.arguments.systems)))
         users = first.fit.get("valid_users", FitSettings.valid_users)
         examples = draw_users(self.sequences.held_out("valid"), users, seed)
-        proposed = {member: self._member(member, seed).rank_both(examples, PLACES) for member in weights}
-        ranked = proposed.get(name) or self._together(
-            weights, seed, examples, [rows for both in proposed.values() for rows in both.values()]
-        )
+        proposed = [self._member(member, seed).rank_both(examples, PLACES) for member in weights]
+        ranked = proposed[0]
+        if len(weights) > 1:
+            ranked = self._together(weights, seed, examples, [rows for both in proposed for rows in both.values()])
         return measure_targets(ranked[self.arguments.exclude_seen], self.sequences, examples).means()[PRIMARY]
 
     def _together(

@@ -229,6 +229,21 @@ def test_the_ensemble_with_a_baseline_is_what_its_weights_say(finished):
         assert np.allclose(mean[place, stored[place]], mean[place, known[:20]], rtol=1e-4)
 
 
+def test_an_ensemble_of_one_is_that_one(finished, tmp_path):
+    import shutil
+
+    given, folder = finished
+    shutil.copytree(folder / "run", tmp_path / "run")
+    next_item.main(
+        arguments(folder / "data", tmp_path / "run", only=[], ensembles={"one": ["own"], "knn": ["item_knn"]})
+    )
+    rows = json.loads((tmp_path / "run" / "results.json").read_text())["systems"]
+    for name, alone in (("one", "own"), ("knn", "item_knn")):
+        assert rows[name]["metrics"] == rows[alone]["metrics"]
+        valid = [rows[row]["valid_ndcg@10"]["values"] for row in (name, alone)]
+        assert valid[0] == pytest.approx(valid[1])
+
+
 def test_weights_of_nested_ensembles():
     ensembles = {"a": ["x", "y"], "b": ["a", "z"], "c": ["b", "x"]}
     assert weights_of("x", ensembles) == {"x": 1.0}
