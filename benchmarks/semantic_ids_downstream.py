@@ -29,7 +29,7 @@ from sidtune.metrics.bootstrap import PairedResult, paired_bootstrap
 from sidtune.models.next_item import NextItemConfig, make_network
 from sidtune.recipes import build_data, evaluate, init_model, learn_sids, sft
 from sidtune.recipes.next_item import read_source
-from sidtune.recipes.next_item_table import rank_baseline
+from sidtune.recipes.next_item_members import fit_baseline
 from sidtune.tokenizers.encoders import Encoder
 from sidtune.tokenizers.quality import SidQuality, sid_quality
 from sidtune.tokenizers.query_recall import QueryItemRecall, query_item_recall, query_targets
@@ -184,7 +184,7 @@ def items_model(source: Source, folder: Path, work: Path, seed: int, baselines: 
     (work / "test").mkdir()
     pq.write_table(pa.table({"request_id": users, "user_id": users, **values}), work / "test" / "per_request.parquet")
     scored = {"requests": len(examples), METRIC: result.means()[METRIC], "eval_s": round(time.time() - started, 1)}
-    simple = {name: rank_baseline(name, examples, tables, sequences) for name in baselines}
+    simple = {name: fit_baseline(name, tables, sequences).rank_both(examples, 10)[False] for name in baselines}
     means = {name: measure_targets(found, sequences, examples).means() for name, found in simple.items()}
     return trained | scored | ({"baselines": means} if means else {})
 

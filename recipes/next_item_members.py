@@ -13,9 +13,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from sidtune.core.errors import ConfigError, nearest
+from sidtune.data_builders.history import encode
 from sidtune.data_builders.item_sequences import ItemSequences, SequenceExamples
+from sidtune.data_builders.schema import Tables
 from sidtune.metrics.baselines import Baseline, BaselineRequests
 from sidtune.metrics.ranking import Relevance
+from sidtune.metrics.registry import BASELINES
 
 
 class Member(Protocol):
@@ -66,6 +69,15 @@ class BaselineMember:
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         flat = np.repeat(examples.starts - offsets[:-1], lengths) + np.arange(offsets[-1])
         return BaselineRequests([None] * len(examples), Relevance(offsets, self.sequences.rows[flat]))
+
+
+def fit_baseline(name: str, tables: Tables, sequences: ItemSequences) -> BaselineMember:
+    """A baseline that saw the training parts only."""
+    events = tables.events
+    order = np.lexsort((events["time"].to_numpy(), encode(events["user_id"])[0]))
+    training = np.arange(len(sequences.rows)) < np.repeat(sequences.training_stops, sequences.lengths)
+    baseline = BASELINES.get(name)().fit(tables.items, events.take(order[training]))
+    return BaselineMember(baseline, sequences)
 
 
 def weights_of(name: str, ensembles: dict[str, list[str]]) -> dict[str, float]:

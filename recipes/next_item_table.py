@@ -16,12 +16,17 @@ import numpy as np
 
 from sidtune.core.config import as_dict
 from sidtune.core.folders import RUN_FILE, fingerprint, read_json, versions, write_folder, write_json, write_run
-from sidtune.data_builders.history import encode
 from sidtune.data_builders.item_sequences import ItemSequences, SequenceExamples
 from sidtune.data_builders.schema import Tables
 from sidtune.metrics.bootstrap import holm, paired_bootstrap
-from sidtune.metrics.registry import BASELINES
-from sidtune.recipes.next_item_members import BaselineMember, Member, NetworkMember, rank_together, weights_of
+from sidtune.recipes.next_item_members import (
+    BaselineMember,
+    Member,
+    NetworkMember,
+    fit_baseline,
+    rank_together,
+    weights_of,
+)
 from sidtune.recipes.next_item_slices import markdown_slices, mean_slices, slices
 from sidtune.recipes.seeds import publish
 from sidtune.trainers.next_item import FitSettings, draw_users, measure_targets
@@ -212,15 +217,6 @@ def load_member(arguments: Arguments, name: str, seed: int, sequences: ItemSeque
     catalogue = SidCatalogue.of(SemanticIds.from_pretrained(folder / "sids"), sequences)
     ranker = HistoryRanker(sequences, catalogue, arguments.num_beams)
     return NetworkMember(load_network(folder), ranker, arguments.system(name).max_history)
-
-
-def fit_baseline(name: str, tables: Tables, sequences: ItemSequences) -> BaselineMember:
-    """A baseline that saw the training parts only."""
-    events = tables.events
-    order = np.lexsort((events["time"].to_numpy(), encode(events["user_id"])[0]))
-    training = np.arange(len(sequences.rows)) < np.repeat(sequences.training_stops, sequences.lengths)
-    baseline = BASELINES.get(name)().fit(tables.items, events.take(order[training]))
-    return BaselineMember(baseline, sequences)
 
 
 def where(

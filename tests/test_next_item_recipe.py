@@ -11,7 +11,7 @@ from next_item_worlds import chain_folder
 from sidtune.core.config import parse
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.recipes import next_item, next_item_table
-from sidtune.recipes.next_item_members import rank_together, weights_of
+from sidtune.recipes.next_item_members import fit_baseline, rank_together, weights_of
 
 TINY = {
     "seeds": [0, 1],
@@ -147,7 +147,7 @@ def test_baselines_see_the_training_parts_only(finished):
     tables, sequences = next_item.read_source(given.source)
     counts = sequences.training_counts()
     examples = sequences.held_out("test")
-    ranked = next_item_table.fit_baseline("popularity", tables, sequences).rank_both(examples, 20)[False]
+    ranked = fit_baseline("popularity", tables, sequences).rank_both(examples, 20)[False]
     order = sorted(range(60), key=lambda row: (-counts[row], sequences.item_ids[row]))
     for place, row in enumerate(ranked):
         expected = [item for item in order if item not in seen_of(sequences, examples, place)]
@@ -165,7 +165,7 @@ def members_of(given, seed):
     wide = replace(given, num_beams=60)
     tables, sequences = next_item.read_source(given.source)
     members = [next_item_table.load_member(wide, name, seed, sequences) for name in ("items", "own")]
-    return [*members, next_item_table.fit_baseline("item_knn", tables, sequences)], sequences
+    return [*members, fit_baseline("item_knn", tables, sequences)], sequences
 
 
 def mean_probability_of_everything(members, weights, examples):
@@ -268,7 +268,7 @@ def test_a_baseline_has_a_validation_figure_and_counts_its_numbers(finished):
     given, folder = finished
     tables, sequences = next_item.read_source(given.source)
     rows = json.loads((folder / "figures.json").read_text())["systems"]
-    member = next_item_table.fit_baseline("item_knn", tables, sequences)
+    member = fit_baseline("item_knn", tables, sequences)
     examples = sequences.held_out("valid")
     ranked, targets = member.rank_both(examples, 10)[False], sequences.rows[examples.firsts]
     hit = ranked == targets[:, None]
