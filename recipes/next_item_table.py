@@ -46,7 +46,8 @@ def report(arguments: Arguments, tables: Tables, sequences: ItemSequences) -> di
     rows: dict[str, dict[str, Any]] = {}
     per_user: dict[str, dict[int, np.ndarray]] = {}
     ranks: dict[str, dict[int, dict[str, np.ndarray]]] = {}
-    for name in [*arguments.baselines, *arguments.systems, *arguments.ensembles]:
+    names = [*arguments.baselines, *arguments.systems, *arguments.ensembles]
+    for name in names:
         seeds = [seed for seed in arguments.seeds if who.ready(name, seed)]
         if not seeds:
             continue
@@ -70,6 +71,7 @@ def report(arguments: Arguments, tables: Tables, sequences: ItemSequences) -> di
         "num_beams": arguments.num_beams,
         "exclude_seen": arguments.exclude_seen,
         "systems": {name: summary(row) for name, row in rows.items()},
+        "untrained": [name for name in names if name not in rows],
         "paired": paired(arguments, rows, per_user),
         "where": where(arguments, ranks, per_user, sequences, who.examples),
         "machine": {"processor": platform.machine(), "system": platform.system()},
@@ -309,6 +311,8 @@ def markdown(record: dict[str, Any]) -> str:
         f"they are {other}. Mean ± standard deviation over seeds {seeds}. Training on {record['machine']['processor']}, "
         f"{' or '.join(map(str, threads))} thread(s).",
     ]
+    if record["untrained"]:
+        lines += ["", f"Not trained, so not in the table: {', '.join(record['untrained'])}.", ""]
     for name, pair in record["paired"].get("against", {}).items():
         best = record["paired"]["best_by_validation"]
         lines.append(

@@ -70,7 +70,7 @@ def test_the_metric_lies_in_its_band(finished):
 
 def test_the_table_shows_figures_cost_and_tests(finished):
     text = (finished[1] / "README.md").read_text()
-    assert text.startswith("before\n") and text.endswith("after\n")
+    assert text.startswith("before\n") and text.endswith("after\n") and "Not trained" not in text
     record = json.loads((finished[1] / "figures.json").read_text())
     mean = record["systems"]["items"]["metrics"]["ndcg@10"]
     assert f"{mean['mean']:.4f} ± {mean['std']:.4f}" in text and np.mean(mean["values"]) == pytest.approx(mean["mean"])
@@ -362,6 +362,8 @@ def test_a_folder_without_vectors_trains_the_rest(tmp_path, capsys):
     assert "own is left out: " in capsys.readouterr().out
     record = json.loads((tmp_path / "run" / "results.json").read_text())
     assert set(record["systems"]) == {"popularity", "item_knn", "items"}
+    assert record["untrained"] == ["own", "both", "memory"]
+    assert "Not trained, so not in the table: own, both, memory." in next_item_table.markdown(record)
 
 
 @pytest.mark.parametrize("fault", ["two files", "too few vectors", "an item without a SID"])
