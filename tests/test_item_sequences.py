@@ -88,6 +88,21 @@ def test_counts_and_padding():
         assert row.tolist() == expected + [-1] * (rows.shape[1] - len(expected))
 
 
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_seen_items_are_the_whole_history_however_short_the_example(split):
+    sequences = random_sequences(40, items=8)
+    examples = sequences.held_out(split, 3)
+    places = np.random.default_rng(0).permutation(len(examples))[:20]
+    part = examples.take(places)
+    behind = 2 if split == "valid" else 1
+    repeats = 0
+    for user, seen in zip(part.users, sequences.seen(part), strict=True):
+        history = sequences.rows[sequences.offsets[user] : sequences.offsets[user + 1] - behind].tolist()
+        assert seen.tolist() == sorted(set(history))
+        repeats += len(seen) < len(history)
+    assert part.users.tolist() == examples.users[places].tolist() and repeats and part.lengths.max() == 4
+
+
 def test_refusals(tmp_path):
     sequences = random_sequences()
     with pytest.raises(ConfigError, match="valid or test, got 'train'"):
