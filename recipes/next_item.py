@@ -247,11 +247,10 @@ def trainable(arguments: Arguments, sequences: ItemSequences) -> list[str]:
     """
     from sidtune.decoding.next_item_ranking import SidCatalogue
 
-    kept = []
+    kept, folder = [], Path(build(Source, arguments.source, "source").path)
     for name in arguments.only if arguments.only is not None else arguments.systems:
         spec = arguments.system(name).sids
         pattern, what = _needs(spec)
-        folder = Path(build(Source, arguments.source, "source").path)
         if arguments.only is None and not any(folder.glob(pattern)):
             print(f"{name} is left out: {folder} has no file {pattern}, which it needs for {what}.", flush=True)
             continue
@@ -261,7 +260,7 @@ def trainable(arguments: Arguments, sequences: ItemSequences) -> list[str]:
             _item_vectors(spec, arguments.source, sequences)
         kept.append(name)
     if not kept and arguments.only is None:
-        raise DataError(f"No system can be trained on {folder}: it has neither published SIDs nor item vectors.")
+        raise DataError(f"No system can be trained on {folder}; give systems, and published SIDs or item vectors beside them.")
     return kept
 
 

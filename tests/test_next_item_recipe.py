@@ -348,8 +348,9 @@ def test_a_folder_without_published_sids_or_vectors_says_so(tmp_path):
         next_item.main(arguments(folder, tmp_path / "run", ensembles={}, only=["items"]))
     with pytest.raises(DataError, match=r"holds 0 files \*.npy"):
         next_item.main(arguments(folder, tmp_path / "run", ensembles={}, only=["own"]))
-    with pytest.raises(DataError, match="No system can be trained"):
-        next_item.main(arguments(folder, tmp_path / "run"))
+    for changes in ({}, {"systems": {}, "ensembles": {}}):
+        with pytest.raises(DataError, match="No system can be trained"):
+            next_item.main(arguments(folder, tmp_path / "run", **changes))
     with pytest.raises(ConfigError, match="not set"):
         arguments(Path("$NO_SUCH_VARIABLE/x"), tmp_path / "run")
 
