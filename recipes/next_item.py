@@ -260,7 +260,9 @@ def trainable(arguments: Arguments, sequences: ItemSequences) -> list[str]:
             _item_vectors(spec, arguments.source, sequences)
         kept.append(name)
     if not kept and arguments.only is None:
-        raise DataError(f"No system can be trained on {folder}; give systems, and published SIDs or item vectors beside them.")
+        raise DataError(
+            f"No system can be trained on {folder}; give systems, and published SIDs or item vectors beside them."
+        )
     return kept
 
 
