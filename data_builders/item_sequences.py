@@ -114,11 +114,14 @@ class ItemSequences:
         """(U,) int64 place in `rows` where the training part of each user ends."""
         return self.offsets[1:] - np.where(self.lengths >= MIN_ITEMS, 2, 0)
 
+    @property
+    def training_places(self) -> np.ndarray:
+        """(total,) bool: which places of `rows` are in the training parts."""
+        return np.arange(len(self.rows)) < np.repeat(self.training_stops, self.lengths)
+
     def training_counts(self) -> np.ndarray:
         """(N,) int64: how often each item stands in the training parts."""
-        places = np.arange(len(self.rows))
-        seen = places < np.repeat(self.training_stops, self.lengths)
-        return np.bincount(self.rows[seen], minlength=len(self.item_ids))
+        return np.bincount(self.rows[self.training_places], minlength=len(self.item_ids))
 
     def held_out(self, split: str, max_history: int | None = None) -> SequenceExamples:
         """One example per user with a target: the last `max_history` items before it, then the target itself.

@@ -356,17 +356,17 @@ def _work_folder(folder: Path, config: dict, on_main: Any) -> Path:
 
 def main(arguments: Arguments) -> None:
     """Trains, measures, and prints the table."""
-    from sidtune.recipes.next_item_table import report
+    from sidtune.recipes.next_item_table import Rankings, report
     from sidtune.trainers.processes import on_main
 
     for readme in arguments.readme:
         check_readme(Path(readme))
     tables, sequences = read_source(arguments.source)
-    names = trainable(arguments, sequences)
+    names, who = trainable(arguments, sequences), Rankings(arguments, tables, sequences)
     for seed in arguments.seeds:
         for name in names:
             fit(arguments, name, seed, sequences)
-    on_main(lambda: report(arguments, tables, sequences))
+    on_main(lambda: report(who))
 
 
 if __name__ == "__main__":

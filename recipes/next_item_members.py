@@ -75,8 +75,7 @@ def fit_baseline(name: str, tables: Tables, sequences: ItemSequences) -> Baselin
     """A baseline that saw the training parts only."""
     events = tables.events
     order = np.lexsort((events["time"].to_numpy(), encode(events["user_id"])[0]))
-    training = np.arange(len(sequences.rows)) < np.repeat(sequences.training_stops, sequences.lengths)
-    baseline = BASELINES.get(name)().fit(tables.items, events.take(order[training]))
+    baseline = BASELINES.get(name)().fit(tables.items, events.take(order[sequences.training_places]))
     return BaselineMember(baseline, sequences)
 
 

@@ -20,7 +20,6 @@ from sidtune.data_builders.item_sequences import ItemSequences, SequenceExamples
 from sidtune.data_builders.schema import Tables
 from sidtune.metrics.bootstrap import holm, paired_bootstrap
 from sidtune.recipes.next_item_members import (
-    BaselineMember,
     Member,
     NetworkMember,
     fit_baseline,
@@ -40,9 +39,9 @@ OTHER = ("recall@10", "ndcg@10")  # shown under the other rule for items the use
 PRIMARY = "ndcg@10"
 
 
-def report(arguments: Arguments, tables: Tables, sequences: ItemSequences) -> dict[str, Any]:
+def report(who: Rankings) -> dict[str, Any]:
     """Measures what is trained, writes `results.json`, prints and publishes the table."""
-    who = Rankings(arguments, tables, sequences)
+    arguments, sequences = who.arguments, who.sequences
     rows: dict[str, dict[str, Any]] = {}
     per_user: dict[str, dict[int, np.ndarray]] = {}
     ranks: dict[str, dict[int, dict[str, np.ndarray]]] = {}
@@ -83,16 +82,16 @@ def report(arguments: Arguments, tables: Tables, sequences: ItemSequences) -> di
 
 
 class Rankings:
-    """The rankings, validation figures and costs of all rows.
+    """The rankings, validation figures and costs of all rows. Made before any training, because it fits the baselines.
 
     Attributes:
         examples: the users of the table with their whole histories: all test users, or all validation users where `test` is off.
     """
 
     def __init__(self, arguments: Arguments, tables: Tables, sequences: ItemSequences) -> None:
-        self.arguments, self.tables, self.sequences = arguments, tables, sequences
+        self.arguments, self.sequences = arguments, sequences
         self.examples = sequences.held_out("test" if arguments.test else "valid")
-        self._baselines: dict[str, BaselineMember] = {}
+        self._baselines = {name: fit_baseline(name, tables, sequences) for name in arguments.baselines}
         self._ranked: dict[tuple[str, int], dict[str, np.ndarray]] = {}
 
     def weights(self, name: str) -> dict[str, float]:
@@ -137,7 +136,7 @@ class Rankings:
         values = [self.valid_figure(name, seed) for seed in seeds]
         total: dict[str, Any] = {f"valid_{PRIMARY}": {"mean": statistics.fmean(values), "values": values}}
         members = self.networks(name)
-        numbers = sum(self._member(m, 0).baseline.numbers for m in self.weights(name) if m not in members)
+        numbers = sum(self._baselines[m].baseline.numbers for m in self.weights(name) if m not in members)
         if not members:
             return total | ({"parameters": numbers} if numbers else {})
         records = [[read_json(self.arguments.folder(s, m) / RUN_FILE)["metrics"] for m in members] for s in seeds]
@@ -200,8 +199,6 @@ class Rankings:
     def _member(self, name: str, seed: int) -> Member:
         if name in self.arguments.systems:
             return load_member(self.arguments, name, seed, self.sequences)
-        if name not in self._baselines:
-            self._baselines[name] = fit_baseline(name, self.tables, self.sequences)
         return self._baselines[name]
 
     def _folder(self, name: str, seed: int) -> Path:
