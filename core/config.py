@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import yaml
 
 from sidtune.core.errors import ConfigError, SidtuneError, nearest
+from sidtune.core.processes import end_processes
 
 T = TypeVar("T")
 ERROR_FILE_VARIABLE = "SIDTUNE_ERROR_FILE"
@@ -243,13 +244,14 @@ def command(main: Callable[[T], Any], cls: type[T], argv: Sequence[str] | None =
     """Runs `main(config)` as a command: errors of the input become one sentence on stderr and exit code 2.
 
     When the environment variable SIDTUNE_ERROR_FILE is set (the pipeline runner sets it), the sentence is written there too,
-    because `accelerate launch` replaces the exit code of its child.
+    because `accelerate launch` replaces the exit code of its child. A process of several leaves its group at the end.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for chatty in ("httpx", "httpcore", "faiss", "faiss.loader", "matplotlib", "bm25s", "absl"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         main(parse(cls, argv))
+        end_processes()
     except SidtuneError as error:
         report_error(error)
         sys.exit(2)

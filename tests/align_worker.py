@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 from transformers import TrainerCallback
 
+from sidtune.core.processes import end_processes
 from sidtune.tokenizers.scratch_encoder import scratch_encoder
 from sidtune.trainers.aligned_encoder import AlignedExamples, aligned_args, save_aligned, train_aligned
 from sidtune.trainers.aligned_losses import AlignedLossConfig
@@ -90,7 +90,7 @@ def main(root: Path, output: str, runs: str) -> None:
         else:
             train(root, f"{output}_{name}", dropout=0.0 if name == "plain" else 0.1)
     if PROCESSES > 1:
-        torch.distributed.destroy_process_group()
+        end_processes()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from trl.trainer.utils import add_fused_lm_head
 
+from sidtune.core.processes import end_processes
 from sidtune.decoding.trie import SidTrie
 from sidtune.tokenizers.row_training import set_trainable
 from sidtune.tokenizers.vocab_matrices import gathered
@@ -114,7 +115,7 @@ def main(wrappers: str, output: str) -> None:
     moved = {case: {way: step(*case, way) for way in WAYS} for case in cases}
     if RANK == 0:
         torch.save(moved, output)
-    torch.distributed.destroy_process_group()
+    end_processes()
 
 
 if __name__ == "__main__":

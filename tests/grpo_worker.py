@@ -17,6 +17,7 @@ from grpo_stand_ins import catalogue, prompts
 from transformers import TrainerCallback
 
 from sidtune.core.errors import ConfigError
+from sidtune.core.processes import end_processes
 from sidtune.trainers.grpo import DebiasedGRPOTrainer
 from sidtune.trainers.grpo_args import grpo_config
 from sidtune.trainers.grpo_stage import finite
@@ -118,7 +119,7 @@ def main(root: Path, output: str, modes: str) -> None:
         train(root, output, mode)
     if PROCESSES > 1:
         refuse(root, output)
-        torch.distributed.destroy_process_group()
+        end_processes()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch
 from lm_stand_ins import tiny_model, tiny_tokenizer
 from post_rank_sources import toy_table
 
+from sidtune.core.processes import end_processes
 from sidtune.models.post_rank import PostRankForCausalLM
 from sidtune.models.post_rank_files import add_lora
 from sidtune.models.post_rank_processor import PostRankProcessor, build_config
@@ -81,8 +82,4 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     for one in sys.argv[3].split(","):
         train(Path(sys.argv[1]), sys.argv[2], one)
-    if torch.distributed.is_initialized():
-        # DeepSpeed's threads on CPU now and then abort a process while it ends; all that is tested has been written by now.
-        torch.distributed.barrier()
-        sys.stdout.flush()
-        os._exit(0)
+    end_processes()

@@ -17,6 +17,7 @@ from sft_stand_ins import task_examples
 from transformers import TrainerCallback
 
 from sidtune.core.errors import DataError
+from sidtune.core.processes import end_processes
 from sidtune.trainers import sft_args
 from sidtune.trainers.stages import run_stages
 
@@ -106,7 +107,7 @@ def main(root: Path, output: str, kinds: str, resumed: str) -> None:
     if resumed:
         train_resumed(root, f"{output}_resumed", resumed.split(","))
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        end_processes()
 
 
 if __name__ == "__main__":
