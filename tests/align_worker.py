@@ -89,8 +89,7 @@ def main(root: Path, output: str, runs: str) -> None:
             stop_and_go_on(root, f"{output}_stopped")
         else:
             train(root, f"{output}_{name}", dropout=0.0 if name == "plain" else 0.1)
-    if PROCESSES > 1:
-        end_processes()
+    end_processes()
 
 
 if __name__ == "__main__":

@@ -106,8 +106,7 @@ def main(root: Path, output: str, kinds: str, resumed: str) -> None:
     train(root, output, kinds.split(","))
     if resumed:
         train_resumed(root, f"{output}_resumed", resumed.split(","))
-    if torch.distributed.is_initialized():
-        end_processes()
+    end_processes()
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ future.wait()
 
 def test_a_process_waits_for_what_a_thread_of_the_group_still_does(tmp_path: Path) -> None:
     """It calls back for 0.1 s after the collective is done; ended there by the interpreter, it would abort."""
-    end = "from sidtune.core.processes import end_processes\nend_processes()"
+    end = "from sidtune.core.processes import end_processes\nend_processes()\nassert not torch.distributed.is_initialized()"
     assert "the thread has ended" in run(["-c", LATE + end, str(tmp_path / "store")], tmp_path)
 
 
