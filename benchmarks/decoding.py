@@ -42,8 +42,8 @@ from tqdm.auto import tqdm
 from transformers import LogitsProcessorList, Qwen3Config, Qwen3ForCausalLM
 
 from sidtune.decoding.beam_search import BeamOutput, sid_beam_search
+from sidtune.decoding.engine.prompt_cache import PackedBeams
 from sidtune.decoding.logits_processor import SidLogitsProcessor
-from sidtune.decoding.prompt_cache import PackedBeams
 from sidtune.decoding.trie import SidTrie
 
 BATCH, DEPTH, TEXT_TOKENS, TOLERANCE = 4, 3, 1000, 1e-5

@@ -60,8 +60,8 @@ from trl.trainer.utils import add_fused_lm_head
 
 from sidtune.decoding.sampling import sid_sample
 from sidtune.decoding.trie import SidTrie
-from sidtune.trainers.group_logps import group_logps
-from sidtune.trainers.sft import score_labelled_only
+from sidtune.trainers.grpo.logps.group_logps import group_logps
+from sidtune.trainers.sft.trainer import score_labelled_only
 
 DEPTH, CODES, TEXT, GROUP, VOCABULARY, ITEMS = 5, 256, 1000, 16, 150_000, 100_000
 LOGP_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
@@ -366,9 +366,9 @@ def _checkpointing_name() -> str:
 
 
 def our_trainer(catalogue: Catalogue, folder: str, prompt: int, prompts: int, steps: int, watch: StepTimes) -> Any:
-    from sidtune.trainers.grpo import DebiasedGRPOTrainer
-    from sidtune.trainers.grpo_config import DebiasedGRPOConfig
-    from sidtune.trainers.grpo_rewards import SidCatalogue
+    from sidtune.trainers.grpo.config import DebiasedGRPOConfig
+    from sidtune.trainers.grpo.rollout_rewards import SidCatalogue
+    from sidtune.trainers.grpo.trainer import DebiasedGRPOTrainer
 
     return DebiasedGRPOTrainer(
         make_model(),

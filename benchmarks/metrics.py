@@ -27,12 +27,12 @@ import pyarrow as pa
 import scipy.stats
 from sklearn.metrics import ndcg_score
 
-from sidtune.data_builders.schema import table_from_columns
-from sidtune.metrics.baselines import BaselineRequests
-from sidtune.metrics.bm25 import BM25, tokenise
-from sidtune.metrics.bootstrap import bootstrap_interval
-from sidtune.metrics.item_knn import ItemKNN
+from sidtune.data_builders.tables.schema import table_from_columns
+from sidtune.metrics.baselines.base import BaselineRequests
+from sidtune.metrics.baselines.bm25 import BM25, tokenise
+from sidtune.metrics.baselines.item_knn import ItemKNN
 from sidtune.metrics.ranking import Relevance, evaluate_ranking
+from sidtune.metrics.statistics.bootstrap import bootstrap_interval
 
 K = 20
 ROUNDS = 3

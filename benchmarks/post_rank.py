@@ -20,15 +20,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from sidtune.data_builders.post_rank_schema import PostRankField, PostRankRequest, PostRankTable
-from sidtune.data_builders.post_rank_text import request_of, table_from_requests
+from sidtune.data_builders.post_ranking.schema import PostRankField, PostRankRequest, PostRankTable
+from sidtune.data_builders.post_ranking.text import request_of, table_from_requests
 from sidtune.metrics.list_ranking import ListMetrics, evaluate_lists, random_anchor
-from sidtune.models.post_rank import PostRankForCausalLM
-from sidtune.models.post_rank_processor import PostRankProcessor, build_config
-from sidtune.models.post_ranker import PostRanker
-from sidtune.tokenizers.lm_tokenizer import build_model, train_lm_tokenizer
-from sidtune.trainers.post_rank import learn_to_post_rank, paper_arguments
-from sidtune.trainers.post_rank_data import field_specs
+from sidtune.models.post_ranking.model import PostRankForCausalLM
+from sidtune.models.post_ranking.processor import PostRankProcessor, build_config
+from sidtune.models.post_ranking.ranker import PostRanker
+from sidtune.tokenizers.base_models.from_scratch import build_model, train_lm_tokenizer
+from sidtune.trainers.post_ranking.data import field_specs
+from sidtune.trainers.post_ranking.trainer import learn_to_post_rank, paper_arguments
 
 ITEMS, WIDTH, D_Q = 5, 6, 4
 METRICS = ListMetrics((ITEMS,), ("ndcg",), relevance="target_rank", gain="linear")

@@ -4,7 +4,7 @@
 
 Per seed one ShopWorld, its split by time, and four tokenizers: TF-IDF vectors with and without fused keywords, codebooks
 trained on items alone or on the training queries and the items. Test requests say how well the codes of a query find the
-clicked items (`tokenizers/query_recall.py`); the quality of the items' codes says what sharing the codebooks costs. It
+clicked items (`tokenizers/sids/query_recall.py`); the quality of the items' codes says what sharing the codebooks costs. It
 compares methods, not speed: every value is a mean over seeds, and `..._sd` its standard deviation.
 """
 
@@ -22,15 +22,15 @@ from typing import Any
 
 import numpy as np
 
-from sidtune.data_builders.query_pairs import distinct_queries
-from sidtune.data_builders.store import load_folder
-from sidtune.recipes import build_data
-from sidtune.recipes.learn_sids import texts_of
-from sidtune.tokenizers.keyword_mining import mine_pool
-from sidtune.tokenizers.quality import sid_quality
-from sidtune.tokenizers.query_recall import query_item_recall, query_targets
+from sidtune.data_builders.mining.query_pairs import distinct_queries
+from sidtune.data_builders.tables.store import load_folder
+from sidtune.recipes.steps import build_data
+from sidtune.recipes.steps.learn_sids import texts_of
+from sidtune.tokenizers.keywords.mining import mine_pool
 from sidtune.tokenizers.registry import make_encoder, make_quantizer
-from sidtune.tokenizers.semantic_ids import SemanticIds
+from sidtune.tokenizers.sids.quality import sid_quality
+from sidtune.tokenizers.sids.query_recall import query_item_recall, query_targets
+from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 
 SHOP = {"n_items": 2_000, "n_users": 1_000, "n_requests": 20_000}
 QUICK = {"n_items": 400, "n_users": 150, "n_requests": 3_000}

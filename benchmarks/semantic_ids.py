@@ -43,7 +43,7 @@ from sidtune.benchmarks.semantic_ids_downstream import METRIC, Source
 from sidtune.core.config import report_error
 from sidtune.core.errors import ConfigError, DataError, SidtuneError, nearest
 from sidtune.core.folders import read_json, write_json
-from sidtune.metrics.bootstrap import holm
+from sidtune.metrics.statistics.bootstrap import holm
 
 TEXT = {"name": "tfidf_svd", "dims": 64}
 COLLABORATIVE = {"name": "precomputed", "path": "instruments/Instruments.sasrec-32d.npy", "align": "row_number"}

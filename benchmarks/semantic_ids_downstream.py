@@ -23,20 +23,20 @@ import torch
 
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import read_json
-from sidtune.data_builders.store import load_folder
-from sidtune.decoding.next_item_ranking import HistoryRanker, SidCatalogue
-from sidtune.metrics.bootstrap import PairedResult, paired_bootstrap
-from sidtune.models.next_item import NextItemConfig, make_network
-from sidtune.recipes import build_data, evaluate, init_model, learn_sids, sft
-from sidtune.recipes.next_item import read_source
-from sidtune.recipes.next_item_members import fit_baseline
-from sidtune.tokenizers.encoders import Encoder
-from sidtune.tokenizers.quality import SidQuality, sid_quality
-from sidtune.tokenizers.query_recall import QueryItemRecall, query_item_recall, query_targets
+from sidtune.data_builders.tables.store import load_folder
+from sidtune.decoding.next_item.ranking import HistoryRanker, SidCatalogue
+from sidtune.metrics.statistics.bootstrap import PairedResult, paired_bootstrap
+from sidtune.models.next_item.network import NextItemConfig, make_network
+from sidtune.recipes.next_item.members import fit_baseline
+from sidtune.recipes.next_item.train import read_source
+from sidtune.recipes.steps import build_data, evaluate, init_model, learn_sids, sft
+from sidtune.tokenizers.encoders.base import Encoder
 from sidtune.tokenizers.registry import load_encoder, load_quantizer
-from sidtune.tokenizers.semantic_ids import SemanticIds
-from sidtune.trainers.next_item import FitSettings, draw_users, measure_targets, train_next_item
-from sidtune.trainers.next_item_data import NextItemRows
+from sidtune.tokenizers.sids.quality import SidQuality, sid_quality
+from sidtune.tokenizers.sids.query_recall import QueryItemRecall, query_item_recall, query_targets
+from sidtune.tokenizers.sids.semantic_ids import SemanticIds
+from sidtune.trainers.next_item.data import NextItemRows
+from sidtune.trainers.next_item.trainer import FitSettings, draw_users, measure_targets, train_next_item
 
 METRIC = "ndcg@10"
 MODEL = {"model_type": "qwen3", "num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True}
@@ -59,7 +59,7 @@ class Source:
         title: as it stands in the table.
         reader, options, split: of build_data. folder: name below `SIDTUNE_DATA`, None for the embedded shop.
         encoder: of learn_sids.
-        model: `language` (a small Qwen3) or `items` (see `models/next_item.py`).
+        model: `language` (a small Qwen3) or `items` (see `models/next_item/network.py`).
         width: codes per level k; four levels, so 4k tokens.
         grid: coordinates of one FSQ level, product about k.
         hidden, layers: size of the small model.

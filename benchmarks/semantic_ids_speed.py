@@ -40,8 +40,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from sidtune.tokenizers.rq_opq import RqOpq, RqOpqConfig
-from sidtune.tokenizers.rq_vae import RqVae, RqVaeConfig
+from sidtune.tokenizers.quantizers.rq_opq import RqOpq, RqOpqConfig
+from sidtune.tokenizers.quantizers.rq_vae import RqVae, RqVaeConfig
 
 BLOCK = 65_536
 MB = 1 << 20

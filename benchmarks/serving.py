@@ -29,13 +29,13 @@ import numpy as np
 import torch
 import uvicorn
 
-from sidtune.data_builders.serializer import Serializer
-from sidtune.decoding.retriever import Hit, SidRetriever
-from sidtune.decoding.search_request import parse_request
-from sidtune.recipes.search_app import SearchService, ServingOptions, make_app
-from sidtune.tokenizers.lm_tokenizer import build_model, train_lm_tokenizer
-from sidtune.tokenizers.semantic_ids import SemanticIds
-from sidtune.tokenizers.vocabulary import extend_vocabulary
+from sidtune.data_builders.prompts.serializer import Serializer
+from sidtune.decoding.retrieval.retriever import Hit, SidRetriever
+from sidtune.decoding.retrieval.search_request import parse_request
+from sidtune.decoding.serving.http_app import SearchService, ServingOptions, make_app
+from sidtune.tokenizers.base_models.from_scratch import build_model, train_lm_tokenizer
+from sidtune.tokenizers.sids.semantic_ids import SemanticIds
+from sidtune.tokenizers.vocabulary.extension import extend_vocabulary
 
 TOLERANCE, CODES, DEPTH = 1e-5, 64, 3
 MODEL = {

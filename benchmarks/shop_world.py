@@ -2,7 +2,7 @@
 
     python benchmarks/shop_world.py [--quick] [--json FILE]
 
-The loop generator is a second implementation from the equations in `data_builders/shop_world.py`, request by request
+The loop generator is a second implementation from the equations in `data_builders/shop_world/world.py`, request by request
 and item by item, fed with the same random numbers; its requests, pages and feedback must equal those of `ShopWorld`
 before any time is reported. The tests use it as their oracle too. `reference_rankers` gives the yardsticks that a model
 trained on ShopWorld is measured with.
@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from sidtune.data_builders import shop_words as words
-from sidtune.data_builders.shop_catalogue import N_COLOURS, N_STYLES
-from sidtune.data_builders.shop_config import ShopWorldConfig
-from sidtune.data_builders.shop_logging import LOG_CHUNK, best, log_draws
-from sidtune.data_builders.shop_requests import (
+from sidtune.data_builders.shop_world import words
+from sidtune.data_builders.shop_world.catalogue import N_COLOURS, N_STYLES
+from sidtune.data_builders.shop_world.config import ShopWorldConfig
+from sidtune.data_builders.shop_world.logging_policy import LOG_CHUNK, best, log_draws
+from sidtune.data_builders.shop_world.requests import (
     ASKED_SORT,
     ATTRIBUTE,
     ATTRIBUTE_ONLY,
@@ -40,7 +40,7 @@ from sidtune.data_builders.shop_requests import (
     kind_weights,
     request_draws,
 )
-from sidtune.data_builders.shop_world import ShopWorld
+from sidtune.data_builders.shop_world.world import ShopWorld
 
 DAY = 86_400
 

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from sklearn.cluster import KMeans
 
-from sidtune.tokenizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig
-from sidtune.tokenizers.semantic_ids import SemanticIds
+from sidtune.tokenizers.quantizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig
+from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 
 ROUNDS = 5
 

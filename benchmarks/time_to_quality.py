@@ -33,13 +33,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from sidtune.data_builders.item_sequences import ItemSequences, SequenceExamples
-from sidtune.decoding.next_item_ranking import HistoryRanker, SidCatalogue
-from sidtune.models.next_item import NextItemConfig, make_network
-from sidtune.recipes.next_item import make_sids, read_source
-from sidtune.trainers.next_item import FitSettings, train_next_item
-from sidtune.trainers.next_item_data import NextItemRows
-from sidtune.trainers.next_item_loss import LossConfig, NextItemLoss
+from sidtune.data_builders.sequences.item_sequences import ItemSequences, SequenceExamples
+from sidtune.decoding.next_item.ranking import HistoryRanker, SidCatalogue
+from sidtune.models.next_item.network import NextItemConfig, make_network
+from sidtune.recipes.next_item.train import make_sids, read_source
+from sidtune.trainers.next_item.data import NextItemRows
+from sidtune.trainers.next_item.loss import LossConfig, NextItemLoss
+from sidtune.trainers.next_item.trainer import FitSettings, train_next_item
 
 DECODER, T5 = "decoder", "t5"
 WINDOW = {DECODER: 10, T5: 20}

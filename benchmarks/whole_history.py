@@ -28,17 +28,17 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import add_fused_lm_head
 
-from sidtune.data_builders.encoding import encode_examples
-from sidtune.data_builders.examples import request_to_sid, whole_history
-from sidtune.data_builders.serializer import Serializer
-from sidtune.data_builders.shop_world import ShopWorld
-from sidtune.data_builders.task_input import TaskInput
-from sidtune.tokenizers.lm_tokenizer import build_model, train_lm_tokenizer
-from sidtune.tokenizers.semantic_ids import SemanticIds
-from sidtune.tokenizers.vocabulary import Vocabulary, extend_vocabulary
-from sidtune.trainers.batches import TaskCollator, measure
-from sidtune.trainers.sft import SidSFTTrainer, score_labelled_only
-from sidtune.trainers.sft_args import sft_config
+from sidtune.data_builders.prompts.encoding import encode_examples
+from sidtune.data_builders.prompts.serializer import Serializer
+from sidtune.data_builders.shop_world.world import ShopWorld
+from sidtune.data_builders.tasks.behaviour import request_to_sid, whole_history
+from sidtune.data_builders.tasks.input import TaskInput
+from sidtune.tokenizers.base_models.from_scratch import build_model, train_lm_tokenizer
+from sidtune.tokenizers.sids.semantic_ids import SemanticIds
+from sidtune.tokenizers.vocabulary.extension import Vocabulary, extend_vocabulary
+from sidtune.trainers.common.args import sft_config
+from sidtune.trainers.common.batches import TaskCollator, measure
+from sidtune.trainers.sft.trainer import SidSFTTrainer, score_labelled_only
 
 ALL_TURNS = 100_000
 TOKENS_OF_A_BATCH = 4096

@@ -15,6 +15,6 @@ READERS = Registry(
         "jdsearch": "sidtune.data_builders.readers.jdsearch:read",
         "amazon_search": "sidtune.data_builders.readers.amazon_search:read",
         "movielens": "sidtune.data_builders.readers.movielens:read",
-        "shop_world": "sidtune.data_builders.shop_world:read",
+        "shop_world": "sidtune.data_builders.shop_world.world:read",
     },
 )

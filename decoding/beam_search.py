@@ -6,7 +6,7 @@ so the scores of all leaves of a trie sum to one: the function that training, ev
 log-probability under the whole vocabulary instead. The legal set is exact per prefix, and nothing runs after it.
 
 Differences from `generate`: no generation settings (temperature, top-p, length penalty, forced tokens, EOS) apply; the
-prompt is read once and its key/value cache is shared by all its beams (see `sidtune.decoding.prompt_cache`); a beam that
+prompt is read once and its key/value cache is shared by all its beams (see `sidtune.decoding.engine.prompt_cache`); a beam that
 cannot go on is -inf, never an illegal item or a duplicate; equal scores are ordered by the lexicographic rank of the SID's
 codes, within the beam at every level and in the result, so runs agree. Items that share a SID share its score; their order
 is the matter of `sidtune.decoding.items`.
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from sidtune.core.errors import ConfigError, SidtuneError
-from sidtune.decoding.search import NOT_NUMBERS, GenerateCall, Search, check_limits
+from sidtune.decoding.engine.search import NOT_NUMBERS, GenerateCall, Search, check_limits
 from sidtune.decoding.trie import SidTrie
 
 if TYPE_CHECKING:

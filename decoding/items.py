@@ -21,7 +21,7 @@ from sidtune.core.errors import ConfigError, DataError
 from sidtune.decoding.beam_search import BeamOutput
 
 if TYPE_CHECKING:
-    from sidtune.tokenizers.semantic_ids import SemanticIds
+    from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from sidtune.core.errors import ConfigError
-from sidtune.decoding.generation_settings import SidGenerationConfig, constrained_config
-from sidtune.decoding.search import split_levels
+from sidtune.decoding.engine.generation_settings import SidGenerationConfig, constrained_config
+from sidtune.decoding.engine.search import split_levels
 from sidtune.decoding.trie import SidTrie
 
 _NEVER = float("-inf")

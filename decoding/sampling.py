@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from sidtune.core.errors import ConfigError, SidtuneError
-from sidtune.decoding.search import NOT_NUMBERS, GenerateCall, Search, check_limits
+from sidtune.decoding.engine.search import NOT_NUMBERS, GenerateCall, Search, check_limits
 from sidtune.decoding.trie import SidTrie
 
 if TYPE_CHECKING:

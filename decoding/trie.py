@@ -26,10 +26,10 @@ from torch import Tensor
 
 from sidtune.core.errors import DataError
 from sidtune.core.folders import read_json, write_json
-from sidtune.tokenizers.hub import push_saved, resolve_folder
+from sidtune.core.hub import push_saved, resolve_folder
 
 if TYPE_CHECKING:
-    from sidtune.tokenizers.semantic_ids import SemanticIds
+    from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 
 TENSOR_FILE = "sid_trie.safetensors"
 META_FILE = "sid_trie.json"

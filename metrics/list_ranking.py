@@ -29,9 +29,9 @@ import numpy as np
 from scipy.special import gammaln
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.data_builders.post_rank_targets import target_order
-from sidtune.metrics.compare import SystemRow, compare_systems
+from sidtune.data_builders.post_ranking.targets import target_order
 from sidtune.metrics.ranking import RankingResult
+from sidtune.metrics.statistics.compare import SystemRow, compare_systems
 
 RANDOM, BEST = "random order (anchor)", "best order (bound)"
 NAMES = ("ndcg", "mrr", "map")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.metrics.bootstrap import paired_bootstrap
+from sidtune.metrics.statistics.bootstrap import paired_bootstrap
 
 _CELLS = 1 << 24
 _TIE = 1e-6  # cosines closer than this are equal: float32 sums differ by as much

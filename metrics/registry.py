@@ -1,7 +1,7 @@
 """Names of metrics and baselines, as YAML files write them.
 
 A metric is a function `(ranked: Ranked, k: int) -> (R,) float64` (see `metrics/ranking.py`); a baseline is a class with
-`fit(items, events, requests=None) -> self` and `rank(requests, k) -> (R, k) item rows` (see `metrics/baselines.py`).
+`fit(items, events, requests=None) -> self` and `rank(requests, k) -> (R, k) item rows` (see `metrics/baselines/base.py`).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ METRICS = Registry(
 BASELINES = Registry(
     "baseline",
     {
-        "popularity": "sidtune.metrics.baselines:Popularity",
-        "bm25": "sidtune.metrics.bm25:BM25",
-        "item_knn": "sidtune.metrics.item_knn:ItemKNN",
+        "popularity": "sidtune.metrics.baselines.base:Popularity",
+        "bm25": "sidtune.metrics.baselines.bm25:BM25",
+        "item_knn": "sidtune.metrics.baselines.item_knn:ItemKNN",
     },
 )

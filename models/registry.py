@@ -7,12 +7,12 @@ from sidtune.core.registry import Registry
 RERANKERS = Registry(
     "re-ranker",
     {
-        "initial": "sidtune.models.rerankers:InitialOrder",
-        "mlp": "sidtune.models.rerankers:ListMlp",
-        "dlcm": "sidtune.models.rerankers:Dlcm",
-        "prm": "sidtune.models.rerankers:Prm",
-        "setrank": "sidtune.models.rerankers:SetRank",
-        "seq2slate": "sidtune.models.rerankers_sequential:Seq2Slate",
-        "prs": "sidtune.models.rerankers_sequential:PrsEvaluator",
+        "initial": "sidtune.models.rerankers.listwise:InitialOrder",
+        "mlp": "sidtune.models.rerankers.listwise:ListMlp",
+        "dlcm": "sidtune.models.rerankers.listwise:Dlcm",
+        "prm": "sidtune.models.rerankers.listwise:Prm",
+        "setrank": "sidtune.models.rerankers.listwise:SetRank",
+        "seq2slate": "sidtune.models.rerankers.sequential:Seq2Slate",
+        "prs": "sidtune.models.rerankers.sequential:PrsEvaluator",
     },
 )

@@ -30,21 +30,21 @@ from sidtune.core.errors import ConfigError, SidtuneError, nearest
 from sidtune.core.folders import RUN_FILE, fingerprint, read_json
 
 SCRIPTS = {
-    "build_data": "sidtune.recipes.build_data",
-    "align_encoder": "sidtune.recipes.align_encoder",
-    "learn_sids": "sidtune.recipes.learn_sids",
-    "extend_sids": "sidtune.recipes.extend_sids",
-    "init_model": "sidtune.recipes.init_model",
-    "sft": "sidtune.recipes.sft",
-    "grpo": "sidtune.recipes.grpo",
-    "trajectories": "sidtune.recipes.trajectories",
-    "self_evolve": "sidtune.recipes.self_evolve",
-    "reason": "sidtune.recipes.reason",
-    "evaluate": "sidtune.recipes.evaluate",
-    "post_rank": "sidtune.recipes.post_rank",
-    "publish": "sidtune.recipes.publish",
-    "retrieve": "sidtune.recipes.retrieve",
-    "report": "sidtune.recipes.report",
+    "build_data": "sidtune.recipes.steps.build_data",
+    "align_encoder": "sidtune.recipes.steps.align_encoder",
+    "learn_sids": "sidtune.recipes.steps.learn_sids",
+    "extend_sids": "sidtune.recipes.steps.extend_sids",
+    "init_model": "sidtune.recipes.steps.init_model",
+    "sft": "sidtune.recipes.steps.sft",
+    "grpo": "sidtune.recipes.steps.grpo",
+    "trajectories": "sidtune.recipes.crs.trajectories",
+    "self_evolve": "sidtune.recipes.crs.self_evolve",
+    "reason": "sidtune.recipes.crs.reason",
+    "evaluate": "sidtune.recipes.steps.evaluate",
+    "post_rank": "sidtune.recipes.llm4pr.post_rank",
+    "publish": "sidtune.recipes.steps.publish",
+    "retrieve": "sidtune.recipes.steps.retrieve",
+    "report": "sidtune.recipes.steps.report",
 }
 # What these do does not divide into processes: they run as one, whatever `launch` says.
 ALONE = ("build_data", "learn_sids", "extend_sids", "init_model", "post_rank", "publish", "report")

@@ -16,10 +16,10 @@ import numpy as np
 from transformers import TrainerCallback
 
 from sidtune.core.processes import end_processes
-from sidtune.tokenizers.scratch_encoder import scratch_encoder
-from sidtune.trainers.aligned_encoder import AlignedExamples, aligned_args, save_aligned, train_aligned
-from sidtune.trainers.aligned_losses import AlignedLossConfig
-from sidtune.trainers.processes import on_main
+from sidtune.tokenizers.encoders.scratch import scratch_encoder
+from sidtune.trainers.common.processes import on_main
+from sidtune.trainers.contrastive.losses import AlignedLossConfig
+from sidtune.trainers.contrastive.trainer import AlignedExamples, aligned_args, save_aligned, train_aligned
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 MICRO_BATCHES = 2  # of a step, whoever computes them

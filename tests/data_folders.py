@@ -15,10 +15,10 @@ import pytest
 from sidtune.core.errors import DataError
 from sidtune.core.folders import write_folder
 from sidtune.data_builders.readers.own import read
-from sidtune.data_builders.schema import Tables, table_from_rows
-from sidtune.data_builders.splits import apply_split, item_statistics, training_cut
-from sidtune.data_builders.store import save_tables, split_names
-from sidtune.data_builders.validate import validate_folder
+from sidtune.data_builders.tables.schema import Tables, table_from_rows
+from sidtune.data_builders.tables.splits import apply_split, item_statistics, training_cut
+from sidtune.data_builders.tables.store import save_tables, split_names
+from sidtune.data_builders.tables.validate import validate_folder
 
 Rows = dict[str, list[dict[str, Any]]]
 

@@ -21,10 +21,10 @@ from trl.trainer.utils import add_fused_lm_head
 
 from sidtune.core.processes import end_processes
 from sidtune.decoding.trie import SidTrie
-from sidtune.tokenizers.row_training import set_trainable
-from sidtune.tokenizers.vocab_matrices import gathered
-from sidtune.trainers.group_logps import group_logps
-from sidtune.trainers.sft import accept_whole_heads
+from sidtune.tokenizers.vocabulary.token_matrices import gathered
+from sidtune.tokenizers.vocabulary.trainable_tokens import set_trainable
+from sidtune.trainers.grpo.logps.group_logps import group_logps
+from sidtune.trainers.sft.trainer import accept_whole_heads
 
 # Way to the log-probabilities and, for ours, the most tokens of a pass: the processes then need different numbers of them.
 WAYS = {"trl": None, "shared, whole vocabulary": None, "alone": None, "shared": None, "shared, passes": 12}

@@ -13,10 +13,10 @@ from sft_stand_ins import VOCABULARY, WORDS, tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 
 from sidtune.decoding.trie import SidTrie
-from sidtune.trainers.grpo import DebiasedGRPOTrainer
-from sidtune.trainers.grpo_config import DebiasedGRPOConfig
-from sidtune.trainers.grpo_rewards import SidCatalogue
-from sidtune.trainers.grpo_sids import SidTable
+from sidtune.trainers.grpo.config import DebiasedGRPOConfig
+from sidtune.trainers.grpo.rollout_rewards import SidCatalogue
+from sidtune.trainers.grpo.sid_positions import SidTable
+from sidtune.trainers.grpo.trainer import DebiasedGRPOTrainer
 
 PATHS = np.array(list(itertools.product(range(3), range(3))))
 SID_TOKENS = np.arange(WORDS + 2, VOCABULARY)

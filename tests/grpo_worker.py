@@ -18,11 +18,11 @@ from transformers import TrainerCallback
 
 from sidtune.core.errors import ConfigError
 from sidtune.core.processes import end_processes
-from sidtune.trainers.grpo import DebiasedGRPOTrainer
-from sidtune.trainers.grpo_args import grpo_config
-from sidtune.trainers.grpo_stage import finite
-from sidtune.trainers.processes import on_main
-from sidtune.trainers.stage_model import StageModel
+from sidtune.trainers.common.processes import on_main
+from sidtune.trainers.common.stage_model import StageModel
+from sidtune.trainers.grpo.args import grpo_config
+from sidtune.trainers.grpo.stage import finite
+from sidtune.trainers.grpo.trainer import DebiasedGRPOTrainer
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 ROWS, GROUP = 12, 4  # three prompts: with two processes the second group lies on both

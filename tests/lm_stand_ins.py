@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from sidtune.tokenizers.lm_tokenizer import build_model, train_lm_tokenizer
-from sidtune.tokenizers.semantic_ids import SemanticIds
-from sidtune.tokenizers.vocabulary import Vocabulary, extend_vocabulary
+from sidtune.tokenizers.base_models.from_scratch import build_model, train_lm_tokenizer
+from sidtune.tokenizers.sids.semantic_ids import SemanticIds
+from sidtune.tokenizers.vocabulary.extension import Vocabulary, extend_vocabulary
 
 LEVEL_SIZES = (4, 3, 5)
 TITLES = [

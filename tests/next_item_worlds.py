@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from sidtune.data_builders.item_sequences import ItemSequences
-from sidtune.decoding.next_item_ranking import SidCatalogue
-from sidtune.models.next_item import NextItemConfig, NextItemNetwork, make_network
-from sidtune.tokenizers.semantic_ids import SemanticIds
+from sidtune.data_builders.sequences.item_sequences import ItemSequences
+from sidtune.decoding.next_item.ranking import SidCatalogue
+from sidtune.models.next_item.network import NextItemConfig, NextItemNetwork, make_network
+from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 
 SIZES = (4, 3, 5)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from sidtune.data_builders.post_rank_schema import REQUEST_SCHEMA, PostRankField, PostRankTable
+from sidtune.data_builders.post_ranking.schema import REQUEST_SCHEMA, PostRankField, PostRankTable
 
 GENRES = ("Action", "Comedy", "Drama", "Sci-Fi")
 

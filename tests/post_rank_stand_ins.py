@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from lm_stand_ins import tiny_model, tiny_tokenizer
 
-from sidtune.data_builders.post_rank_schema import PostRankRequest
-from sidtune.models.post_rank import PostRankForCausalLM
-from sidtune.models.post_rank_config import FieldSpec
-from sidtune.models.post_rank_processor import PostRankProcessor, build_config
+from sidtune.data_builders.post_ranking.schema import PostRankRequest
+from sidtune.models.post_ranking.config import FieldSpec
+from sidtune.models.post_ranking.model import PostRankForCausalLM
+from sidtune.models.post_ranking.processor import PostRankProcessor, build_config
 
 D_Q = 8
 FIELDS = (

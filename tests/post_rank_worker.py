@@ -18,12 +18,12 @@ from lm_stand_ins import tiny_model, tiny_tokenizer
 from post_rank_sources import toy_table
 
 from sidtune.core.processes import end_processes
-from sidtune.models.post_rank import PostRankForCausalLM
-from sidtune.models.post_rank_files import add_lora
-from sidtune.models.post_rank_processor import PostRankProcessor, build_config
-from sidtune.models.post_rank_templates import TEMPLATES
-from sidtune.trainers.post_rank import adapt_features, learn_to_post_rank, paper_arguments
-from sidtune.trainers.post_rank_data import field_specs
+from sidtune.models.post_ranking.files import add_lora
+from sidtune.models.post_ranking.model import PostRankForCausalLM
+from sidtune.models.post_ranking.processor import PostRankProcessor, build_config
+from sidtune.models.post_ranking.templates import TEMPLATES
+from sidtune.trainers.post_ranking.data import field_specs
+from sidtune.trainers.post_ranking.trainer import adapt_features, learn_to_post_rank, paper_arguments
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 ROWS, STEPS = 8, 4

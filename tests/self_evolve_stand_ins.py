@@ -33,7 +33,7 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     """Copies the model, with its prompt settings, as if nothing had been learned."""
-    from sidtune.recipes.loading import final_model
+    from sidtune.decoding.retrieval.loading import final_model
 
     source = final_model(arguments.model_dir)
     assert pq.read_table(arguments.hard_set).num_rows

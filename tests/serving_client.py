@@ -12,7 +12,7 @@ from typing import Any
 
 import uvicorn
 
-from sidtune.recipes.search_app import SearchService, ServingOptions, make_app
+from sidtune.decoding.serving.http_app import SearchService, ServingOptions, make_app
 
 
 def send(

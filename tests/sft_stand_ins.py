@@ -74,7 +74,7 @@ def random_examples(rows: int = 48, seed: int = 1, longest: int = 24) -> Dataset
 
 def model_folder(folder, kind: str = "qwen3", seed: int = 0):
     """Writes a tiny model with tokenizer and SID vocabulary, as `init_model` would."""
-    from sidtune.tokenizers.vocabulary import Vocabulary
+    from sidtune.tokenizers.vocabulary.extension import Vocabulary
 
     tiny_model(kind, seed).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)

@@ -18,8 +18,8 @@ from transformers import TrainerCallback
 
 from sidtune.core.errors import DataError
 from sidtune.core.processes import end_processes
-from sidtune.trainers import sft_args
-from sidtune.trainers.stages import run_stages
+from sidtune.trainers.common import args as sft_args
+from sidtune.trainers.sft.stages import run_stages
 
 GLOBAL_BATCH = 16
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))

@@ -8,7 +8,7 @@ import pytest
 from sidtune.core.config import build, load_yaml
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.recipes import run
-from sidtune.recipes.ablation import Arguments, compare, markdown
+from sidtune.recipes.steps.ablation import Arguments, compare, markdown
 
 
 def arguments(repo_root, folder, **changes):

@@ -13,23 +13,23 @@ from transformers import AutoModel, AutoTokenizer, T5Config, T5Model, TrainerCal
 
 from sidtune.core.errors import ConfigError, DataError, SidtuneError
 from sidtune.core.folders import read_json
-from sidtune.data_builders.query_pairs import distinct_queries
-from sidtune.data_builders.relevance_labels import near_threshold, read_relevance, shop_relevance
-from sidtune.data_builders.shop_world import ShopWorld
-from sidtune.data_builders.store import load_folder
+from sidtune.data_builders.mining.query_pairs import distinct_queries
+from sidtune.data_builders.mining.relevance_labels import near_threshold, read_relevance, shop_relevance
+from sidtune.data_builders.shop_world.world import ShopWorld
+from sidtune.data_builders.tables.store import load_folder
 from sidtune.metrics.pair_recall import compare_recall, pair_hits, recall_to_markdown
-from sidtune.recipes import align_encoder, build_data, learn_sids
+from sidtune.recipes.steps import align_encoder, build_data, learn_sids
+from sidtune.tokenizers.encoders.pooling import saved_pooling
+from sidtune.tokenizers.encoders.scratch import scratch_encoder
 from sidtune.tokenizers.registry import make_encoder
-from sidtune.tokenizers.scratch_encoder import scratch_encoder
-from sidtune.tokenizers.text_pooling import saved_pooling
-from sidtune.trainers.aligned_encoder import (
+from sidtune.trainers.contrastive.losses import AlignedLossConfig
+from sidtune.trainers.contrastive.trainer import (
     AlignedExamples,
     aligned_args,
     check_encoder,
     save_aligned,
     train_aligned,
 )
-from sidtune.trainers.aligned_losses import AlignedLossConfig
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 WORDS = [
@@ -199,7 +199,7 @@ def test_the_recipe_from_log_to_semantic_ids(shop, tmp_path, capsys, monkeypatch
             align_encoder.main(arguments)
     assert not output.exists() and (tmp_path / ".work_encoder").is_dir()
     with monkeypatch.context() as patch:  # trained and mined already: neither happens again
-        patch.setattr("sidtune.trainers.aligned_encoder.AlignedTrainer.train", None)
+        patch.setattr("sidtune.trainers.contrastive.trainer.AlignedTrainer.train", None)
         patch.setattr(align_encoder, "alignment_source", None)
         align_encoder.main(arguments)
     shown = capsys.readouterr().out

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import read_json
-from sidtune.recipes import align_encoder, build_data
-from sidtune.trainers.aligned_encoder import aligned_args
-from sidtune.trainers.aligned_losses import TERMS
+from sidtune.recipes.steps import align_encoder, build_data
+from sidtune.trainers.contrastive.losses import TERMS
+from sidtune.trainers.contrastive.trainer import aligned_args
 
 pytestmark = pytest.mark.slow
 WORKER, WEIGHTS = str(Path(__file__).parent / "align_worker.py"), "model.safetensors"
@@ -83,7 +83,7 @@ def test_the_recipe_under_two_processes_writes_the_folder_of_one(tmp_path):
     }
     one, two = tmp_path / "one", tmp_path / "two"
     (tmp_path / "two.yaml").write_text(json.dumps({**settings, "output_dir": str(two)}))
-    command = ["-m", "sidtune.recipes.align_encoder", "--config", str(tmp_path / "two.yaml")]
+    command = ["-m", "sidtune.recipes.steps.align_encoder", "--config", str(tmp_path / "two.yaml")]
     printed = launch("ddp_cpu", command, tmp_path)
     settings["args"]["gradient_accumulation_steps"] = 2
     align_encoder.main(align_encoder.Arguments(output_dir=str(one), **settings))
@@ -107,7 +107,7 @@ def test_a_launch_that_splits_the_weights_is_refused(monkeypatch, tmp_path, kind
     if kind == "fsdp":
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
         # Where there is no accelerator FSDP is refused earlier, and for that reason.
-        monkeypatch.setattr("sidtune.trainers.sft_args.machine_defaults", lambda: {"use_cpu": True})
+        monkeypatch.setattr("sidtune.trainers.common.args.machine_defaults", lambda: {"use_cpu": True})
     else:
         from transformers.integrations import HfDeepSpeedConfig
 

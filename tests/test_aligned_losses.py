@@ -10,8 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.trainers.aligned_encoder import AlignedExamples
-from sidtune.trainers.aligned_losses import (
+from sidtune.trainers.contrastive.losses import (
     TERMS,
     AlignedLossConfig,
     aligned_loss,
@@ -19,6 +18,7 @@ from sidtune.trainers.aligned_losses import (
     order_margin,
     relevance_regression,
 )
+from sidtune.trainers.contrastive.trainer import AlignedExamples
 
 
 def unit(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -8,15 +8,15 @@ from quantizer_data import clusters, nearest_by_hand, own_share, power_law, rela
 from sklearn.datasets import load_digits
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.tokenizers import balanced_kmeans
-from sidtune.tokenizers.balanced_kmeans import (
+from sidtune.tokenizers.quantizers import balanced_kmeans
+from sidtune.tokenizers.quantizers.balanced_kmeans import (
     BalancedKMeans,
     BalancedKMeansConfig,
     capacity_assignment,
     equal_size_kmeans,
 )
-from sidtune.tokenizers.product_quantizer import ProductQuantizer, ProductQuantizerConfig
-from sidtune.tokenizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig
+from sidtune.tokenizers.quantizers.product_quantizer import ProductQuantizer, ProductQuantizerConfig
+from sidtune.tokenizers.quantizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig
 
 
 def greedy(points: np.ndarray, centroids: np.ndarray, capacity: int) -> np.ndarray:

@@ -9,11 +9,12 @@ import pyarrow as pa
 import pytest
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.data_builders.schema import table_from_columns, table_from_rows
-from sidtune.metrics import baselines, item_knn
-from sidtune.metrics.baselines import BaselineRequests, Popularity
-from sidtune.metrics.bm25 import BM25, item_text, tokenise
-from sidtune.metrics.item_knn import ItemKNN, last_of_each
+from sidtune.data_builders.tables.schema import table_from_columns, table_from_rows
+from sidtune.metrics.baselines import base as baselines
+from sidtune.metrics.baselines import item_knn
+from sidtune.metrics.baselines.base import BaselineRequests, Popularity
+from sidtune.metrics.baselines.bm25 import BM25, item_text, tokenise
+from sidtune.metrics.baselines.item_knn import ItemKNN, last_of_each
 from sidtune.metrics.ranking import Relevance, evaluate_ranking
 from sidtune.metrics.registry import BASELINES
 

@@ -9,7 +9,7 @@ import pytest
 from serving_client import in_threads, until
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.recipes.batching import Closed, MicroBatcher, QueueFull
+from sidtune.decoding.serving.micro_batcher import Closed, MicroBatcher, QueueFull
 
 
 def gated(**options):

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sidtune.core.errors import ConfigError, DataError, SidtuneError
 from sidtune.decoding.beam_search import _top_in_order, sid_beam_search
-from sidtune.decoding.head import LevelHead
+from sidtune.decoding.engine.head import LevelHead
 from sidtune.decoding.logits_processor import SidLogitsProcessor
 from sidtune.decoding.trie import SidTrie
 

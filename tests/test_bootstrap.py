@@ -5,8 +5,8 @@ import pytest
 import scipy.stats
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.metrics import bootstrap
-from sidtune.metrics.bootstrap import bootstrap_interval, holm, paired_bootstrap
+from sidtune.metrics.statistics import bootstrap
+from sidtune.metrics.statistics.bootstrap import bootstrap_interval, holm, paired_bootstrap
 
 
 @pytest.mark.parametrize("kind", ["normal", "few values"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sidtune.tokenizers.code_losses import contrastive, diversity, rotation_trick, sinkhorn, straight_through
+from sidtune.tokenizers.quantizers.code_losses import contrastive, diversity, rotation_trick, sinkhorn, straight_through
 
 
 def test_straight_through_is_the_identity_backwards():

@@ -15,9 +15,11 @@ from scipy.optimize import linear_sum_assignment
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.decoding.beam_search import BeamOutput
 from sidtune.decoding.items import rank_items
-from sidtune.tokenizers import collisions
-from sidtune.tokenizers.collision_cost import collision_cost, compare_collisions, costs_to_markdown, places
-from sidtune.tokenizers.collisions import (
+from sidtune.tokenizers.quantizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig
+from sidtune.tokenizers.registry import COLLISIONS, make_collisions
+from sidtune.tokenizers.sids import collisions
+from sidtune.tokenizers.sids.collision_cost import collision_cost, compare_collisions, costs_to_markdown, places
+from sidtune.tokenizers.sids.collisions import (
     CapacityAware,
     CapacityConfig,
     Expand,
@@ -29,10 +31,8 @@ from sidtune.tokenizers.collisions import (
     last_level_costs,
     places_needed,
 )
-from sidtune.tokenizers.quality import sid_quality
-from sidtune.tokenizers.registry import COLLISIONS, make_collisions
-from sidtune.tokenizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig
-from sidtune.tokenizers.semantic_ids import SemanticIds
+from sidtune.tokenizers.sids.quality import sid_quality
+from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 
 SIZES = (4, 3, 5)
 

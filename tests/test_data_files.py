@@ -11,8 +11,8 @@ import pytest
 from data_folders import assert_refused, build, corrupt, sound_rows, swap_column, write_jsonl, write_parquet
 
 from sidtune.core.errors import DataError
-from sidtune.data_builders.store import load_folder
-from sidtune.data_builders.validate import check_folder, validate_folder
+from sidtune.data_builders.tables.store import load_folder
+from sidtune.data_builders.tables.validate import check_folder, validate_folder
 
 FILES = {
     "truncated parquet": (

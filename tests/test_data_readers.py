@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from source_folders import jd, kuai, letter, lines, office, qrels
 
 from sidtune.core.errors import DataError, SidtuneError
-from sidtune.data_builders.history import History
 from sidtune.data_builders.readers.letter import read_sid_index
 from sidtune.data_builders.registry import READERS
-from sidtune.data_builders.schema import Tables
-from sidtune.data_builders.splits import apply_split
-from sidtune.data_builders.validate import validate_tables
+from sidtune.data_builders.tables.history import History
+from sidtune.data_builders.tables.schema import Tables
+from sidtune.data_builders.tables.splits import apply_split
+from sidtune.data_builders.tables.validate import validate_tables
 
 
 def read(name: str, path: Path, **options: Any) -> Tables:

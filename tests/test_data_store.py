@@ -13,9 +13,9 @@ from data_folders import build, sound_rows, tables_of, write_jsonl, write_parque
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import write_folder
 from sidtune.data_builders.readers.own import read
-from sidtune.data_builders.schema import SCHEMAS, Tables
-from sidtune.data_builders.splits import apply_split
-from sidtune.data_builders.store import load_folder, save_tables
+from sidtune.data_builders.tables.schema import SCHEMAS, Tables
+from sidtune.data_builders.tables.splits import apply_split
+from sidtune.data_builders.tables.store import load_folder, save_tables
 
 
 def test_round_trip_is_lossless(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidtune.data_builders.text_cleaning import clean_html, parse_list_text
+from sidtune.data_builders.readers.text_cleaning import clean_html, parse_list_text
 
 CASES = {
     "": "",

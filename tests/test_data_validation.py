@@ -23,9 +23,9 @@ from data_folders import (
 )
 
 from sidtune.core.errors import DataError
-from sidtune.data_builders.schema import table_from_columns, table_from_rows
-from sidtune.data_builders.store import load_folder
-from sidtune.data_builders.validate import check_folder, check_tables, validate_folder, validate_tables
+from sidtune.data_builders.tables.schema import table_from_columns, table_from_rows
+from sidtune.data_builders.tables.store import load_folder
+from sidtune.data_builders.tables.validate import check_folder, check_tables, validate_folder, validate_tables
 
 NAN, INF = float("nan"), float("inf")
 

@@ -12,7 +12,7 @@ from sidtune.core.errors import ConfigError, DataError
 from sidtune.decoding.beam_search import BeamOutput
 from sidtune.decoding.items import LeafItems, rank_items
 from sidtune.decoding.trie import SidTrie
-from sidtune.tokenizers.semantic_ids import SemanticIds
+from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 
 
 @dataclass

@@ -10,8 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.data_builders.encoding import IGNORE, encode_examples, encode_pieces, encode_prompt, encode_prompts, is_sid
-from sidtune.data_builders.examples import to_dataset
+from sidtune.data_builders.prompts.encoding import (
+    IGNORE,
+    encode_examples,
+    encode_pieces,
+    encode_prompt,
+    encode_prompts,
+    is_sid,
+)
+from sidtune.data_builders.tasks.behaviour import to_dataset
 
 TEXTS = ["user", "\nred shoes:", "", " water bottle<|endoftext|>", "search: x y z 1 2 3:"]
 SIDS = ["<a_1><b_2><c_3>", "<a_0>", "<a_4><b_2>"]

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sidtune.core.errors import ConfigError, DataError, SidtuneError
 from sidtune.core.folders import read_json
-from sidtune.decoding.engine_export import export_engine, leaves_of_tokens, sid_grammar
+from sidtune.decoding.serving.engine_export import export_engine, leaves_of_tokens, sid_grammar
 from sidtune.decoding.trie import SidTrie
-from sidtune.recipes import export_engine as recipe
-from sidtune.tokenizers.row_training import set_trainable
+from sidtune.recipes.steps import export_engine as recipe
+from sidtune.tokenizers.vocabulary.trainable_tokens import set_trainable
 
 
 def catalogue(seed, items, sizes):

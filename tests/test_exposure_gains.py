@@ -8,13 +8,13 @@ import pytest
 from scipy.stats import kendalltau
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.data_builders.schema import table_from_rows
-from sidtune.data_builders.shop_world import ShopWorld, ShopWorldConfig
-from sidtune.models.position_bias import PositionBias, PositionLog, estimate_by_interventions
-from sidtune.tokenizers.semantic_ids import SemanticIds
-from sidtune.trainers.exposure_gains import GainsConfig, LeafFacts, exposure_gains, shown_rates
-from sidtune.trainers.list_rewards import list_gains
-from sidtune.trainers.rewards import RewardBatch, build_rewards
+from sidtune.data_builders.shop_world.world import ShopWorld, ShopWorldConfig
+from sidtune.data_builders.tables.schema import table_from_rows
+from sidtune.models.position_bias.interventions import PositionBias, PositionLog, estimate_by_interventions
+from sidtune.tokenizers.sids.semantic_ids import SemanticIds
+from sidtune.trainers.rewards.batch import RewardBatch, build_rewards
+from sidtune.trainers.rewards.gains import GainsConfig, LeafFacts, exposure_gains, shown_rates
+from sidtune.trainers.rewards.lists import list_gains
 
 LABELS = {"order": 4.0, "like": 2.0, "click": 1.0}
 BIAS = PositionBias(

@@ -17,13 +17,14 @@ from tiny_pipeline import SHOP, TINY
 from sidtune.core.config import parse
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import fingerprint, read_json
-from sidtune.data_builders.store import load_folder
+from sidtune.data_builders.tables.store import load_folder
+from sidtune.decoding.retrieval.loading import load_retriever
 from sidtune.decoding.trie import SidTrie
-from sidtune.recipes import build_data, extend_sids, init_model, learn_sids, run
-from sidtune.recipes.learn_sids import texts_of
-from sidtune.recipes.loading import load_retriever
+from sidtune.recipes import run
+from sidtune.recipes.steps import build_data, extend_sids, init_model, learn_sids
+from sidtune.recipes.steps.learn_sids import texts_of
 from sidtune.tokenizers.registry import load_encoder, load_quantizer
-from sidtune.tokenizers.semantic_ids import SemanticIds
+from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 
 LEARN = {"encoder": {"dims": 16}, "quantizer": {"level_sizes": [8, 8, 8]}}
 

@@ -27,10 +27,10 @@ from transformers import (
 
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.decoding.trie import SidTrie
-from sidtune.tokenizers.row_training import set_trainable
-from sidtune.trainers import group_passes
-from sidtune.trainers.group_logps import group_logps
-from sidtune.trainers.group_packing import branch_tokens, pack, plain_rows, read_batch
+from sidtune.tokenizers.vocabulary.trainable_tokens import set_trainable
+from sidtune.trainers.grpo.logps import passes as group_passes
+from sidtune.trainers.grpo.logps.group_logps import group_logps
+from sidtune.trainers.grpo.logps.packing import branch_tokens, pack, plain_rows, read_batch
 
 _D = decoding_oracles._DECODER
 _T = decoding_oracles._TOKENS

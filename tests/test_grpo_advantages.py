@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sidtune.trainers.grpo_advantages import (
+from sidtune.trainers.grpo.advantages import (
     beam_advantages,
     decoupled_rewards,
     group_advantages,

@@ -15,9 +15,9 @@ from grpo_stand_ins import END, PATHS, SID_TOKENS, catalogue, plain_logps, promp
 from sft_stand_ins import tiny_model, tiny_tokenizer
 from trl import GRPOConfig, GRPOTrainer
 
-from sidtune.trainers import grpo_losses
-from sidtune.trainers.grpo_advantages import beam_advantages, group_advantages, set_advantages
-from sidtune.trainers.grpo_rollouts import Rollout, Rows
+from sidtune.trainers.grpo import losses as grpo_losses
+from sidtune.trainers.grpo.advantages import beam_advantages, group_advantages, set_advantages
+from sidtune.trainers.grpo.rollouts import Rollout, Rows
 
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 

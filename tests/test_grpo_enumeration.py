@@ -13,7 +13,7 @@ import pytest
 import torch
 from grpo_stand_ins import PATHS
 
-from sidtune.trainers.grpo_advantages import beam_advantages, group_advantages, list_credit, set_advantages
+from sidtune.trainers.grpo.advantages import beam_advantages, group_advantages, list_credit, set_advantages
 
 
 class Toy:

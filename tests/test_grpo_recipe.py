@@ -14,20 +14,20 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from sidtune.core.config import build
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.data_builders.encoding import encode_prompts
-from sidtune.data_builders.examples import prompt_for_requests
-from sidtune.data_builders.store import load_folder
-from sidtune.data_builders.task_input import TaskInput
-from sidtune.recipes import grpo as recipe
-from sidtune.recipes.grpo import Arguments
-from sidtune.recipes.loading import final_model, load_retriever, load_serializer, prompts_of, save_serializer
+from sidtune.data_builders.prompts.encoding import encode_prompts
+from sidtune.data_builders.tables.store import load_folder
+from sidtune.data_builders.tasks.behaviour import prompt_for_requests
+from sidtune.data_builders.tasks.input import TaskInput
+from sidtune.decoding.retrieval.loading import final_model, load_retriever, load_serializer, prompts_of, save_serializer
 from sidtune.recipes.run import SCRIPTS
-from sidtune.tokenizers.model_files import load_tokenizer
-from sidtune.tokenizers.semantic_ids import SemanticIds
-from sidtune.trainers import grpo_stage
-from sidtune.trainers.exposure_gains import LeafFacts
-from sidtune.trainers.grpo_examples import chosen_requests, grpo_examples, hard_requests, position_bias
-from sidtune.trainers.grpo_stage import GRPOStage, run_grpo
+from sidtune.recipes.steps import grpo as recipe
+from sidtune.recipes.steps.grpo import Arguments
+from sidtune.tokenizers.base_models.loading import load_tokenizer
+from sidtune.tokenizers.sids.semantic_ids import SemanticIds
+from sidtune.trainers.grpo import stage as grpo_stage
+from sidtune.trainers.grpo.examples import chosen_requests, grpo_examples, hard_requests, position_bias
+from sidtune.trainers.grpo.stage import GRPOStage, run_grpo
+from sidtune.trainers.rewards.gains import LeafFacts
 
 ARGS = {
     "num_generations": 4,
@@ -93,7 +93,7 @@ def test_the_recipe_writes_a_model_folder_that_everything_reads(steps, tmp_path)
     assert record["metrics"]["preset_values"]["baseline"] == "leave_one_out"
     assert record["metrics"]["prompts"] + record["metrics"]["data"]["without_positive"] == 200
     assert "hit/level_1" in record["metrics"]["last"]
-    assert not (tmp_path / ".work_grpo").exists() and SCRIPTS["grpo"] == "sidtune.recipes.grpo"
+    assert not (tmp_path / ".work_grpo").exists() and SCRIPTS["grpo"] == "sidtune.recipes.steps.grpo"
     history = json.loads((folder / "log_history.json").read_text())
     assert len([h for h in history if "reward" in h]) == 4
 
@@ -154,7 +154,7 @@ def test_a_killed_recipe_goes_on_from_its_checkpoint(steps, tmp_path, caplog):
     with pytest.raises(KeyboardInterrupt):
         run_grpo(stage_of(broken), broken, callbacks=[Kill()])
     assert not (tmp_path / "broken").exists() and (tmp_path / ".work_broken" / "train").is_dir()
-    with caplog.at_level("INFO", logger="sidtune.trainers.grpo_stage"):
+    with caplog.at_level("INFO", logger="sidtune.trainers.grpo.stage"):
         run_grpo(stage_of(broken), broken)
     assert "goes on from checkpoint-2" in caplog.text
     one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("whole", "broken"))

@@ -16,19 +16,19 @@ from trl import GRPOTrainer, TrlParser
 
 from sidtune.core.errors import ConfigError, DataError, SidtuneError
 from sidtune.decoding.beam_search import sid_beam_search
-from sidtune.tokenizers.row_saving import load_model
-from sidtune.tokenizers.row_training import set_trainable
-from sidtune.tokenizers.vocabulary import Vocabulary
-from sidtune.trainers import trl_surface
-from sidtune.trainers.grpo import DebiasedGRPOTrainer
-from sidtune.trainers.grpo_advantages import group_advantages
-from sidtune.trainers.grpo_args import checked_args, grpo_config
-from sidtune.trainers.grpo_config import PRESETS, DebiasedGRPOConfig, position_weights
-from sidtune.trainers.grpo_health import group_metrics
-from sidtune.trainers.grpo_rewards import RolloutRewards
-from sidtune.trainers.grpo_rollouts import Rollout, Rows, pad_left
-from sidtune.trainers.grpo_rows import RepeatedEpochs, regrouped
-from sidtune.trainers.grpo_sids import SidTable
+from sidtune.tokenizers.vocabulary.extension import Vocabulary
+from sidtune.tokenizers.vocabulary.saving import load_model
+from sidtune.tokenizers.vocabulary.trainable_tokens import set_trainable
+from sidtune.trainers.common import trl_surface
+from sidtune.trainers.grpo.advantages import group_advantages
+from sidtune.trainers.grpo.args import checked_args, grpo_config
+from sidtune.trainers.grpo.config import PRESETS, DebiasedGRPOConfig, position_weights
+from sidtune.trainers.grpo.diagnostics import group_metrics
+from sidtune.trainers.grpo.rollout_rewards import RolloutRewards
+from sidtune.trainers.grpo.rollouts import Rollout, Rows, pad_left
+from sidtune.trainers.grpo.sampler import RepeatedEpochs, regrouped
+from sidtune.trainers.grpo.sid_positions import SidTable
+from sidtune.trainers.grpo.trainer import DebiasedGRPOTrainer
 
 
 def target_probability(made) -> float:
@@ -401,7 +401,7 @@ def test_presets_fill_what_is_left_open_and_say_so(tmp_path, caplog):
     assert not {"beta", "scale_rewards"} & set(faithful.preset_values)
     beam = config(tmp_path, rollout="beam")
     assert (beam.baseline, beam.scale_rewards) == ("group_mean", "none")
-    with caplog.at_level(logging.INFO, logger="sidtune.trainers.grpo"):
+    with caplog.at_level(logging.INFO, logger="sidtune.trainers.grpo.trainer"):
         trainer(tmp_path, epsilon_high=0.4)
     told = caplog.text
     assert "Preset 'strict' set" in told and "baseline=leave_one_out" in told and "epsilon_high" not in told

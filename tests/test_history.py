@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.data_builders.history import ACTIONS, History, Ragged, assert_before
-from sidtune.data_builders.schema import Tables, table_from_columns, table_from_rows
-from sidtune.data_builders.splits import (
+from sidtune.data_builders.tables.history import ACTIONS, History, Ragged, assert_before
+from sidtune.data_builders.tables.schema import Tables, table_from_columns, table_from_rows
+from sidtune.data_builders.tables.splits import (
     FOREVER,
     TimeCut,
     apply_split,

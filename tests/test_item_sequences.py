@@ -7,8 +7,8 @@ import pytest
 from next_item_worlds import chain_folder, random_sequences
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.data_builders.item_sequences import ItemSequences, padded
 from sidtune.data_builders.registry import READERS
+from sidtune.data_builders.sequences.item_sequences import ItemSequences, padded
 
 
 def lists(sequences: ItemSequences) -> list[list[int]]:

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.data_builders.schema import table_from_rows
-from sidtune.data_builders.store import DataFolder
-from sidtune.tokenizers.encoders import TfidfSvdConfig, TfidfSvdEncoder, item_texts
-from sidtune.tokenizers.keyword_fusion import KeywordFusionConfig, KeywordFusionEncoder, fuse
-from sidtune.tokenizers.keyword_matcher import KeywordMatcher, normal_form
-from sidtune.tokenizers.keyword_mining import PoolConfig, candidates, mine_pool
-from sidtune.tokenizers.keyword_pool import KEYWORD_TYPES, KeywordPool
+from sidtune.data_builders.tables.schema import table_from_rows
+from sidtune.data_builders.tables.store import DataFolder
+from sidtune.tokenizers.encoders.base import TfidfSvdConfig, TfidfSvdEncoder, item_texts
+from sidtune.tokenizers.keywords.fusion import KeywordFusionConfig, KeywordFusionEncoder, fuse
+from sidtune.tokenizers.keywords.matcher import KeywordMatcher, normal_form
+from sidtune.tokenizers.keywords.mining import PoolConfig, candidates, mine_pool
+from sidtune.tokenizers.keywords.pool import KEYWORD_TYPES, KeywordPool
 from sidtune.tokenizers.registry import load_encoder, make_encoder
 
 
@@ -94,7 +94,7 @@ def test_many_texts_match_as_one_at_a_time(monkeypatch):
     keywords = list(dict.fromkeys([*words[:30], *(f"{a} {b}" for a, b in zip(words, words[1:], strict=False))]))
     texts = [" ".join(draw.choice(words, draw.integers(0, 9))) for _ in range(300)]
     whole = KeywordMatcher(keywords).match(texts)
-    monkeypatch.setattr("sidtune.tokenizers.keyword_matcher._BLOCK", 37)
+    monkeypatch.setattr("sidtune.tokenizers.keywords.matcher._BLOCK", 37)
     matcher = KeywordMatcher(keywords)
     split = matcher.match(texts)
     assert (whole.words == split.words).all() and (whole.offsets == split.offsets).all()

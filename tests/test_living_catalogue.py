@@ -13,18 +13,18 @@ from scipy.spatial.distance import jensenshannon
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.decoding.beam_search import sid_beam_search
 from sidtune.decoding.trie import SidTrie
-from sidtune.tokenizers.collisions import CapacityAware, Expand, NextNearest, NextNearestConfig, Suffix
-from sidtune.tokenizers.living_catalogue import (
+from sidtune.tokenizers.quantizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig
+from sidtune.tokenizers.sids.catalogue_updates import (
     DriftLimits,
     check_same_encoder,
     extend_catalogue,
     held_out_error,
     measure_drift,
 )
-from sidtune.tokenizers.quality import sid_quality
-from sidtune.tokenizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig
-from sidtune.tokenizers.semantic_ids import SemanticIds
-from sidtune.tokenizers.vocabulary import extend_vocabulary
+from sidtune.tokenizers.sids.collisions import CapacityAware, Expand, NextNearest, NextNearestConfig, Suffix
+from sidtune.tokenizers.sids.quality import sid_quality
+from sidtune.tokenizers.sids.semantic_ids import SemanticIds
+from sidtune.tokenizers.vocabulary.extension import extend_vocabulary
 
 SIZES = (6, 4, 4)
 

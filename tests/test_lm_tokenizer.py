@@ -10,7 +10,7 @@ from lm_stand_ins import CASES, TITLES, tiny_model, tiny_tokenizer
 from transformers import AutoTokenizer
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.tokenizers.lm_tokenizer import build_model, train_lm_tokenizer
+from sidtune.tokenizers.base_models.from_scratch import build_model, train_lm_tokenizer
 
 
 @settings(max_examples=150, deadline=None)

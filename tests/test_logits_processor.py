@@ -22,7 +22,7 @@ from decoding_oracles import (
 from transformers import GenerationConfig, LogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.decoding.generation_settings import RESET, SidGenerationConfig
+from sidtune.decoding.engine.generation_settings import RESET, SidGenerationConfig
 from sidtune.decoding.logits_processor import SidLogitsProcessor, _allowed_leaves_below
 from sidtune.decoding.trie import SidTrie
 

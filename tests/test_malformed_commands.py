@@ -12,7 +12,7 @@ from test_data_validation import CONTENTS, TYPES
 from tiny_pipeline import TINY, pipeline, run_in_process
 
 from sidtune.core.config import command, parse
-from sidtune.recipes import build_data, evaluate, init_model, learn_sids, publish, report, sft
+from sidtune.recipes.steps import build_data, evaluate, init_model, learn_sids, publish, report, sft
 
 SPLIT = ["--split.kind", "global_time", "--split.test_share", "0.2"]
 

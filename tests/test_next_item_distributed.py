@@ -17,8 +17,8 @@ from next_item_worlds import chain_folder
 from safetensors.numpy import load_file
 
 from sidtune.core.folders import read_json
-from sidtune.models.next_item import WEIGHT_FILE
-from sidtune.recipes import next_item
+from sidtune.models.next_item.network import WEIGHT_FILE
+from sidtune.recipes.next_item import train as next_item
 
 pytestmark = pytest.mark.slow
 USERS, BATCH, EPOCHS = 120, 24, 3
@@ -49,7 +49,7 @@ def runs(tmp_path_factory):
     data = chain_folder(root / "data", users=USERS)
     next_item.main(next_item.Arguments(**settings(data, root / "one", 1)))
     (root / "two.yaml").write_text(json.dumps(settings(data, root / "two", 2)))
-    command = ["-m", "sidtune.recipes.next_item", "--config", str(root / "two.yaml")]
+    command = ["-m", "sidtune.recipes.next_item.train", "--config", str(root / "two.yaml")]
     return root / "one", root / "two", launch("ddp_cpu", command, root)
 
 

@@ -11,10 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.decoding.items import rank_items
-from sidtune.decoding.next_item_ranking import HistoryRanker
-from sidtune.decoding.next_item_search import mean_probability, score_leaves, search_network
-from sidtune.models.next_item import NextItemConfig, load_network
-from sidtune.trainers.next_item_data import NextItemRows
+from sidtune.decoding.next_item.ranking import HistoryRanker
+from sidtune.decoding.next_item.search import mean_probability, score_leaves, search_network
+from sidtune.models.next_item.network import NextItemConfig, load_network
+from sidtune.trainers.next_item.data import NextItemRows
 
 KINDS = ["items", "tokens", "t5"]
 EXTRAS = {

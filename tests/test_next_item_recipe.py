@@ -10,8 +10,9 @@ from next_item_worlds import chain_folder
 
 from sidtune.core.config import parse
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.recipes import next_item, next_item_table
-from sidtune.recipes.next_item_members import fit_baseline, rank_together, weights_of
+from sidtune.recipes.next_item import table as next_item_table
+from sidtune.recipes.next_item import train as next_item
+from sidtune.recipes.next_item.members import fit_baseline, rank_together, weights_of
 
 TINY = {
     "seeds": [0, 1],
@@ -287,7 +288,7 @@ def test_the_yaml_of_the_recipe_is_valid_and_takes_another_folder_by_one_option(
     assert len(parsed.seeds) >= 3 and set(yaml.safe_load(file.read_text())["systems"]) == set(parsed.systems)
     for name in parsed.systems:
         shape, _, _ = parsed.system(name).parts(name, [256] * 4, 9922)
-        from sidtune.models.next_item import make_network
+        from sidtune.models.next_item.network import make_network
 
         assert make_network(shape).parameters_count() < 30_000_000
 
@@ -295,7 +296,7 @@ def test_the_yaml_of_the_recipe_is_valid_and_takes_another_folder_by_one_option(
 def test_validation_alone_reads_no_test(tmp_path, monkeypatch):
     chain_folder(tmp_path / "data", users=40)
     short = {"items": {"examples": "windows", "fit": {"args": {"num_train_epochs": 1}, "evaluate_every": 1}}}
-    from sidtune.data_builders.item_sequences import ItemSequences
+    from sidtune.data_builders.sequences.item_sequences import ItemSequences
 
     original = ItemSequences.held_out
 

@@ -10,9 +10,11 @@ from next_item_worlds import SIZES, random_catalogue, random_sequences, small_ne
 from transformers import TrainerCallback
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.decoding.next_item_ranking import HistoryRanker
-from sidtune.models.next_item import Targets
-from sidtune.trainers.next_item import (
+from sidtune.decoding.next_item.ranking import HistoryRanker
+from sidtune.models.next_item.network import Targets
+from sidtune.trainers.next_item.data import Neighbours, NextItemRows, NoiseConfig, pack
+from sidtune.trainers.next_item.loss import LossConfig, NextItemLoss
+from sidtune.trainers.next_item.trainer import (
     FitSettings,
     NextItemTrainer,
     WeightAverage,
@@ -21,8 +23,6 @@ from sidtune.trainers.next_item import (
     measure_targets,
     train_next_item,
 )
-from sidtune.trainers.next_item_data import Neighbours, NextItemRows, NoiseConfig, pack
-from sidtune.trainers.next_item_loss import LossConfig, NextItemLoss
 
 SEQUENCES = random_sequences(users=12)
 CATALOGUE = random_catalogue(SEQUENCES)

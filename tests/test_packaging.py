@@ -23,7 +23,7 @@ def test_python_c_import_transformers_from_the_root(repo_root):
         [
             sys.executable,
             "-c",
-            "import transformers, tokenizers, sidtune.tokenizers.semantic_ids as s; print(tokenizers.__file__); print(s.__file__)",
+            "import transformers, tokenizers, sidtune.tokenizers.sids.semantic_ids as s; print(tokenizers.__file__); print(s.__file__)",
         ],
         repo_root,
     ).split()
@@ -48,7 +48,7 @@ def test_accelerate_launch_m_from_the_root(repo_root):
         "1",
     ]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    out = run([*launch, "-m", "sidtune.recipes.build_data", "--help"], repo_root)
+    out = run([*launch, "-m", "sidtune.recipes.steps.build_data", "--help"], repo_root)
     assert "--reader" in out
 
 

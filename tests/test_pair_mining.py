@@ -10,7 +10,7 @@ import pytest
 from data_folders import sound_rows, tables_of
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.data_builders.alignment_pairs import (
+from sidtune.data_builders.mining.alignment_pairs import (
     CLICK,
     ORDER,
     SHOW,
@@ -21,7 +21,7 @@ from sidtune.data_builders.alignment_pairs import (
     held_out_pairs,
     mine_pairs,
 )
-from sidtune.data_builders.pair_mining import (
+from sidtune.data_builders.mining.pairs import (
     Pairs,
     counted,
     interaction_matrix,
@@ -30,7 +30,7 @@ from sidtune.data_builders.pair_mining import (
     merged,
     swing,
 )
-from sidtune.data_builders.schema import table_from_rows
+from sidtune.data_builders.tables.schema import table_from_rows
 
 
 def log(seed: int, owners: int = 14, things: int = 9, events: int = 70) -> tuple[np.ndarray, np.ndarray]:
@@ -104,7 +104,7 @@ def swing_by_loop(of_thing, of_owner, alpha: float, weigh: bool = True, cap: int
 @pytest.mark.parametrize("weigh", [True, False])
 @pytest.mark.parametrize(("seed", "alpha"), [(0, 1.0), (1, 0.3), (2, 5.0)])
 def test_swing_equals_a_plain_loop(monkeypatch, seed, alpha, weigh):
-    monkeypatch.setattr("sidtune.data_builders.pair_mining._OWNER_PAIRS", 40)  # several pieces
+    monkeypatch.setattr("sidtune.data_builders.mining.pairs._OWNER_PAIRS", 40)  # several pieces
     owners, things = log(seed)
     expected = swing_by_loop(*sets_of(owners, things), alpha, weigh)
     matrix = interaction_matrix(owners, things, 14, 9)
@@ -140,7 +140,7 @@ def test_counted_pairs_are_the_most_frequent():
 
 
 def test_the_filter_is_a_strict_cosine_whatever_the_lengths(monkeypatch):
-    monkeypatch.setattr("sidtune.data_builders.pair_mining._CELLS", 10)
+    monkeypatch.setattr("sidtune.data_builders.mining.pairs._CELLS", 10)
     draw = np.random.default_rng(0)
     a, b = draw.normal(size=(30, 4)) * draw.random((30, 1)), draw.normal(size=(20, 4))
     a[3] = 0

@@ -11,7 +11,7 @@ import torch
 from post_rank_stand_ins import ranker, requests
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.models.permutation import (
+from sidtune.models.post_ranking.permutation import (
     PermutationLogitsProcessor,
     borda,
     parse_order,
@@ -21,7 +21,7 @@ from sidtune.models.permutation import (
     single_forward_order,
     window_starts,
 )
-from sidtune.models.post_ranker import PostRanker
+from sidtune.models.post_ranking.ranker import PostRanker
 
 LABELS, END = [7, 3, 9, 5, 11], 1
 

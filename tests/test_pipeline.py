@@ -18,7 +18,8 @@ from tiny_pipeline import whole_pipeline as pipeline
 from sidtune.core.config import parse
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import read_json
-from sidtune.recipes import evaluate, report, run, seeds
+from sidtune.recipes import run
+from sidtune.recipes.steps import evaluate, report, seeds
 
 STEPS = ("data", "sids", "model", "sft", "grpo", "eval", "post_rank", "bundle", "report")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -268,7 +269,7 @@ def test_two_processes_evaluate_exactly_as_one(finished, tmp_path, repo_root):
         "--main_process_port",
         "0",
     ]
-    words += ["-m", "sidtune.recipes.evaluate", "--output_dir", str(tmp_path / "eval"), "--num_beams", "10"]
+    words += ["-m", "sidtune.recipes.steps.evaluate", "--output_dir", str(tmp_path / "eval"), "--num_beams", "10"]
     words += ["--ks", "[5, 10]", "--samples", "200", "--start_name", "sft"]
     for option, folder in (("data_dir", "data"), ("sids_dir", "sids"), ("model_dir", "grpo"), ("start_dir", "sft")):
         words += [f"--{option}", str(finished / folder)]

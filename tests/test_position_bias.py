@@ -6,16 +6,16 @@ from scipy.optimize import minimize
 from scipy.special import expit
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.data_builders.schema import table_from_rows
-from sidtune.data_builders.shop_world import ShopWorld, ShopWorldConfig
-from sidtune.models.position_bias import (
+from sidtune.data_builders.shop_world.world import ShopWorld, ShopWorldConfig
+from sidtune.data_builders.tables.schema import table_from_rows
+from sidtune.models.position_bias.em import estimate_by_em
+from sidtune.models.position_bias.interventions import (
     PositionBias,
     PositionLog,
     components,
     estimate_by_interventions,
     situations,
 )
-from sidtune.models.position_bias_em import estimate_by_em
 
 THETA = np.array([1.0, 0.7, 0.5, 0.4, 0.25])
 

@@ -10,15 +10,15 @@ import pytest
 from post_rank_sources import dat, rating_rows, recbole, toy_table
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.data_builders.movielens_segments import PSEUDO_QUERIES, SegmentConfig, movielens_segments
-from sidtune.data_builders.passage_lists import PassageFiles, passage_lists
-from sidtune.data_builders.post_rank_schema import REQUEST_SCHEMA, PostRankField, PostRankTable
-from sidtune.data_builders.post_rank_store import load_post_rank, save_post_rank
-from sidtune.data_builders.post_rank_targets import target_order
-from sidtune.data_builders.post_rank_text import field_texts, render_request, request_of, table_from_requests
+from sidtune.data_builders.post_ranking.movielens_segments import PSEUDO_QUERIES, SegmentConfig, movielens_segments
+from sidtune.data_builders.post_ranking.passage_lists import PassageFiles, passage_lists
+from sidtune.data_builders.post_ranking.schema import REQUEST_SCHEMA, PostRankField, PostRankTable
+from sidtune.data_builders.post_ranking.store import load_post_rank, save_post_rank
+from sidtune.data_builders.post_ranking.targets import target_order
+from sidtune.data_builders.post_ranking.text import field_texts, render_request, request_of, table_from_requests
+from sidtune.data_builders.post_ranking.text_hashing import hashed_bag
+from sidtune.data_builders.post_ranking.upstream_ranker import GLOBAL_PRIOR, PastMeans, fold_in
 from sidtune.data_builders.readers.movielens import read, read_ratings
-from sidtune.data_builders.text_hashing import hashed_bag
-from sidtune.data_builders.upstream_ranker import GLOBAL_PRIOR, PastMeans, fold_in
 from sidtune.metrics.list_ranking import ListMetrics, evaluate_lists
 
 CONFIG = SegmentConfig(width=4, d_q=6, history=7, upstream_share=0.3)

@@ -10,7 +10,7 @@ import pytest
 from launching import LOSS_TOLERANCE, assert_same_weights, launch, needs_deepspeed, run
 from safetensors.torch import load_file
 
-from sidtune.trainers.post_rank import TRAINED_FILE
+from sidtune.trainers.post_ranking.trainer import TRAINED_FILE
 
 pytestmark = pytest.mark.slow
 WORKER = str(Path(__file__).parent / "post_rank_worker.py")

@@ -12,8 +12,7 @@ from safetensors import safe_open
 from transformers import AutoModel, AutoModelForCausalLM
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.models.post_rank import PostRankForCausalLM
-from sidtune.models.post_rank_files import (
+from sidtune.models.post_ranking.files import (
     add_lora,
     load_post_rank,
     merge_post_rank,
@@ -21,7 +20,8 @@ from sidtune.models.post_rank_files import (
     save_adapters,
     save_post_rank,
 )
-from sidtune.models.post_rank_processor import PostRankProcessor
+from sidtune.models.post_ranking.model import PostRankForCausalLM
+from sidtune.models.post_ranking.processor import PostRankProcessor
 
 KINDS = ("qwen3", "llama", "gpt2")
 

@@ -13,14 +13,15 @@ from tiny_pipeline import SHOP, pipeline, run_in_process
 from sidtune.core.config import build, parse
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import read_json
-from sidtune.data_builders.history import History
-from sidtune.data_builders.shop_world import ShopWorld
-from sidtune.data_builders.store import load_folder
+from sidtune.data_builders.shop_world.world import ShopWorld
+from sidtune.data_builders.tables.history import History
+from sidtune.data_builders.tables.store import load_folder
+from sidtune.decoding.retrieval.loading import final_model, load_retriever, prompts_of
 from sidtune.metrics.list_ranking import BEST, RANDOM
-from sidtune.recipes import post_rank, retrieve
-from sidtune.recipes.loading import final_model, load_retriever, prompts_of
-from sidtune.recipes.post_rank_sources import load_source, parse_source
-from sidtune.trainers.post_rank_data import judged_rows
+from sidtune.recipes.llm4pr import post_rank
+from sidtune.recipes.llm4pr.sources import load_source, parse_source
+from sidtune.recipes.steps import retrieve
+from sidtune.trainers.post_ranking.data import judged_rows
 
 COUNTS = {"train": 40, "valid": 10, "test": 20}
 

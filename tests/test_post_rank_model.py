@@ -11,12 +11,12 @@ import torch
 from post_rank_stand_ins import FIELDS, ranker, requests
 
 from sidtune.core.errors import DataError
-from sidtune.data_builders.encoding import token_ids
-from sidtune.models.post_rank import PostRankForCausalLM, task_loss
-from sidtune.models.post_rank_config import FieldSpec
-from sidtune.models.post_rank_files import (
+from sidtune.data_builders.prompts.encoding import token_ids
+from sidtune.models.post_ranking.config import FieldSpec
+from sidtune.models.post_ranking.files import (
     add_lora,
 )
+from sidtune.models.post_ranking.model import PostRankForCausalLM, task_loss
 
 KINDS = ("qwen3", "llama", "gpt2")
 

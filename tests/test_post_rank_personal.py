@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from post_rank_sources import rating_rows, recbole
 
-from sidtune.data_builders.movielens_segments import SegmentConfig, movielens_segments
-from sidtune.data_builders.post_rank_personal import personal_queries
-from sidtune.data_builders.post_rank_text import request_of
+from sidtune.data_builders.post_ranking.movielens_segments import SegmentConfig, movielens_segments
+from sidtune.data_builders.post_ranking.personal_queries import personal_queries
+from sidtune.data_builders.post_ranking.text import request_of
 from sidtune.data_builders.readers.movielens import read_ratings
-from sidtune.recipes.post_rank_systems import VARIANTS, Training, table_for
+from sidtune.recipes.llm4pr.systems import VARIANTS, Training, table_for
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,11 @@ from lm_stand_ins import tiny_tokenizer
 from post_rank_stand_ins import D_Q, FIELDS, ranker, requests
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.data_builders.encoding import token_ids
-from sidtune.data_builders.post_rank_schema import PostRankField
-from sidtune.data_builders.post_rank_text import table_from_requests
-from sidtune.models.post_rank_processor import ITEM_PART, RATING_PART, USER_PART, PostRankProcessor, choose_labels
-from sidtune.models.post_rank_templates import TEMPLATES
+from sidtune.data_builders.post_ranking.schema import PostRankField
+from sidtune.data_builders.post_ranking.text import table_from_requests
+from sidtune.data_builders.prompts.encoding import token_ids
+from sidtune.models.post_ranking.processor import ITEM_PART, RATING_PART, USER_PART, PostRankProcessor, choose_labels
+from sidtune.models.post_ranking.templates import TEMPLATES
 
 PAIR = (np.array([2, 0, 1, 3]), np.array([0, 1, 2, 3]), 1)
 

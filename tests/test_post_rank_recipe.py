@@ -13,20 +13,20 @@ from safetensors.torch import load_file
 from sidtune.core.config import build, parse
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import read_json
-from sidtune.data_builders.post_rank_store import save_post_rank
-from sidtune.data_builders.post_rank_text import request_of
+from sidtune.data_builders.post_ranking.store import save_post_rank
+from sidtune.data_builders.post_ranking.text import request_of
 from sidtune.metrics.list_ranking import BEST, RANDOM
-from sidtune.models.post_rank import PostRankForCausalLM
-from sidtune.models.post_rank_processor import PostRankProcessor, build_config
-from sidtune.models.post_ranker import PostRanker
-from sidtune.recipes import post_rank
-from sidtune.recipes.post_rank import Arguments, main
-from sidtune.recipes.post_rank_drill import drilled, number_lists, start_on_the_line
-from sidtune.recipes.post_rank_sources import load_source, parse_source
-from sidtune.recipes.post_rank_systems import VARIANTS, Training, requests_of, start_model, train_variant
-from sidtune.tokenizers.lm_tokenizer import build_model, train_lm_tokenizer
-from sidtune.trainers import post_rank as post_rank_steps
-from sidtune.trainers.post_rank_data import field_specs
+from sidtune.models.post_ranking.model import PostRankForCausalLM
+from sidtune.models.post_ranking.processor import PostRankProcessor, build_config
+from sidtune.models.post_ranking.ranker import PostRanker
+from sidtune.recipes.llm4pr import post_rank
+from sidtune.recipes.llm4pr.drill import drilled, number_lists, start_on_the_line
+from sidtune.recipes.llm4pr.post_rank import Arguments, main
+from sidtune.recipes.llm4pr.sources import load_source, parse_source
+from sidtune.recipes.llm4pr.systems import VARIANTS, Training, requests_of, start_model, train_variant
+from sidtune.tokenizers.base_models.from_scratch import build_model, train_lm_tokenizer
+from sidtune.trainers.post_ranking import trainer as post_rank_steps
+from sidtune.trainers.post_ranking.data import field_specs
 
 STEPS, TRAINING = tiny_training(3)
 

@@ -9,14 +9,14 @@ from lm_stand_ins import tiny_model, tiny_tokenizer
 from post_rank_sources import rating_rows, recbole, toy_table
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.data_builders.movielens_segments import SegmentConfig, movielens_segments
+from sidtune.data_builders.post_ranking.movielens_segments import SegmentConfig, movielens_segments
 from sidtune.data_builders.readers.movielens import read_ratings
 from sidtune.metrics.list_ranking import ListMetrics, evaluate_lists
-from sidtune.models.post_rank import PostRankForCausalLM
-from sidtune.models.post_rank_files import add_lora, load_post_rank, save_post_rank
-from sidtune.models.post_rank_processor import PostRankProcessor, build_config
-from sidtune.trainers.post_rank import PostRankTrainer, adapt_features, learn_to_post_rank, paper_arguments
-from sidtune.trainers.post_rank_data import PostRankExamples, auxiliary_pair, field_specs, judged_rows
+from sidtune.models.post_ranking.files import add_lora, load_post_rank, save_post_rank
+from sidtune.models.post_ranking.model import PostRankForCausalLM
+from sidtune.models.post_ranking.processor import PostRankProcessor, build_config
+from sidtune.trainers.post_ranking.data import PostRankExamples, auxiliary_pair, field_specs, judged_rows
+from sidtune.trainers.post_ranking.trainer import PostRankTrainer, adapt_features, learn_to_post_rank, paper_arguments
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from tiny_pipeline import pipeline, run_in_process
 
 from sidtune.core.errors import DataError
 from sidtune.core.folders import fingerprint, read_json
-from sidtune.decoding.retriever import PastTurn, SidRetriever
-from sidtune.recipes import publish
+from sidtune.decoding.retrieval.retriever import PastTurn, SidRetriever
+from sidtune.recipes.steps import publish
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def test_push_and_fetch_give_the_same_answers(finished, tmp_path):
         # The hub library reads its endpoint once, at import, so the push runs in a process of its own.
         environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_test", "HF_HUB_OFFLINE": "0"}
         environment["HF_HOME"] = str(tmp_path / "home")
-        words = [sys.executable, "-m", "sidtune.recipes.publish", "--output_dir", str(tmp_path / "bundle")]
+        words = [sys.executable, "-m", "sidtune.recipes.steps.publish", "--output_dir", str(tmp_path / "bundle")]
         for key, value in {**folders(finished), "push_to_hub": "true", "hub_model_id": "me/tiny-shop"}.items():
             words += [f"--{key}", value]
         done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=200)

@@ -12,11 +12,11 @@ from quantizer_data import clusters, relative_error
 from safetensors.numpy import save_file
 
 from sidtune.core.errors import DataError
-from sidtune.tokenizers.quality import sid_quality
-from sidtune.tokenizers.quantizer import Quantizer
+from sidtune.tokenizers.quantizers.base import Quantizer
 from sidtune.tokenizers.registry import QUANTIZERS, load_quantizer, make_quantizer
-from sidtune.tokenizers.semantic_ids import SemanticIds
-from sidtune.tokenizers.vocabulary_init import check_codebooks
+from sidtune.tokenizers.sids.quality import sid_quality
+from sidtune.tokenizers.sids.semantic_ids import SemanticIds
+from sidtune.tokenizers.vocabulary.embedding_init import check_codebooks
 
 SHORT = {"epochs": 25, "learning_rate": 5e-3, "batch_size": 256, "hidden": (32,), "device": "cpu"}
 CASES = {

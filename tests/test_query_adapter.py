@@ -11,8 +11,8 @@ from post_rank_stand_ins import D_Q, FIELDS
 from torch.nn.functional import one_hot, scaled_dot_product_attention
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.models.post_rank_config import FieldSpec, PostRankConfig
-from sidtune.models.query_instructed_adapter import MLPAdapter, QueryInstructedAdapter, sid_token_vectors
+from sidtune.models.post_ranking.adapter import MLPAdapter, QueryInstructedAdapter, sid_token_vectors
+from sidtune.models.post_ranking.config import FieldSpec, PostRankConfig
 
 ITEM = tuple(spec for spec in FIELDS if spec.side == "item")
 PLAIN = tuple(FieldSpec(f"f{n}", "id_embedding", "item", dim) for n, dim in enumerate((4, 6, 3)))

@@ -13,14 +13,20 @@ from safetensors.numpy import load_file
 
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import read_json
-from sidtune.data_builders.store import load_folder
-from sidtune.recipes import build_data, extend_sids, learn_sids
-from sidtune.recipes.learn_sids import texts_of
-from sidtune.tokenizers.keyword_mining import PoolConfig, mine_pool
-from sidtune.tokenizers.query_codes import CODER_FOLDER, QUERY_FILE, QueryCoder, read_query_codes, write_query_codes
-from sidtune.tokenizers.query_recall import query_item_recall, query_targets
+from sidtune.data_builders.tables.store import load_folder
+from sidtune.recipes.steps import build_data, extend_sids, learn_sids
+from sidtune.recipes.steps.learn_sids import texts_of
+from sidtune.tokenizers.keywords.mining import PoolConfig, mine_pool
 from sidtune.tokenizers.registry import load_encoder, load_quantizer, make_encoder, make_quantizer
-from sidtune.tokenizers.semantic_ids import SemanticIds
+from sidtune.tokenizers.sids.query_codes import (
+    CODER_FOLDER,
+    QUERY_FILE,
+    QueryCoder,
+    read_query_codes,
+    write_query_codes,
+)
+from sidtune.tokenizers.sids.query_recall import query_item_recall, query_targets
+from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 
 SHOP = {"n_items": 260, "n_users": 60, "n_requests": 900}
 QUANTIZER = {"name": "rq_opq", "head_sizes": [12, 8, 6], "tail_size": 8, "rotation_rounds": 3}
@@ -127,7 +133,7 @@ def test_coder_survives_saving_and_another_process(shop, tmp_path):
     coder.save_pretrained(tmp_path / "bundle" / CODER_FOLDER)
     texts = [next(iter(coder.known)), "black oak desk", "words nobody knows"]
     code = (
-        "import sys, numpy as np\nfrom sidtune.tokenizers.query_codes import QueryCoder\n"
+        "import sys, numpy as np\nfrom sidtune.tokenizers.sids.query_codes import QueryCoder\n"
         "np.save(sys.argv[2], QueryCoder.from_pretrained(sys.argv[1]).codes(sys.argv[3:]))"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "bundle"), str(tmp_path / "made.npy"), *texts]

@@ -15,16 +15,16 @@ from tiny_pipeline import SHOP, TINY, TRAIN
 
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import read_json
-from sidtune.data_builders.encoding import encode_prompts, token_ids
-from sidtune.data_builders.sanitizer import check_pieces
-from sidtune.data_builders.serializer import Serializer
-from sidtune.data_builders.store import load_folder
-from sidtune.decoding.prompter import PromptSettings, make_serializer
-from sidtune.recipes import build_data, init_model, learn_sids, publish, sft
-from sidtune.recipes.loading import final_model, load_parts, load_retriever, prompts_of
-from sidtune.tokenizers.query_codes import QueryCoder
-from sidtune.trainers.mixture import parse_stages
-from sidtune.trainers.task_examples import TaskExamples
+from sidtune.data_builders.prompts.encoding import encode_prompts, token_ids
+from sidtune.data_builders.prompts.sanitizer import check_pieces
+from sidtune.data_builders.prompts.serializer import Serializer
+from sidtune.data_builders.tables.store import load_folder
+from sidtune.decoding.retrieval.loading import final_model, load_parts, load_retriever, prompts_of
+from sidtune.decoding.retrieval.prompter import PromptSettings, make_serializer
+from sidtune.recipes.steps import build_data, init_model, learn_sids, publish, sft
+from sidtune.tokenizers.sids.query_codes import QueryCoder
+from sidtune.trainers.sft.mixture import parse_stages
+from sidtune.trainers.sft.task_examples import TaskExamples
 
 CONTEXT = [{"name": "place", "value": "paris"}]
 
@@ -141,8 +141,8 @@ def test_training_examples_hold_the_sids_of_their_queries(trained):
 
 
 def test_a_bundle_codes_queries_without_the_folder_of_learn_sids(trained, tmp_path):
-    from sidtune.decoding.prompter import Prompter
-    from sidtune.decoding.search_request import SearchRequest
+    from sidtune.decoding.retrieval.prompter import Prompter
+    from sidtune.decoding.retrieval.search_request import SearchRequest
 
     bundle = tmp_path / "bundle"
     bundle.mkdir()

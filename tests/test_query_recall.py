@@ -9,12 +9,12 @@ import pyarrow as pa
 import pytest
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.data_builders.query_pairs import distinct_queries, query_item_pairs
-from sidtune.data_builders.schema import table_from_rows
-from sidtune.data_builders.shop_config import ShopWorldConfig
-from sidtune.data_builders.shop_world import ShopWorld
-from sidtune.tokenizers.query_recall import query_item_recall, query_targets
-from sidtune.tokenizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig
+from sidtune.data_builders.mining.query_pairs import distinct_queries, query_item_pairs
+from sidtune.data_builders.shop_world.config import ShopWorldConfig
+from sidtune.data_builders.shop_world.world import ShopWorld
+from sidtune.data_builders.tables.schema import table_from_rows
+from sidtune.tokenizers.quantizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig
+from sidtune.tokenizers.sids.query_recall import query_item_recall, query_targets
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:

@@ -15,14 +15,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from sidtune.data_builders.history import History
 from sidtune.data_builders.readers.kuaisearch import read_relevance
 from sidtune.data_builders.readers.letter import read_sid_index
 from sidtune.data_builders.registry import READERS
-from sidtune.data_builders.schema import Tables
-from sidtune.data_builders.splits import apply_split, item_statistics, training_cut
-from sidtune.data_builders.store import split_names
-from sidtune.data_builders.validate import validate_tables
+from sidtune.data_builders.tables.history import History
+from sidtune.data_builders.tables.schema import Tables
+from sidtune.data_builders.tables.splits import apply_split, item_statistics, training_cut
+from sidtune.data_builders.tables.store import split_names
+from sidtune.data_builders.tables.validate import validate_tables
 
 
 def histories(tables: Tables, max_len: int | None = None) -> list[list[str]]:

@@ -12,12 +12,12 @@ from whole_history_oracle import make_world, positives, turns_before, windowed
 
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import fingerprint
-from sidtune.data_builders.encoding import IGNORE, encode_examples, encode_prompts
-from sidtune.data_builders.reasoning import END, THINK, leaks, mark_ids, reason_to_sid, templated
-from sidtune.data_builders.serializer import Serializer
-from sidtune.tokenizers.lm_tokenizer import add_plain_tokens, build_model, train_lm_tokenizer
-from sidtune.tokenizers.semantic_ids import SemanticIds
-from sidtune.tokenizers.vocabulary import extend_vocabulary
+from sidtune.data_builders.prompts.encoding import IGNORE, encode_examples, encode_prompts
+from sidtune.data_builders.prompts.serializer import Serializer
+from sidtune.data_builders.tasks.reasoning import END, THINK, leaks, mark_ids, reason_to_sid, templated
+from sidtune.tokenizers.base_models.from_scratch import add_plain_tokens, build_model, train_lm_tokenizer
+from sidtune.tokenizers.sids.semantic_ids import SemanticIds
+from sidtune.tokenizers.vocabulary.extension import extend_vocabulary
 
 WORLD = make_world(11)
 EOS = "<|endoftext|>"
@@ -207,7 +207,7 @@ def favourite(values):
 
 def test_price_levels_are_thirds_of_a_category():
     data = inputs(max_history=20)
-    from sidtune.data_builders.reasoning import _last_level, _numbered, _of_items, _price_level
+    from sidtune.data_builders.tasks.reasoning import _last_level, _numbered, _of_items, _price_level
 
     category, _ = _numbered(_last_level(_of_items(data, "category")))
     level = _price_level(data, category)

@@ -2,8 +2,8 @@
 
 import random
 
-from sidtune.data_builders.schema import table_from_rows
-from sidtune.metrics.relevance import relevance_of
+from sidtune.data_builders.tables.schema import table_from_rows
+from sidtune.metrics.baselines.relevance import relevance_of
 
 
 def test_relevance_equals_a_plain_loop():

@@ -11,13 +11,13 @@ import rich.console
 
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import write_json
-from sidtune.metrics.bootstrap import bootstrap_interval, holm, paired_bootstrap
-from sidtune.metrics.compare import Estimate, SystemRow, compare_systems
 from sidtune.metrics.ranking import Relevance, evaluate_ranking
-from sidtune.metrics.report import console_table, format_value, markdown_table, write_report
-from sidtune.metrics.report_data import ReportData, SampleItem, SampleRequest, StageCurve
-from sidtune.metrics.report_plots import MAX_POINTS, metric_plot, short, thinned
-from sidtune.metrics.slices import SliceRow
+from sidtune.metrics.report.data import ReportData, SampleItem, SampleRequest, StageCurve
+from sidtune.metrics.report.html import console_table, format_value, markdown_table, write_report
+from sidtune.metrics.report.plots import MAX_POINTS, metric_plot, short, thinned
+from sidtune.metrics.statistics.bootstrap import bootstrap_interval, holm, paired_bootstrap
+from sidtune.metrics.statistics.compare import Estimate, SystemRow, compare_systems
+from sidtune.metrics.statistics.slices import SliceRow
 
 EVIL = "<script>alert('x')</script> & \"q\" $\\frac{a}$ {{ 7 * 7 }} \ud800"
 USERS = [f"u{n % 60}" for n in range(300)]
@@ -295,7 +295,7 @@ def test_format_value(value, text):
 
 
 def test_a_quantizer_that_is_a_network_shows_its_curves(tmp_path):
-    from sidtune.recipes.report import _quantizer_curves
+    from sidtune.recipes.steps.report import _quantizer_curves
     from sidtune.tokenizers.registry import make_quantizer
 
     vectors = np.random.default_rng(0).normal(size=(60, 6)).astype(np.float32)

@@ -13,7 +13,7 @@ from sidtune.decoding.filters import ItemFilter, RequestFilter
 from sidtune.decoding.items import LeafItems, rank_items
 from sidtune.decoding.sampling import sid_sample
 from sidtune.decoding.trie import SidTrie
-from sidtune.tokenizers.semantic_ids import SemanticIds
+from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 
 TOKENS = random_token_ids(2)
 TRIE = SidTrie.from_codes(random_codes(1), LEVEL_SIZES).bind(TOKENS)

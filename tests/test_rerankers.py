@@ -10,10 +10,10 @@ from post_rank_sources import toy_table
 
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.models.registry import RERANKERS
-from sidtune.models.reranker_features import RerankerFeatures
-from sidtune.models.rerankers import list_loss
-from sidtune.models.rerankers_sequential import beam_lists
-from sidtune.trainers.reranker_fit import RerankerConfig, fit_reranker, rank_table, valid_ndcg
+from sidtune.models.rerankers.features import RerankerFeatures
+from sidtune.models.rerankers.listwise import list_loss
+from sidtune.models.rerankers.sequential import beam_lists
+from sidtune.trainers.post_ranking.rerankers import RerankerConfig, fit_reranker, rank_table, valid_ndcg
 
 LEARNED = [name for name in RERANKERS if name != "initial"]
 EQUIVARIANT = ("mlp", "setrank")

@@ -16,9 +16,9 @@ from tiny_pipeline import pipeline, run_in_process
 from sidtune.core.config import command
 from sidtune.core.errors import ConfigError, DataError, SidtuneError
 from sidtune.core.folders import read_json
-from sidtune.decoding.retriever import SidRetriever
-from sidtune.decoding.search_request import parse_request
-from sidtune.recipes import retrieve
+from sidtune.decoding.retrieval.retriever import SidRetriever
+from sidtune.decoding.retrieval.search_request import parse_request
+from sidtune.recipes.steps import retrieve
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 WORDS = ("red", "blue", "cup", "boots", "jacket", "leather", "canvas", "cotton", "minimal", "sporty", "tee")
@@ -212,7 +212,7 @@ def launched(words, folder):
         "--main_process_port",
         "0",
     ]
-    return [*launcher, "-m", "sidtune.recipes.retrieve", *words]
+    return [*launcher, "-m", "sidtune.recipes.steps.retrieve", *words]
 
 
 def words_of(arguments):
@@ -240,7 +240,7 @@ def test_two_processes_give_exactly_the_rows_of_one(whole, shop, tmp_path, repo_
 def test_a_killed_run_loses_at_most_one_shard(whole, shop, tmp_path):
     run = options(shop, tmp_path, requests=whole / "requests.jsonl", shard_size=3)
     process = subprocess.Popen(
-        [sys.executable, "-m", "sidtune.recipes.retrieve", *words_of(run)],
+        [sys.executable, "-m", "sidtune.recipes.steps.retrieve", *words_of(run)],
         env=ENVIRONMENT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.trainers.catalogue_rewards import calibrated_rates
-from sidtune.trainers.list_rewards import best_gains, list_gains, prefix_parts
-from sidtune.trainers.registry import REWARDS
-from sidtune.trainers.rewards import RewardBatch, Targets, build_rewards
+from sidtune.trainers.rewards.batch import RewardBatch, Targets, build_rewards
+from sidtune.trainers.rewards.catalogue import calibrated_rates
+from sidtune.trainers.rewards.lists import best_gains, list_gains, prefix_parts
+from sidtune.trainers.rewards.registry import REWARDS
 
 CODES = np.array(
     [c for c in itertools.product(range(3), range(2), range(3)) if c not in ((0, 1, 2), (2, 0, 0), (2, 0, 1))], np.int32

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import fingerprint, write_folder
-from sidtune.tokenizers.model_files import load_plain
-from sidtune.tokenizers.row_saving import load_model, load_trained, merge_and_save, save_trained
-from sidtune.tokenizers.row_training import set_trainable, split_matrices
-from sidtune.tokenizers.vocab_matrices import vocab_matrices
-from sidtune.tokenizers.vocabulary import extend_vocabulary
+from sidtune.tokenizers.base_models.loading import load_plain
+from sidtune.tokenizers.vocabulary.extension import extend_vocabulary
+from sidtune.tokenizers.vocabulary.saving import load_model, load_trained, merge_and_save, save_trained
+from sidtune.tokenizers.vocabulary.token_matrices import vocab_matrices
+from sidtune.tokenizers.vocabulary.trainable_tokens import set_trainable, split_matrices
 
 LORA = {"r": 4, "lora_alpha": 8}
 

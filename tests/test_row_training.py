@@ -13,17 +13,17 @@ from peft import PeftModel
 from trl import SFTConfig, SFTTrainer
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.tokenizers.row_report import row_neighbours
-from sidtune.tokenizers.row_saving import load_model
-from sidtune.tokenizers.row_training import (
+from sidtune.tokenizers.vocabulary.embedding_report import row_neighbours
+from sidtune.tokenizers.vocabulary.extension import Vocabulary, extend_vocabulary
+from sidtune.tokenizers.vocabulary.saving import load_model
+from sidtune.tokenizers.vocabulary.token_matrices import base_of, vocab_matrices
+from sidtune.tokenizers.vocabulary.trainable_tokens import (
     plain_model,
     set_trainable,
     split_matrices,
     token_matrix,
     trained_rows,
 )
-from sidtune.tokenizers.vocab_matrices import base_of, vocab_matrices
-from sidtune.tokenizers.vocabulary import Vocabulary, extend_vocabulary
 
 LORA = {"r": 4, "lora_alpha": 8}
 

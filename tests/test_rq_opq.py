@@ -9,9 +9,9 @@ from quantizer_data import clusters, nearest_by_hand, own_share, power_law, rela
 from sklearn.datasets import load_digits
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.tokenizers.product_quantizer import ProductQuantizer, ProductQuantizerConfig
-from sidtune.tokenizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig
-from sidtune.tokenizers.rq_opq import RqOpq, RqOpqConfig
+from sidtune.tokenizers.quantizers.product_quantizer import ProductQuantizer, ProductQuantizerConfig
+from sidtune.tokenizers.quantizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig
+from sidtune.tokenizers.quantizers.rq_opq import RqOpq, RqOpqConfig
 
 
 def product(**options) -> ProductQuantizer:

@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sidtune.core.errors import DataError
-from sidtune.data_builders.encoding import encode_examples, token_ids
-from sidtune.data_builders.examples import to_dataset
-from sidtune.data_builders.sanitizer import Piece, Sanitizer, added_token_ids, check_pieces
-from sidtune.data_builders.serializer import Serializer
+from sidtune.data_builders.prompts.encoding import encode_examples, token_ids
+from sidtune.data_builders.prompts.sanitizer import Piece, Sanitizer, added_token_ids, check_pieces
+from sidtune.data_builders.prompts.serializer import Serializer
+from sidtune.data_builders.tasks.behaviour import to_dataset
 
 KINDS = list(made.ALL)
 FUZZ = settings(

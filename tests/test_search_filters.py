@@ -6,13 +6,13 @@ import pytest
 from lm_stand_ins import LEVEL_SIZES, codebooks, tiny_model, tiny_tokenizer
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.data_builders.serializer import Serializer
-from sidtune.decoding.catalogue import Catalogue
-from sidtune.decoding.prompter import PromptSettings
-from sidtune.decoding.retriever import SidRetriever
-from sidtune.decoding.search_request import PastTurn, RequestLimits, SearchRequest, load_json, parse_request
-from sidtune.tokenizers.semantic_ids import SemanticIds
-from sidtune.tokenizers.vocabulary import extend_vocabulary
+from sidtune.data_builders.prompts.serializer import Serializer
+from sidtune.decoding.retrieval.catalogue import Catalogue
+from sidtune.decoding.retrieval.prompter import PromptSettings
+from sidtune.decoding.retrieval.retriever import SidRetriever
+from sidtune.decoding.retrieval.search_request import PastTurn, RequestLimits, SearchRequest, load_json, parse_request
+from sidtune.tokenizers.sids.semantic_ids import SemanticIds
+from sidtune.tokenizers.vocabulary.extension import extend_vocabulary
 
 ITEMS, COLOURS = 90, ("red", "blue", "green", None)
 
@@ -168,8 +168,8 @@ def test_what_cannot_be_found_by_is_said(parts, retriever):
 
 
 def test_long_running_servers_do_not_gather_pieces(retriever, monkeypatch):
-    from sidtune.data_builders.encoding import encoder_of
-    from sidtune.decoding import prompter
+    from sidtune.data_builders.prompts.encoding import encoder_of
+    from sidtune.decoding.retrieval import prompter
 
     monkeypatch.setattr(prompter, "_REMEMBERED_PIECES", 50)
     expected = retriever.prompter.encode([retriever.prompter.pieces(SearchRequest("pen 3"))])

@@ -12,11 +12,11 @@ from tiny_pipeline import pipeline, run_in_process
 from sidtune.core.config import build
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import read_json
-from sidtune.recipes import reason, self_evolve, trajectories
-from sidtune.recipes.loading import final_model
-from sidtune.recipes.reasoning_requests import load_requests
-from sidtune.recipes.self_evolve import Arguments, Loop
-from sidtune.trainers.reasoner import few, is_hard, ranks_of, sample_trajectories
+from sidtune.decoding.retrieval.loading import final_model
+from sidtune.decoding.retrieval.reasoner import few, is_hard, ranks_of, sample_trajectories
+from sidtune.recipes.crs import reason, self_evolve, trajectories
+from sidtune.recipes.crs.reasoning_requests import load_requests
+from sidtune.recipes.crs.self_evolve import Arguments, Loop
 
 NAMES = [
     "aligned/valid",

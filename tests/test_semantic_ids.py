@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.tokenizers.hub import push_folder, resolve_folder
-from sidtune.tokenizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig
-from sidtune.tokenizers.semantic_ids import SemanticIds
+from sidtune.core.hub import push_folder, resolve_folder
+from sidtune.tokenizers.quantizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig
+from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 
 
 def toy() -> SemanticIds:

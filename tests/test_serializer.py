@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidtune.core.errors import ConfigError
-from sidtune.data_builders import serializer as module
-from sidtune.data_builders.encoding import token_ids
-from sidtune.data_builders.sanitizer import check_pieces
-from sidtune.data_builders.serializer import TEMPLATES, Serializer
+from sidtune.data_builders.prompts import serializer as module
+from sidtune.data_builders.prompts.encoding import token_ids
+from sidtune.data_builders.prompts.sanitizer import check_pieces
+from sidtune.data_builders.prompts.serializer import TEMPLATES, Serializer
 
 CONTEXT = [{"name": "place", "value": "paris"}, {"name": "device", "value": "phone"}]
 ITEM = {

@@ -16,10 +16,11 @@ from tiny_pipeline import pipeline, run_in_process
 
 from sidtune.core.config import command
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.data_builders.sanitizer import added_token_ids
-from sidtune.decoding.retriever import SidRetriever
-from sidtune.decoding.search_request import FIELDS, RequestLimits, parse_request
-from sidtune.recipes import search_app, serve
+from sidtune.data_builders.prompts.sanitizer import added_token_ids
+from sidtune.decoding.retrieval.retriever import SidRetriever
+from sidtune.decoding.retrieval.search_request import FIELDS, RequestLimits, parse_request
+from sidtune.decoding.serving import http_app as search_app
+from sidtune.recipes.steps import serve
 
 WORDS = ("red", "blue", "cup", "boots", "jacket", "leather", "canvas", "cotton", "minimal", "sporty")
 WORDS += ("oxford", "trainer", "tee", "slider", "jumper")
@@ -417,7 +418,7 @@ def test_sigterm_ends_the_command_after_its_last_answer(bundle):
     words = [
         sys.executable,
         "-m",
-        "sidtune.recipes.serve",
+        "sidtune.recipes.steps.serve",
         "--model_dir",
         str(bundle),
         "--port",

@@ -12,9 +12,9 @@ from torch.nn.functional import log_softmax
 from transformers import T5Config, T5ForConditionalGeneration
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.trainers.batches import EpochSampler, epoch_order, measure
-from sidtune.trainers.sft import SidSFTTrainer, packing_error, score_labelled_only
-from sidtune.trainers.sft_args import sft_config
+from sidtune.trainers.common.args import sft_config
+from sidtune.trainers.common.batches import EpochSampler, epoch_order, measure
+from sidtune.trainers.sft.trainer import SidSFTTrainer, packing_error, score_labelled_only
 
 
 def config(tmp_path, **values):

@@ -17,12 +17,12 @@ from decoding_oracles import (
 )
 
 from sidtune.core.errors import ConfigError
-from sidtune.decoding import sharing
 from sidtune.decoding.beam_search import sid_beam_search
-from sidtune.decoding.model_steps import ModelSteps
-from sidtune.decoding.prompt_cache import CopiedBeams, PackedBeams, SharedEncoder
+from sidtune.decoding.engine import sharing
+from sidtune.decoding.engine.model_steps import ModelSteps
+from sidtune.decoding.engine.prompt_cache import CopiedBeams, PackedBeams, SharedEncoder
+from sidtune.decoding.engine.search import GenerateCall, Search
 from sidtune.decoding.sampling import sid_sample
-from sidtune.decoding.search import GenerateCall, Search
 from sidtune.decoding.trie import SidTrie
 
 CODES = random_codes(1)
@@ -105,7 +105,7 @@ def test_the_encoded_prompt_is_cached_once_whatever_the_beam(name):
 
 def test_a_model_that_cannot_share_falls_back_and_says_so_once(caplog):
     model = make_model("bloom-alibi")
-    with caplog.at_level(logging.WARNING, logger="sidtune.decoding.sharing"):
+    with caplog.at_level(logging.WARNING, logger="sidtune.decoding.engine.sharing"):
         for _ in range(2):
             sid_beam_search(model, IDS, MASK, trie=TRIE, sid_token_ids=TOKENS, num_beams=5)
     assert len(caplog.records) == 1 and "cache is copied" in caplog.records[0].getMessage()

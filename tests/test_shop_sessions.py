@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.data_builders.list_search import EXACT_UP_TO, beam_order, best_order, order_value, random_value
-from sidtune.data_builders.post_rank_schema import PostRankField
-from sidtune.data_builders.shop_config import ShopWorldConfig
-from sidtune.data_builders.shop_post_rank import session_table
-from sidtune.data_builders.shop_sessions import SessionConfig, ShopSessions, production_candidates
-from sidtune.data_builders.shop_world import ShopWorld
+from sidtune.data_builders.post_ranking.schema import PostRankField
+from sidtune.data_builders.post_ranking.shop_lists import session_table
+from sidtune.data_builders.shop_world.best_order import EXACT_UP_TO, beam_order, best_order, order_value, random_value
+from sidtune.data_builders.shop_world.config import ShopWorldConfig
+from sidtune.data_builders.shop_world.sessions import SessionConfig, ShopSessions, production_candidates
+from sidtune.data_builders.shop_world.world import ShopWorld
 
 CONFIG = ShopWorldConfig(n_items=300, n_users=40, n_requests=900, n_departments=3, leaves_per_department=4, days=20)
 ROWS = np.arange(300, 360)

@@ -12,10 +12,10 @@ import pytest
 from scipy import stats
 
 from sidtune.benchmarks import shop_world as slow
-from sidtune.data_builders import shop_words as words
-from sidtune.data_builders.shop_logging import PageLayout, best
-from sidtune.data_builders.shop_requests import HOURS, kind_weights, pick
-from sidtune.data_builders.shop_world import ShopWorld, ShopWorldConfig
+from sidtune.data_builders.shop_world import words
+from sidtune.data_builders.shop_world.logging_policy import PageLayout, best
+from sidtune.data_builders.shop_world.requests import HOURS, kind_weights, pick
+from sidtune.data_builders.shop_world.world import ShopWorld, ShopWorldConfig
 
 TINY = {
     "n_items": 150,
@@ -77,10 +77,10 @@ def test_equals_the_loop_implementation(changes: dict) -> None:
 
 
 def test_loop_comparison_crosses_a_chunk_border(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sidtune.data_builders.shop_world.LOG_CHUNK", 64)
+    monkeypatch.setattr("sidtune.data_builders.shop_world.world.LOG_CHUNK", 64)
     monkeypatch.setattr("sidtune.benchmarks.shop_world.LOG_CHUNK", 64)
-    monkeypatch.setattr("sidtune.data_builders.shop_requests.QUERY_CHUNK", 50)
-    monkeypatch.setattr("sidtune.data_builders.shop_logging.RANK_CELLS", 1000)
+    monkeypatch.setattr("sidtune.data_builders.shop_world.requests.QUERY_CHUNK", 50)
+    monkeypatch.setattr("sidtune.data_builders.shop_world.logging_policy.RANK_CELLS", 1000)
     world = ShopWorld.from_options(**TINY)
     requests = slow.loop_requests(world)
     assert slow.equal(world, requests, slow.loop_log(world, requests, world.ranker.order.shape[1]))

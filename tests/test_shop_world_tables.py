@@ -9,11 +9,11 @@ import pyarrow as pa
 import pytest
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.data_builders import shop_words as words
-from sidtune.data_builders.schema import SCHEMAS
-from sidtune.data_builders.shop_catalogue import VALUES, leaf_nouns
-from sidtune.data_builders.shop_world import ShopWorld, ShopWorldConfig, read
-from sidtune.data_builders.validate import validate_tables
+from sidtune.data_builders.shop_world import words
+from sidtune.data_builders.shop_world.catalogue import VALUES, leaf_nouns
+from sidtune.data_builders.shop_world.world import ShopWorld, ShopWorldConfig, read
+from sidtune.data_builders.tables.schema import SCHEMAS
+from sidtune.data_builders.tables.validate import validate_tables
 
 TINY = {
     "n_items": 150,

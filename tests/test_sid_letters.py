@@ -16,16 +16,16 @@ from quantizer_data import clusters
 from tiny_pipeline import SHOP
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.decoding.retriever import check_levels
+from sidtune.decoding.retrieval.retriever import check_levels
 from sidtune.decoding.trie import SidTrie
-from sidtune.recipes import build_data, extend_sids, learn_sids
-from sidtune.tokenizers.collisions import CollisionMethod
-from sidtune.tokenizers.quality import sid_quality
+from sidtune.recipes.steps import build_data, extend_sids, learn_sids
+from sidtune.tokenizers.letters import SidLetters
+from sidtune.tokenizers.quantizers.rq_opq import RqOpq, RqOpqConfig
 from sidtune.tokenizers.registry import load_quantizer, make_collisions
-from sidtune.tokenizers.rq_opq import RqOpq, RqOpqConfig
-from sidtune.tokenizers.semantic_ids import SemanticIds
-from sidtune.tokenizers.sid_letters import SidLetters
-from sidtune.tokenizers.vocabulary import Vocabulary, extend_vocabulary
+from sidtune.tokenizers.sids.collisions import CollisionMethod
+from sidtune.tokenizers.sids.quality import sid_quality
+from sidtune.tokenizers.sids.semantic_ids import SemanticIds
+from sidtune.tokenizers.vocabulary.extension import Vocabulary, extend_vocabulary
 
 SIZES = (5, 4, 3, 4, 6)
 

@@ -14,12 +14,12 @@ import pytest
 from scipy.stats import entropy
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.data_builders.schema import table_from_rows
-from sidtune.tokenizers.encoders import TfidfSvdConfig, TfidfSvdEncoder, item_texts
-from sidtune.tokenizers.neighbours import nearest_rows, neighbour_overlap, shared_levels
-from sidtune.tokenizers.quality import SidThresholds, gini, known_bad, sid_quality
-from sidtune.tokenizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig
-from sidtune.tokenizers.semantic_ids import SemanticIds
+from sidtune.data_builders.tables.schema import table_from_rows
+from sidtune.tokenizers.encoders.base import TfidfSvdConfig, TfidfSvdEncoder, item_texts
+from sidtune.tokenizers.quantizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig
+from sidtune.tokenizers.sids.neighbours import nearest_rows, neighbour_overlap, shared_levels
+from sidtune.tokenizers.sids.quality import SidThresholds, gini, known_bad, sid_quality
+from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 
 
 def ids_of(codes, sizes) -> SemanticIds:

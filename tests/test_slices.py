@@ -8,10 +8,11 @@ import pyarrow as pa
 import pytest
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.data_builders.schema import table_from_columns, table_from_rows
-from sidtune.metrics.bootstrap import bootstrap_interval
+from sidtune.data_builders.tables.schema import table_from_columns, table_from_rows
+from sidtune.metrics.baselines.tables import event_counts, item_rows, popularity_order, training_events
 from sidtune.metrics.ranking import Relevance
-from sidtune.metrics.slices import (
+from sidtune.metrics.statistics.bootstrap import bootstrap_interval
+from sidtune.metrics.statistics.slices import (
     build_slices,
     history_slices,
     normalise_queries,
@@ -20,7 +21,6 @@ from sidtune.metrics.slices import (
     query_slices,
     slice_rows,
 )
-from sidtune.metrics.tables import event_counts, item_rows, popularity_order, training_events
 
 
 def table(name: str, **columns) -> pa.Table:

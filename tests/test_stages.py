@@ -15,10 +15,11 @@ from sft_stand_ins import model_folder, random_examples, task_examples
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from sidtune.core.errors import ConfigError, DataError, SidtuneError
-from sidtune.trainers import processes, stages
-from sidtune.trainers.callbacks import COMPLETE_FILE, is_complete, last_complete_checkpoint
-from sidtune.trainers.mixture import StageConfig, TaskMix, chosen_rows, describe, mixture, parse_stages
-from sidtune.trainers.stages import run_stages
+from sidtune.trainers.common import processes
+from sidtune.trainers.common.callbacks import COMPLETE_FILE, is_complete, last_complete_checkpoint
+from sidtune.trainers.sft import stages
+from sidtune.trainers.sft.mixture import StageConfig, TaskMix, chosen_rows, describe, mixture, parse_stages
+from sidtune.trainers.sft.stages import run_stages
 
 ARGS = {
     "per_device_train_batch_size": 8,
@@ -130,7 +131,7 @@ def test_each_stage_starts_from_the_folder_of_the_one_before(world):
 
 
 def test_lora_stage_writes_a_merged_model_and_what_it_trained(world):
-    from sidtune.tokenizers.row_saving import load_model
+    from sidtune.tokenizers.vocabulary.saving import load_model
 
     (folder,) = world(stage("lora", "lora", lora={"r": 4}))
     assert len(changed(world.root / "model", folder)) > 10
@@ -338,13 +339,13 @@ def test_metrics_without_a_value_become_null():
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory):
     """A small shop on disk, its SIDs and a start model: what the first steps of a pipeline write."""
-    from sidtune.data_builders.shop_world import ShopWorld
-    from sidtune.data_builders.splits import apply_split
-    from sidtune.data_builders.store import save_tables
-    from sidtune.tokenizers.lm_tokenizer import build_model, train_lm_tokenizer
-    from sidtune.tokenizers.row_saving import save_trained
-    from sidtune.tokenizers.semantic_ids import SemanticIds
-    from sidtune.tokenizers.vocabulary import extend_vocabulary
+    from sidtune.data_builders.shop_world.world import ShopWorld
+    from sidtune.data_builders.tables.splits import apply_split
+    from sidtune.data_builders.tables.store import save_tables
+    from sidtune.tokenizers.base_models.from_scratch import build_model, train_lm_tokenizer
+    from sidtune.tokenizers.sids.semantic_ids import SemanticIds
+    from sidtune.tokenizers.vocabulary.extension import extend_vocabulary
+    from sidtune.tokenizers.vocabulary.saving import save_trained
 
     root = tmp_path_factory.mktemp("shop")
     options = {"n_items": 150, "n_users": 20, "n_requests": 240, "n_departments": 2, "leaves_per_department": 4}
@@ -411,7 +412,7 @@ def test_wrong_tasks_are_refused_before_any_training(shop, tmp_path, change, wor
 
 
 def test_how_examples_are_rendered_is_part_of_what_identifies_a_stage(shop, tmp_path):
-    from sidtune.trainers.task_examples import TaskExamples
+    from sidtune.trainers.sft.task_examples import TaskExamples
 
     def identity(**options):
         return json.dumps(TaskExamples(shop / "data", shop / "sids", **options).identity(), sort_keys=True)
@@ -434,7 +435,7 @@ def test_how_examples_are_rendered_is_part_of_what_identifies_a_stage(shop, tmp_
 
 
 def test_semantic_ids_of_another_model_are_refused(shop, tmp_path):
-    from sidtune.tokenizers.semantic_ids import SemanticIds
+    from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 
     SemanticIds(["a"], np.zeros((1, 2), np.int32), (4, 4)).save_pretrained(tmp_path / "sids")
     with pytest.raises(DataError, match="levels of"):

@@ -9,12 +9,12 @@ import text_tokenizers as made
 from whole_history_oracle import make_world, positives
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.data_builders.encoding import IGNORE, encode_examples, is_sid
-from sidtune.data_builders.sanitizer import Sanitizer, check_pieces
-from sidtune.data_builders.schema import table_from_rows
-from sidtune.data_builders.serializer import Serializer
-from sidtune.data_builders.task_registry import TASKS
-from sidtune.data_builders.tasks import query_to_sid
+from sidtune.data_builders.prompts.encoding import IGNORE, encode_examples, is_sid
+from sidtune.data_builders.prompts.sanitizer import Sanitizer, check_pieces
+from sidtune.data_builders.prompts.serializer import Serializer
+from sidtune.data_builders.tables.schema import table_from_rows
+from sidtune.data_builders.tasks.alignment import query_to_sid
+from sidtune.data_builders.tasks.registry import TASKS
 
 EOS = "<|endoftext|>"
 WORLD = make_world(11)
@@ -229,7 +229,7 @@ def test_tables_in_many_chunks_give_the_same_examples():
 def test_contexts_that_look_alike_to_a_careless_key_stay_apart():
     import pyarrow as pa
 
-    from sidtune.data_builders.task_input import render_turns
+    from sidtune.data_builders.tasks.input import render_turns
 
     s = inputs().serializer
     pairs = [

@@ -106,7 +106,7 @@ def test_dead_and_complete_nodes_have_no_children():
 
 
 def test_leaves_are_the_paths_of_semantic_ids():
-    from sidtune.tokenizers.semantic_ids import SemanticIds
+    from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 
     codes = np.random.default_rng(0).integers(0, 4, (60, 3))
     sids = SemanticIds([f"item{n}" for n in range(60)], codes, (4, 4, 4))

@@ -10,9 +10,9 @@ from sft_stand_ins import random_examples, tiny_model, tiny_tokenizer
 from trl import SFTConfig, SFTTrainer
 
 from sidtune.core.errors import SidtuneError
-from sidtune.trainers import trl_surface
-from sidtune.trainers.sft import SidSFTTrainer
-from sidtune.trainers.trl_surface import NAMES, Name, check, missing
+from sidtune.trainers.common import trl_surface
+from sidtune.trainers.common.trl_surface import NAMES, Name, check, missing
+from sidtune.trainers.sft.trainer import SidSFTTrainer
 
 
 def test_the_installed_versions_have_every_name():

@@ -24,11 +24,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.tokenizers.model_files import load_base, load_plain
-from sidtune.tokenizers.row_training import set_trainable
-from sidtune.tokenizers.vocab_matrices import grow, vocab_matrices
-from sidtune.tokenizers.vocabulary import Vocabulary, extend_vocabulary
-from sidtune.tokenizers.vocabulary_init import token_shares
+from sidtune.tokenizers.base_models.loading import load_base, load_plain
+from sidtune.tokenizers.vocabulary.embedding_init import token_shares
+from sidtune.tokenizers.vocabulary.extension import Vocabulary, extend_vocabulary
+from sidtune.tokenizers.vocabulary.token_matrices import grow, vocab_matrices
+from sidtune.tokenizers.vocabulary.trainable_tokens import set_trainable
 
 NEW = sum(LEVEL_SIZES)
 

@@ -8,11 +8,11 @@ import text_tokenizers as made
 from whole_history_oracle import make_world, pieces_of, positives, turns_before, windowed
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.data_builders.encoding import IGNORE, encode_examples, encode_pieces, encode_prompt, encode_prompts
-from sidtune.data_builders.examples import history_to_sid, prompt_for_requests, request_to_sid, whole_history
-from sidtune.data_builders.schema import table_from_rows
-from sidtune.data_builders.serializer import Serializer
-from sidtune.data_builders.splits import TimeCut
+from sidtune.data_builders.prompts.encoding import IGNORE, encode_examples, encode_pieces, encode_prompt, encode_prompts
+from sidtune.data_builders.prompts.serializer import Serializer
+from sidtune.data_builders.tables.schema import table_from_rows
+from sidtune.data_builders.tables.splits import TimeCut
+from sidtune.data_builders.tasks.behaviour import history_to_sid, prompt_for_requests, request_to_sid, whole_history
 
 MANY = 10_000
 

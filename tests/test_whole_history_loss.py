@@ -9,11 +9,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausa
 from trl.trainer.utils import add_fused_lm_head
 from whole_history_oracle import make_world
 
-from sidtune.data_builders.encoding import encode_examples
-from sidtune.data_builders.examples import request_to_sid, whole_history
-from sidtune.data_builders.serializer import Serializer
-from sidtune.trainers.batches import TaskCollator
-from sidtune.trainers.sft import score_labelled_only
+from sidtune.data_builders.prompts.encoding import encode_examples
+from sidtune.data_builders.prompts.serializer import Serializer
+from sidtune.data_builders.tasks.behaviour import request_to_sid, whole_history
+from sidtune.trainers.common.batches import TaskCollator
+from sidtune.trainers.sft.trainer import score_labelled_only
 
 DEPTH = 3
 MANY = 10_000

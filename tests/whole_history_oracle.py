@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from sidtune.data_builders.schema import table_from_rows
-from sidtune.data_builders.serializer import Serializer
-from sidtune.data_builders.task_input import TaskInput
+from sidtune.data_builders.prompts.serializer import Serializer
+from sidtune.data_builders.tables.schema import table_from_rows
+from sidtune.data_builders.tasks.input import TaskInput
 
 STRENGTH = {"order": 0, "like": 1, "click": 2}
 QUERIES = ["red shoes", "blue t-shirt", "water bottle", "<a_1> mouse", None]

@@ -24,9 +24,9 @@ import pyarrow as pa
 
 from sidtune.core.config import build
 from sidtune.core.errors import DataError
-from sidtune.data_builders.raw_files import one_file, read_lines, source_folder
-from sidtune.data_builders.schema import Tables, table_from_columns
-from sidtune.data_builders.splits import candidate_lists
+from sidtune.data_builders.readers.raw_files import one_file, read_lines, source_folder
+from sidtune.data_builders.tables.schema import Tables, table_from_columns
+from sidtune.data_builders.tables.splits import candidate_lists
 
 
 @dataclass

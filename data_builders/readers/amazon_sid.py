@@ -31,12 +31,12 @@ import numpy as np
 
 from sidtune.core.config import build
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.data_builders.history import History
-from sidtune.data_builders.raw_files import one_file, read_csv, read_json_object, source_folder
 from sidtune.data_builders.readers.own import users_of
-from sidtune.data_builders.schema import Tables, table_from_columns, table_from_rows
-from sidtune.data_builders.splits import candidate_lists
-from sidtune.data_builders.text_cleaning import clean_html, parse_list_text
+from sidtune.data_builders.readers.raw_files import one_file, read_csv, read_json_object, source_folder
+from sidtune.data_builders.readers.text_cleaning import clean_html, parse_list_text
+from sidtune.data_builders.tables.history import History
+from sidtune.data_builders.tables.schema import Tables, table_from_columns, table_from_rows
+from sidtune.data_builders.tables.splits import candidate_lists
 
 _COLUMNS = ("user_id", "history_item_id", "item_id")
 _FILES = ("train", "valid", "test")

@@ -27,9 +27,9 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from sidtune.core.config import build
 from sidtune.core.errors import ConfigError, DataError, nearest
 from sidtune.data_builders.readers.own import complete
-from sidtune.data_builders.schema import SCHEMAS, SPLITS, Tables
-from sidtune.data_builders.store import ALL, REQUIRED, DataFolder
-from sidtune.data_builders.table_files import Findings, conform
+from sidtune.data_builders.tables.schema import SCHEMAS, SPLITS, Tables
+from sidtune.data_builders.tables.store import ALL, REQUIRED, DataFolder
+from sidtune.data_builders.tables.table_files import Findings, conform
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _OUR_SPLITS = {"train": "train", "valid": "validation", "test": "test"}

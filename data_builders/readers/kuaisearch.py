@@ -25,10 +25,10 @@ import pyarrow.compute as pc
 
 from sidtune.core.config import build
 from sidtune.core.errors import DataError, nearest
-from sidtune.data_builders.raw_files import first_rows, lists_of, pairs_of, read_json_lines, source_folder
-from sidtune.data_builders.schema import Tables, table_from_columns
-from sidtune.data_builders.splits import candidate_lists
-from sidtune.data_builders.text_cleaning import clean_html
+from sidtune.data_builders.readers.raw_files import first_rows, lists_of, pairs_of, read_json_lines, source_folder
+from sidtune.data_builders.readers.text_cleaning import clean_html
+from sidtune.data_builders.tables.schema import Tables, table_from_columns
+from sidtune.data_builders.tables.splits import candidate_lists
 
 _INT, _TEXT = pa.int64(), pa.string()
 _KEY = [("user_id", _INT), ("session_id", _INT), ("time_index", _INT), ("query", _TEXT), ("split", _TEXT)]

@@ -21,9 +21,9 @@ import pyarrow as pa
 
 from sidtune.core.config import build
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.data_builders.raw_files import one_file, read_json_object, source_folder
-from sidtune.data_builders.schema import Tables, table_from_columns
-from sidtune.data_builders.splits import leave_one_out, next_item_requests, tie_events
+from sidtune.data_builders.readers.raw_files import one_file, read_json_object, source_folder
+from sidtune.data_builders.tables.schema import Tables, table_from_columns
+from sidtune.data_builders.tables.splits import leave_one_out, next_item_requests, tie_events
 
 _TOKEN = re.compile(r"<([a-z])_(\d{1,9})>")
 _MIN_EVENTS = 3

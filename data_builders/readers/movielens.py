@@ -23,10 +23,10 @@ import pyarrow.csv as pa_csv
 
 from sidtune.core.config import build
 from sidtune.core.errors import ConfigError, DataError, nearest
-from sidtune.data_builders.history import encode
-from sidtune.data_builders.raw_files import one_file, pairs_of, read_text, source_folder
-from sidtune.data_builders.schema import SCHEMAS, Tables, table_from_columns
-from sidtune.data_builders.splits import next_item_requests, tie_events
+from sidtune.data_builders.readers.raw_files import one_file, pairs_of, read_text, source_folder
+from sidtune.data_builders.tables.history import encode
+from sidtune.data_builders.tables.schema import SCHEMAS, Tables, table_from_columns
+from sidtune.data_builders.tables.splits import next_item_requests, tie_events
 
 LAYOUTS = ("auto", "recbole", "dat")
 AGES = {"1": "under 18", "18": "18-24", "25": "25-34", "35": "35-44", "45": "45-49", "50": "50-55", "56": "56+"}

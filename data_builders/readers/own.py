@@ -15,11 +15,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sidtune.core.config import build
-from sidtune.data_builders.schema import SPLITS, Tables, table_from_columns
-from sidtune.data_builders.splits import need, next_item_requests, tie_events
-from sidtune.data_builders.store import ALL, SUFFIXES, DataFolder, read_own_folder
-from sidtune.data_builders.table_files import Findings
-from sidtune.data_builders.validate import validate_loaded
+from sidtune.data_builders.tables.schema import SPLITS, Tables, table_from_columns
+from sidtune.data_builders.tables.splits import need, next_item_requests, tie_events
+from sidtune.data_builders.tables.store import ALL, SUFFIXES, DataFolder, read_own_folder
+from sidtune.data_builders.tables.table_files import Findings
+from sidtune.data_builders.tables.validate import validate_loaded
 
 
 @dataclass

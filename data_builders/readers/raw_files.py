@@ -1,0 +1,178 @@
+"""Raw source files of other projects → text, JSON and rows, with one sentence per fault that names file and line.
+
+Shared by the readers: encoding, truncated gzip, broken JSON, missing columns and wrong folders are handled here, once.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sidtune.core.errors import DataError, nearest
+from sidtune.data_builders.tables.history import encode
+from sidtune.data_builders.tables.table_files import Findings, read_table
+
+_FIELD_LIMIT = 1 << 27
+
+
+def source_folder(path: str | Path, reader: str) -> Path:
+    """The folder of a source, or a DataError that says what the reader expects."""
+    folder = Path(path)
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise DataError(f"The reader '{reader}' needs the folder of its source, but {folder} {what}; check the path.")
+    return folder
+
+
+def one_file(folder: Path, pattern: str, *, needed: bool = True) -> Path | None:
+    """The single file of a folder that matches a pattern; DataError when there are several, or none though it is
+    needed."""
+    found = sorted(folder.glob(pattern))
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found[:4])
+        raise DataError(f"The folder {folder} holds {len(found)} files like {pattern} ({names}); keep one of them.")
+    if not found and needed:
+        present = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
+        raise DataError(f"The folder {folder} has no file {pattern} (it holds {present}); check the path.")
+    return found[0] if found else None
+
+
+def read_text(path: Path) -> str:
+    """Reads a UTF-8 file, unpacking `.gz`; a byte-order mark is dropped and line ends become a plain newline."""
+    try:
+        raw = path.read_bytes()
+        if path.suffix == ".gz":
+            raw = gzip.decompress(raw)
+    except FileNotFoundError:
+        raise DataError(f"The file {path} does not exist; check the path.") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"The file {path} is no complete gzip file ({error}); copy or download it again.") from None
+    except OSError as error:
+        raise DataError(f"The file {path} cannot be read ({error.strerror or error}); check the path.") from None
+    try:
+        return raw.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        byte = raw[error.start]
+        raise DataError(
+            f"The file {path} is not UTF-8 text: line {line} has the byte 0x{byte:02x}; convert it."
+        ) from None
+
+
+def read_lines(path: Path) -> list[str]:
+    """Lines of a text file, split at newlines only (other separators such as \\x18 are content); no empty last line."""
+    lines = read_text(path).split("\n")
+    return lines[:-1] if lines and not lines[-1] else lines
+
+
+def read_json_object(path: Path) -> tuple[dict[str, Any], int]:
+    """Reads a file with one JSON object; returns it and how many keys of its top level stood twice (the first one
+    counts)."""
+    repeated = 0
+
+    def first_wins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal repeated
+        made: dict[str, Any] = {}
+        for key, value in pairs:
+            repeated += key in made
+            made.setdefault(key, value)
+        return made
+
+    try:
+        value = json.loads(read_text(path), object_pairs_hook=first_wins)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"The file {path} is not valid JSON ({error}); copy or download it again.") from None
+    if not isinstance(value, dict):
+        raise DataError(f"The file {path} must hold one JSON object, but holds a {type(value).__name__}.")
+    return value, repeated
+
+
+def read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yields (line number, row) of a comma-separated file with a header that has at least `columns`."""
+    limit = csv.field_size_limit(_FIELD_LIMIT)
+    try:
+        rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+        header = next(rows, [])
+        for name in columns:
+            if name not in header:
+                raise DataError(f"The file {path} has no column '{name}' ({nearest(name, header)})")
+        for row in rows:
+            if row and len(row) != len(header):
+                raise DataError(
+                    f"The file {path} has {len(row)} fields in line {rows.line_num}, its header has {len(header)}; "
+                    "correct or remove the line."
+                )
+            if row:
+                yield rows.line_num, dict(zip(header, row, strict=True))
+    except csv.Error as error:
+        raise DataError(f"The file {path} is not valid CSV in line {rows.line_num} ({error}); correct it.") from None
+    finally:
+        csv.field_size_limit(limit)
+
+
+def read_json_lines(path: Path, schema: pa.Schema, required: Sequence[str] = ()) -> pa.Table:
+    """Reads JSON lines into typed columns; keys that the schema lacks are dropped, absent ones become null.
+
+    Raises:
+        DataError: broken lines, wrong types, or a null in a `required` column; all of them listed.
+    """
+    findings = Findings()
+    table = read_table(path, str(path), schema, findings, extra="ignore")
+    findings.raise_if_any()
+    assert table is not None
+    for name in required:
+        nulls = pc.indices_nonzero(table[name].is_null()).to_numpy()
+        findings.rows(str(path), name, nulls, f"'{name}' is missing or null", "correct or remove the line")
+    findings.raise_if_any()
+    return table
+
+
+def first_rows(column: pa.ChunkedArray) -> tuple[np.ndarray, int]:
+    """Row numbers of the first occurrence of each value (increasing), and how many rows are repetitions; no nulls."""
+    codes, _ = encode(column)
+    rows = np.sort(np.unique(codes, return_index=True)[1])
+    return rows, len(codes) - len(rows)
+
+
+def lists_of(columns: Sequence[pa.Array | pa.ChunkedArray], drop: Sequence[str] = ("",)) -> pa.ListArray:
+    """Puts text columns side by side into one list per row, without nulls and without the values of `drop`.
+
+    A row that keeps nothing gets null.
+    """
+    stacked, keep, offsets = _side_by_side(columns, drop)
+    return _null_empty(offsets, stacked.filter(keep))
+
+
+def pairs_of(names: Sequence[str], columns: Sequence[pa.Array | pa.ChunkedArray], drop: Sequence[str] = ("",)) -> Any:
+    """Puts text columns side by side into one name/value list per row (`users.profile`), as `lists_of` does."""
+    stacked, keep, offsets = _side_by_side(columns, drop)
+    rows = len(stacked) // len(columns)
+    labels = pa.array(names, pa.string()).take(pa.array(np.tile(np.arange(len(names)), rows)))
+    return _null_empty(
+        offsets, pa.StructArray.from_arrays([labels.filter(keep), stacked.filter(keep)], ["name", "value"])
+    )
+
+
+def _side_by_side(columns: Sequence[Any], drop: Sequence[str]) -> tuple[pa.Array, pa.Array, np.ndarray]:
+    arrays = [column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column for column in columns]
+    rows, width = len(arrays[0]), len(arrays)
+    order = np.arange(rows * width).reshape(width, rows).T.ravel()
+    stacked = pa.concat_arrays([array.cast(pa.string()) for array in arrays]).take(pa.array(order))
+    keep = pc.invert(pc.is_in(stacked, value_set=pa.array([*drop, None], pa.string())))
+    counts = keep.to_numpy(zero_copy_only=False).reshape(rows, width).sum(axis=1)
+    return stacked, keep, np.concatenate([[0], np.cumsum(counts)])
+
+
+def _null_empty(offsets: np.ndarray, values: pa.Array) -> pa.ListArray:
+    empty = pa.array(np.diff(offsets) == 0)
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values, mask=empty)

@@ -1,0 +1,388 @@
+"""Splits by time, what training may see, and item counts taken from the past only.
+
+* `global_time`: one moment separates train from valid and valid from test, for everybody. The default.
+* `leave_one_out`: the last request of each user is test, the one before valid (the protocol of SASRec, TIGER and
+  LETTER). Only to reproduce published numbers: a training request of one user may be later than a test request of
+  another.
+* `source`: the split that the source prescribes.
+
+Every bound is exclusive: a request is train when `time < train_until`. What training may read is therefore "events
+strictly before the cut", one number for a global split and one per user otherwise (`TimeCut`). `assert_no_leak`
+checks it each time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sidtune.core.errors import ConfigError, DataError, nearest
+from sidtune.data_builders.tables.history import Ids, action_strength, encode
+from sidtune.data_builders.tables.schema import SCHEMAS, Tables
+from sidtune.data_builders.tables.store import split_names
+
+KINDS = ("global_time", "leave_one_out", "source")
+FOREVER = int(np.iinfo(np.int64).max)
+FEEDBACK = ("click", "like", "order")
+
+
+@dataclass(frozen=True)
+class TimeCut:
+    """The first moment training must not see: one for all, or one per user.
+
+    Attributes:
+        default: the cut of every user that is not listed.
+        user_ids, times: users with an own cut.
+    """
+
+    default: int = FOREVER
+    user_ids: pa.Array | None = None
+    times: np.ndarray | None = None
+
+    def of(self, user_ids: Ids) -> np.ndarray:
+        """(n,) int64: the cut of each user."""
+        if self.user_ids is None or self.times is None or not len(self.user_ids):
+            return np.full(len(user_ids), self.default, dtype=np.int64)
+        asked = user_ids if isinstance(user_ids, (pa.Array, pa.ChunkedArray)) else pa.array(user_ids, type=pa.string())
+        place = pc.fill_null(pc.index_in(asked, value_set=self.user_ids), -1).to_numpy()
+        return np.where(place >= 0, self.times[place], self.default).astype(np.int64)
+
+
+def global_time_split(
+    request_times: np.ndarray,
+    valid_share: float = 0.1,
+    test_share: float = 0.1,
+    *,
+    train_until: int | None = None,
+    valid_until: int | None = None,
+) -> tuple[np.ndarray, int, int]:
+    """Splits requests at two moments.
+
+    Args:
+        request_times: (n,) integers.
+        valid_share, test_share: shares of the requests, from the end; requests of one moment stay together, so the
+            shares are met up to ties. A valid_share of 0 makes no valid split.
+        train_until, valid_until: explicit moments instead (both, or train_until alone: then nothing is valid).
+
+    Returns:
+        (n,) split names, train_until, valid_until (both exclusive).
+
+    Raises:
+        ConfigError: shares outside [0, 1), or moments out of order.
+        DataError: no requests, or ties leave train or test empty.
+    """
+    times = np.asarray(request_times)
+    if not len(times):
+        raise DataError("There are no requests to split; check that the reader found the requests or events.")
+    if train_until is not None or valid_until is not None:
+        if train_until is None:
+            raise ConfigError("A split with valid_until needs train_until too; set both.")
+        valid_until = train_until if valid_until is None else valid_until
+        if valid_until < train_until:
+            raise ConfigError(
+                f"valid_until ({valid_until}) lies before train_until ({train_until}); put them in order."
+            )
+    else:
+        train_until, valid_until = _cut_by_share(times, valid_share, test_share)
+    names = np.where(times < train_until, "train", np.where(times < valid_until, "valid", "test"))
+    for part in ("train", "test"):
+        if not (names == part).any():
+            raise DataError(
+                f"The split at {train_until} and {valid_until} leaves no {part} request among times "
+                f"{int(times.min())} to {int(times.max())}; change the shares or name the moments."
+            )
+    return names, int(train_until), int(valid_until)
+
+
+def _cut_by_share(times: np.ndarray, valid_share: float, test_share: float) -> tuple[int, int]:
+    if not (0 <= valid_share < 1 and 0 < test_share < 1 and valid_share + test_share < 1):
+        raise ConfigError(
+            f"valid_share ({valid_share}) must be 0 or more, test_share ({test_share}) above 0, and their sum below 1."
+        )
+    ordered = np.sort(times)
+    count = len(ordered)
+    first_test = min(count - 1, round(count * (1 - test_share)))
+    first_valid = min(first_test, round(count * (1 - test_share - valid_share)))
+    valid_until = int(ordered[first_test])
+    return (valid_until if valid_share == 0 else int(ordered[first_valid])), valid_until
+
+
+def leave_one_out(table: pa.Table, min_rows: int = 3) -> np.ndarray:
+    """Split name of each row (request or event): per user the last is `test`, the one before `valid`, the rest `train`.
+
+    Rows are ordered by (time, action strength where there is an action, row), as in `History`. A user with fewer than
+    `min_rows` rows is all train. A train row in the same second as its user's valid row gets the name `""`: training
+    on it would see the valid answer's moment, so callers drop it (`apply_split` counts them).
+
+    Args:
+        table: with columns `user_id` and `time`, maybe `action`.
+        min_rows: smallest number of rows of a user that is split, at least 2.
+    """
+    if min_rows < 2:
+        raise ConfigError(f"min_rows of leave_one_out must be 2 or more (one test and one valid row), got {min_rows}.")
+    users, ids = encode(table["user_id"])
+    times = table["time"].to_numpy()
+    strength = action_strength(table["action"]) if "action" in table.column_names else np.zeros(len(times), np.int8)
+    order = np.lexsort((strength, times, users))
+    counts = np.bincount(users, minlength=len(ids))
+    ends = np.cumsum(counts)[users[order]]
+    from_end = np.empty(len(times), dtype=np.int64)
+    from_end[order] = ends - 1 - np.arange(len(times))
+    names = np.where(from_end == 0, "test", np.where(from_end == 1, "valid", "train"))
+    names[counts[users] < min_rows] = "train"
+    valid_time = np.full(len(ids), FOREVER)
+    valid_time[users[names == "valid"]] = times[names == "valid"]
+    names[(names == "train") & (times >= valid_time[users])] = ""
+    return names
+
+
+def next_item_requests(events: pa.Table, prefix: str = "next-") -> tuple[pa.Table, np.ndarray]:
+    """Makes one recommendation (or search) request out of every click, like or order that has an earlier event of its
+    user.
+
+    For sources that log actions but no requests. The request has the event's time and query, and the event's item as
+    its only candidate with that action's label 1; position and the other labels are unknown (null).
+
+    Returns:
+        The requests, and (n,) the row of `events` that each request came from. Request ids are `prefix` + that row.
+    """
+    users, ids = encode(events["user_id"])
+    times = events["time"].to_numpy()
+    first = np.full(len(ids), FOREVER)
+    np.minimum.at(first, users, times)
+    is_feedback = pc.is_in(events["action"], value_set=pa.array(FEEDBACK)).to_numpy()
+    rows = np.flatnonzero((times > first[users]) & is_feedback)
+    chosen = events.take(rows)
+    one, none = pa.scalar(1, pa.int8()), pa.scalar(None, pa.int8())
+    labels = {name: pc.if_else(pc.equal(chosen["action"], name), one, none) for name in FEEDBACK}
+    kind = SCHEMAS["requests"].arrow_schema.field("candidates").type
+    parts = {"item_id": chosen["item_id"], **labels}
+    return (
+        pa.Table.from_arrays(
+            [
+                pa.array([f"{prefix}{row}" for row in rows.tolist()], pa.string()),
+                chosen["user_id"],
+                chosen["time"],
+                chosen["query"],
+                pa.nulls(len(rows), SCHEMAS["requests"].arrow_schema.field("context").type),
+                candidate_lists(parts, np.arange(len(rows) + 1), kind),
+            ],
+            schema=SCHEMAS["requests"].arrow_schema,
+        ),
+        rows,
+    )
+
+
+def tie_events(events: pa.Table, rows: np.ndarray, request_ids: pa.ChunkedArray | pa.Array) -> pa.Table:
+    """Writes into each event of `rows` (increasing) the id of the request that was made from it."""
+    mask = np.zeros(events.num_rows, dtype=bool)
+    mask[rows] = True
+    old = events["request_id"].combine_chunks()
+    ids = request_ids.combine_chunks() if isinstance(request_ids, pa.ChunkedArray) else request_ids
+    place = events.schema.get_field_index("request_id")
+    return events.set_column(place, events.schema.field(place), pc.replace_with_mask(old, pa.array(mask), ids))
+
+
+def candidate_lists(parts: dict[str, Any], offsets: np.ndarray, kind: pa.DataType | None = None) -> pa.ListArray:
+    """Builds the `candidates` column: `parts` are flat columns (absent ones become null), `offsets` (n+1,) where
+    lists begin."""
+    kind = kind or SCHEMAS["requests"].arrow_schema.field("candidates").type
+    total = int(offsets[-1])
+    columns = []
+    for inner in kind.value_type:
+        value = parts.get(inner.name)
+        if value is None:
+            columns.append(pa.nulls(total, inner.type))
+            continue
+        if not isinstance(value, (pa.Array, pa.ChunkedArray)):
+            value = pa.array(value, type=inner.type)
+        value = value.combine_chunks() if isinstance(value, pa.ChunkedArray) else value
+        columns.append(value.cast(inner.type))
+    structs = pa.StructArray.from_arrays(columns, fields=list(kind.value_type))
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), structs).cast(kind)
+
+
+def apply_split(
+    tables: Tables,
+    kind: str = "global_time",
+    *,
+    valid_share: float = 0.1,
+    test_share: float = 0.1,
+    train_until: int | None = None,
+    valid_until: int | None = None,
+    min_rows: int = 2,
+) -> tuple[Tables, dict[str, Any]]:
+    """Gives every request its split and proves that training cannot see the future.
+
+    Args:
+        tables: from a reader or a simulator.
+        kind: `global_time`, `leave_one_out` or `source` (the reader must have set `split_of_request`).
+        valid_share, test_share, train_until, valid_until: see `global_time_split`.
+        min_rows: see `leave_one_out`, here counted in requests.
+
+    Returns:
+        Tables with `split_of_request`, and the `split` record of `meta.json`.
+
+    Raises:
+        ConfigError: an unknown kind or impossible numbers.
+        DataError: no split is possible, or the prescribed one leaks.
+    """
+    if kind not in KINDS:
+        raise ConfigError(f"There is no split named '{kind}': {nearest(kind, KINDS)}")
+    need(tables.requests, "requests", ("request_id", "user_id", "time"))
+    need(tables.events, "events", ("user_id", "time"))
+    times = tables.requests["time"].to_numpy()
+    counts = dict(tables.counts)
+    requests = tables.requests
+    if kind == "global_time":
+        names, first, second = global_time_split(
+            times, valid_share, test_share, train_until=train_until, valid_until=valid_until
+        )
+        split: dict[str, Any] = {"kind": kind, "train_until": first, "valid_until": second}
+    elif kind == "leave_one_out":
+        names = leave_one_out(requests, min_rows)
+        dropped = int((names == "").sum())
+        if dropped:
+            counts["requests_tied_with_the_split_dropped"] = dropped
+            requests, names = requests.filter(pa.array(names != "")), names[names != ""]
+        split = {"kind": kind, "train_until": None, "valid_until": None}
+    else:
+        if tables.split_of_request is None:
+            raise DataError("The source prescribes no split; use the split kind 'global_time' or 'leave_one_out'.")
+        names = split_names(tables)
+        split = {"kind": kind, **_bounds_of(times, names)}
+    made = dataclasses.replace(tables, requests=requests, split_of_request=names.tolist(), counts=counts)
+    assert_no_leak(made, split)
+    return made, split
+
+
+def need(table: pa.Table, name: str, columns: tuple[str, ...]) -> None:
+    """Raises DataError when a column holds a null; `validate.check_tables` says in which rows."""
+    for column in columns:
+        if table[column].null_count:
+            raise DataError(
+                f"The {name} have {table[column].null_count} rows without '{column}'; correct them, "
+                "validate.check_tables lists them."
+            )
+
+
+def _bounds_of(times: np.ndarray, names: np.ndarray) -> dict[str, int | None]:
+    """The two moments that separate a prescribed split, or nulls where none do."""
+    nothing: dict[str, int | None] = {"train_until": None, "valid_until": None}
+    train, valid, test = (times[names == part] for part in ("train", "valid", "test"))
+    if not len(train) or not len(valid) + len(test):
+        return nothing
+    train_until = int(train.max()) + 1
+    valid_until = int(valid.max()) + 1 if len(valid) else train_until
+    late = np.concatenate([valid, test])
+    ordered = train_until <= late.min() and (not len(test) or valid_until <= test.min())
+    return {"train_until": train_until, "valid_until": valid_until} if ordered else nothing
+
+
+def training_cut(requests: pa.Table, names: np.ndarray, split: dict[str, Any]) -> TimeCut:
+    """What training may see: strictly before `train_until`, or before a user's own first valid or test request.
+
+    Args:
+        requests: all requests (valid and test ones suffice).
+        names: (n,) their split names.
+        split: the `split` record.
+    """
+    if split.get("train_until") is not None:
+        return TimeCut(default=int(split["train_until"]))
+    held_out = requests.select(["user_id", "time"]).filter(pa.array(np.isin(names, ("valid", "test"))))
+    users, ids = encode(held_out["user_id"])
+    first = np.full(len(ids), FOREVER)
+    np.minimum.at(first, users, held_out["time"].to_numpy())
+    return TimeCut(FOREVER, ids, first)
+
+
+def assert_no_leak(tables: Tables, split: dict[str, Any]) -> None:
+    """Raises DataError unless every training request, and every event that belongs to one, precedes all (its user's)
+    held-out requests, and no event of a held-out request lies in the training time."""
+    names = split_names(tables)
+    requests = tables.requests
+    cut = training_cut(requests, names, split)
+    limits = cut.of(requests["user_id"])
+    late = (names == "train") & (requests["time"].to_numpy() >= limits)
+    if late.any():
+        row = int(np.flatnonzero(late)[0])
+        raise DataError(
+            f"The split leaks: {int(late.sum())} train requests are not before the held-out ones, the first is request "
+            f"'{requests['request_id'][row].as_py()}' at time {requests['time'][row].as_py()} with the cut at "
+            f"{int(limits[row])}; use the split kind 'global_time'."
+        )
+    test = requests["time"].to_numpy()[names == "test"]
+    if split.get("valid_until") is not None and len(test) and test.min() < split["valid_until"]:
+        raise DataError(f"The split leaks: a test request lies at {int(test.min())}, before {split['valid_until']}.")
+    held_out = requests["request_id"].filter(pa.array(names != "train"))
+    tied = pc.is_in(tables.events["request_id"], value_set=held_out.combine_chunks()).to_numpy()
+    tied &= tables.events["request_id"].is_valid().to_numpy()
+    early = tied & (tables.events["time"].to_numpy() < cut.of(tables.events["user_id"]))
+    if early.any():
+        row = int(np.flatnonzero(early)[0])
+        raise DataError(
+            f"The split leaks: {int(early.sum())} events of held-out requests lie in the training time, the first is "
+            f"row {row} of events; an event must not be earlier than the request it belongs to."
+        )
+
+
+def item_statistics(
+    items: pa.Table, requests: pa.Table, events: pa.Table, until: int | TimeCut | None, source: str = "auto"
+) -> pa.Table:
+    """Fills `exposures`, `clicks` and `orders` of the items from what happened strictly before `until`.
+
+    Args:
+        items, requests, events: tables in our schemas.
+        until: a moment, a cut per user, or None for everything.
+        source: `requests` counts candidates and their labels; `events` counts click and order events and leaves
+            exposures unknown; `auto` takes requests where a candidate before the cut has a position or a label 0 (the
+            source logged what was shown), otherwise events.
+
+    Returns:
+        The items with new counts. A count is null, not 0, where the source tells nothing about that feedback.
+    """
+    if source not in ("auto", "requests", "events"):
+        raise ConfigError(f"source must be 'auto', 'requests' or 'events', got '{source}'.")
+    cut = until if isinstance(until, TimeCut) else TimeCut(FOREVER if until is None else int(until))
+    past = requests.filter(pa.array(requests["time"].to_numpy() < cut.of(requests["user_id"])))
+    shown = pc.list_flatten(past["candidates"])
+    shown = shown.combine_chunks() if isinstance(shown, pa.ChunkedArray) else shown
+    if source == "auto":
+        source = "requests" if len(shown) and _logs_impressions(shown) else "events"
+    if source == "requests":
+        counts = _count_candidates(items, shown)
+    else:
+        done = events.filter(pa.array(events["time"].to_numpy() < cut.of(events["user_id"])))
+        counts = {"exposures": None}
+        for column, action in (("clicks", "click"), ("orders", "order")):
+            of_action = done["item_id"].filter(pc.equal(done["action"], action))
+            counts[column] = _count(items, of_action) if len(of_action) else None
+    for name, value in counts.items():
+        column = pa.nulls(items.num_rows, pa.int64()) if value is None else pa.array(value, pa.int64())
+        items = items.set_column(items.schema.get_field_index(name), items.schema.field(name), column)
+    return items
+
+
+def _logs_impressions(shown: pa.StructArray) -> bool:
+    has_position = len(shown) > shown.field("position").null_count
+    return has_position or any(pc.any(pc.equal(shown.field(name), 0)).as_py() for name in FEEDBACK)
+
+
+def _count_candidates(items: pa.Table, shown: pa.StructArray) -> dict[str, np.ndarray | None]:
+    ids = shown.field("item_id")
+    counts: dict[str, np.ndarray | None] = {"exposures": _count(items, ids)}
+    for column, label in (("clicks", "click"), ("orders", "order")):
+        values = shown.field(label)
+        known = len(values) > values.null_count
+        counts[column] = _count(items, ids.filter(pc.fill_null(pc.equal(values, 1), False))) if known else None
+    return counts
+
+
+def _count(items: pa.Table, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    rows = pc.drop_null(pc.index_in(ids, value_set=items["item_id"].combine_chunks()))
+    return np.bincount(rows.to_numpy().astype(np.int64), minlength=items.num_rows).astype(np.int64)

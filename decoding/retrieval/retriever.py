@@ -1,0 +1,294 @@
+"""From requests to ranked items: serializer, tokenizer, constrained beams and item expansion in one object.
+
+`SidRetriever` is what evaluation runs and what a published repository is loaded into, so a served answer is the evaluated one.
+Prompts are sorted by length and decoded in batches; the result does not depend on the batch (scores up to the rounding
+of float arithmetic). Filters take part in the search, so a filtered answer is the one of a catalogue without those items.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from sidtune.core.errors import DataError
+from sidtune.data_builders.prompts.serializer import Serializer
+from sidtune.decoding.beam_search import BeamOutput, sid_beam_search
+from sidtune.decoding.filters import RequestFilter
+from sidtune.decoding.items import rank_items
+from sidtune.decoding.retrieval.catalogue import Catalogue, Narrowing, Scope, Target
+from sidtune.decoding.retrieval.prompter import (
+    SERIALIZER_FILE,
+    TEMPLATES_FOLDER,
+    Prompter,
+    PromptSettings,
+    make_serializer,
+)
+from sidtune.decoding.retrieval.search_request import PastTurn, SearchRequest
+from sidtune.decoding.trie import SidTrie
+from sidtune.tokenizers.sids.semantic_ids import SemanticIds
+from sidtune.tokenizers.vocabulary.extension import Vocabulary
+from sidtune.tokenizers.vocabulary.saving import load_model
+
+MAX_QUERY_CHARS = 1000
+
+__all__ = [
+    "MAX_QUERY_CHARS",
+    "SERIALIZER_FILE",
+    "TEMPLATES_FOLDER",
+    "Hit",
+    "PastTurn",
+    "PromptSettings",
+    "SearchRequest",
+    "SidRetriever",
+    "catalogue_table",
+    "check_levels",
+    "make_serializer",
+]
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One ranked item: id, title, SID text and log-probability of the SID (renormalised over what may be found)."""
+
+    item_id: str
+    title: str | None
+    sid: str
+    score: float
+
+
+class SidRetriever:
+    """Ranks the whole catalogue for requests. Not thread-safe.
+
+    Args:
+        model, tokenizer, vocabulary: an extended language model.
+        sids: the catalogue's semantic IDs.
+        serializer: renders requests; made for the same tokenizer.
+        settings: see `PromptSettings`.
+        titles: item id → title, for results that people read.
+        catalogue: titles, categories and stock of `sids`; default: made from `sids` and `titles`.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        tokenizer: Any,
+        vocabulary: Vocabulary,
+        sids: SemanticIds,
+        serializer: Serializer,
+        settings: PromptSettings | None = None,
+        titles: dict[str, str | None] | None = None,
+        catalogue: Catalogue | None = None,
+    ) -> None:
+        check_levels(vocabulary, sids)
+        self.model, self.tokenizer, self.vocabulary = model.eval(), tokenizer, vocabulary
+        self.catalogue = Catalogue(sids, titles) if catalogue is None else catalogue
+        self.prompter = Prompter(tokenizer, serializer, settings, self.catalogue)
+        self.sids, self.serializer, self.settings = sids, serializer, self.prompter.settings
+        self.titles = self.catalogue.titles
+        self._tries: weakref.WeakKeyDictionary[SidTrie, SidTrie] = weakref.WeakKeyDictionary()
+        self.trie, self.leaves = self.catalogue.whole.trie, self.catalogue.whole.leaves
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str | torch.device | None = None) -> SidRetriever:
+        """Loads a folder written by the publish recipe (model, `sids/`, `serializer.json`, `templates/`, `catalogue.parquet`)."""
+        return cls.from_prompter(Prompter.from_bundle(folder), folder, device)
+
+    @classmethod
+    def from_prompter(
+        cls, prompter: Prompter, model_folder: str | Path, device: str | torch.device | None = None
+    ) -> SidRetriever:
+        """Adds the model of a folder to a prompter. `device` defaults to the GPU if there is one."""
+        vocabulary = Vocabulary.from_pretrained(model_folder)
+        check_levels(vocabulary, prompter.sids)
+        model = load_model(model_folder)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        catalogue = prompter.catalogue
+        return cls(
+            model.to(device),
+            prompter.tokenizer,
+            vocabulary,
+            catalogue.sids,
+            prompter.serializer,
+            prompter.settings,
+            catalogue=catalogue,
+        )
+
+    def beams(
+        self,
+        prompts: Sequence[Sequence[str]],
+        num_beams: int,
+        batch_size: int = 32,
+        trie: SidTrie | None = None,
+        progress: Callable[[int], Any] | None = None,
+        narrowings: Sequence[Narrowing] | None = None,
+    ) -> BeamOutput:
+        """Beams of every prompt (pieces), in the order given.
+
+        Args:
+            prompts: R prompts as lists of text pieces.
+            num_beams: K. batch_size: prompts in one pass.
+            trie: a restricted trie instead of the whole catalogue.
+            progress: called with the number of prompts finished in each batch.
+            narrowings: what each prompt takes out of `trie`.
+
+        Returns:
+            leaves and scores (R, K) on the CPU.
+        """
+        ids = self.prompter.encode(prompts)
+        order = np.argsort([-len(row) for row in ids], kind="stable")
+        leaves = torch.full((len(ids), num_beams), -1, dtype=torch.int64)
+        scores = torch.full((len(ids), num_beams), -torch.inf)
+        trie = self.trie if trie is None else trie
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            input_ids, mask = self._pad([ids[row] for row in rows])
+            filters = None if narrowings is None else _request_filter(trie, [narrowings[row] for row in rows])
+            out = sid_beam_search(
+                self.model,
+                input_ids,
+                mask,
+                trie=self._placed(trie),
+                sid_token_ids=self.vocabulary.sid_token_ids,
+                num_beams=num_beams,
+                filters=filters,
+            )
+            leaves[rows], scores[rows] = out.leaves.cpu(), out.scores.float().cpu()
+            if progress is not None:
+                progress(len(rows))
+        return BeamOutput(leaves, scores)
+
+    def rank(
+        self, prompts: Sequence[Sequence[str]], k: int, num_beams: int | None = None, **options: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Item rows and scores (R, k) of every prompt; -1 and -inf where the beams hold fewer items."""
+        return rank_items(self.beams(prompts, num_beams or max(k, 10), **options), self.leaves, k)
+
+    def rank_targets(
+        self,
+        prompts: Sequence[Sequence[str]],
+        targets: Sequence[Target],
+        batch_size: int = 32,
+        progress: Callable[[int], Any] | None = None,
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Item rows and scores of every prompt (pieces), at most `targets[i].k` each, best first.
+
+        Prompts with another beam width or another part of the catalogue are decoded apart, so that the answer of one does
+        not depend on the others. Arguments as in `beams`.
+        """
+        groups: dict[tuple[int, int], list[int]] = {}
+        for place, target in enumerate(targets):
+            groups.setdefault((target.num_beams, id(target.scope)), []).append(place)
+        found: list[Any] = [None] * len(prompts)
+        for (num_beams, _), places in groups.items():
+            scope: Scope = targets[places[0]].scope
+            narrowings = [targets[place].narrowing for place in places]
+            beams = self.beams(
+                [prompts[place] for place in places], num_beams, batch_size, scope.trie, progress, narrowings
+            )
+            widest = max(targets[place].k for place in places)
+            hidden = [narrowing.hidden for narrowing in narrowings]
+            rows, scores = rank_items(beams, scope.leaves, widest, exclude=hidden)
+            for place, own_rows, own_scores in zip(places, rows, scores, strict=True):
+                own_rows, own_scores = own_rows[: targets[place].k], own_scores[: targets[place].k]
+                found[place] = own_rows[own_rows >= 0], own_scores[own_rows >= 0]
+        return found
+
+    def hits(self, rows: np.ndarray, scores: np.ndarray) -> list[Hit]:
+        """Item rows and scores (n,) as what people read."""
+        ids, texts = self.sids.item_ids, self.catalogue.texts
+        items = [ids[row] for row in rows.tolist()]
+        return [Hit(i, self.titles.get(i), texts[i], score) for i, score in zip(items, scores.tolist(), strict=True)]
+
+    def search_batch(self, requests: Sequence[SearchRequest], batch_size: int = 32) -> list[list[Hit]]:
+        """Answers requests, each as `search` would alone.
+
+        Raises:
+            DataError: an item or a category that is not in the catalogue, a prompt that does not fit into the model.
+            ConfigError: k or num_beams below 1.
+        """
+        prompts = [self.prompter.pieces(request) for request in requests]
+        targets = [self.prompter.target(request) for request in requests]
+        return [self.hits(*found) for found in self.rank_targets(prompts, targets, batch_size)]
+
+    def search(
+        self,
+        query: str | None = None,
+        *,
+        profile: Sequence[tuple[str, str]] = (),
+        context: Sequence[tuple[str, str]] = (),
+        history: Sequence[PastTurn] = (),
+        k: int = 10,
+        num_beams: int | None = None,
+        **filters: Any,
+    ) -> list[Hit]:
+        """Answers one request; all texts are data and are sanitised.
+
+        Args:
+            query: what the user typed; None asks for recommendations.
+            profile, context: (name, value) pairs.
+            history: past turns, oldest first.
+            k: items wanted.
+            num_beams: default max(k, 10).
+            filters: `exclude_items`, `exclude_seen`, `only_items`, `only_categories`, `in_stock_only`; see
+                `SearchRequest`.
+
+        Raises:
+            DataError: an item of the history is not in the catalogue, or a text is too long.
+        """
+        if query is not None and len(query) > MAX_QUERY_CHARS:
+            raise DataError(
+                f"The query has {len(query)} characters; at most {MAX_QUERY_CHARS} are allowed, shorten it."
+            )
+        request = SearchRequest(query, profile, context, history, k, num_beams, **filters)
+        return self.search_batch([request])[0]
+
+    def _placed(self, trie: SidTrie) -> SidTrie:
+        """The trie on the model's device, copied there once and not for every batch."""
+        device = next(self.model.parameters()).device
+        if trie.device == device:
+            return trie
+        if self._tries.get(trie) is None or self._tries[trie].device != device:
+            self._tries[trie] = trie.to(device)
+        return self._tries[trie]
+
+    def _pad(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        length = max(map(len, rows))
+        pad = self.tokenizer.pad_token_id
+        pad = 0 if pad is None else pad
+        # Encoder-decoders read padding on the right, decoder-only models need the prompt's end at the edge.
+        left = not getattr(self.model.config, "is_encoder_decoder", False)
+        ids = np.full((len(rows), length), pad, dtype=np.int64)
+        mask = np.zeros((len(rows), length), dtype=np.int64)
+        for place, row in enumerate(rows):
+            part = slice(length - len(row), length) if left else slice(0, len(row))
+            ids[place, part], mask[place, part] = row, 1
+        return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+def check_levels(vocabulary: Vocabulary, sids: SemanticIds) -> None:
+    """Raises DataError when a model's SID tokens are not those of the catalogue."""
+    if tuple(vocabulary.level_sizes) != tuple(sids.level_sizes):
+        raise DataError(
+            f"The model was made for SIDs of sizes {tuple(vocabulary.level_sizes)}, the catalogue has "
+            f"{tuple(sids.level_sizes)}; use the SIDs that the model was extended with."
+        )
+    vocabulary.check(sids=sids)
+
+
+def _request_filter(trie: SidTrie, narrowings: Sequence[Narrowing]) -> RequestFilter | None:
+    """The filter of one batch, or None when leaving items out of their leaves afterwards is enough."""
+    if not any(narrowing.changes_leaves for narrowing in narrowings):
+        return None
+    return RequestFilter(trie, [n.dead for n in narrowings], [n.only for n in narrowings])
+
+
+def catalogue_table(items: pa.Table) -> pa.Table:
+    """What a bundle carries of the catalogue: item id, title, category, clicks."""
+    return items.select(["item_id", "title", "category", "clicks"])

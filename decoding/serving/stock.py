@@ -1,0 +1,110 @@
+"""What the batch script and the server share: prompts without a model, and files of item ids."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sidtune.core.errors import DataError
+from sidtune.decoding.retrieval.catalogue import Catalogue
+from sidtune.decoding.retrieval.loading import final_model, load_serializer
+from sidtune.decoding.retrieval.prompter import Prompter
+from sidtune.decoding.retrieval.retriever import check_levels
+from sidtune.tokenizers.base_models.loading import load_tokenizer
+from sidtune.tokenizers.sids.semantic_ids import SemanticIds
+from sidtune.tokenizers.vocabulary.extension import Vocabulary
+
+logger = logging.getLogger(__name__)
+
+
+def load_prompter(
+    model_dir: str | Path, sids_dir: str | Path | None = None, items: pa.Table | None = None
+) -> tuple[Prompter, Path]:
+    """Everything of a retriever but the weights, and the folder the weights stand in.
+
+    Args:
+        model_dir: a bundle of publish, or with `sids_dir` a model folder or the folder of `sft`.
+        sids_dir: folder of learn_sids.
+        items: items table with titles and categories, for a model folder; a bundle brings its own.
+
+    Raises:
+        DataError: a folder is missing, damaged, or made for another catalogue.
+    """
+    if sids_dir is None:
+        folder = Path(model_dir)
+        prompter = Prompter.from_bundle(folder)
+    else:
+        folder = final_model(model_dir)
+        tokenizer = load_tokenizer(folder)
+        serializer, settings = load_serializer(folder, tokenizer)
+        sids = SemanticIds.from_pretrained(Path(sids_dir) / "sids")
+        prompter = Prompter(tokenizer, serializer, settings, Catalogue.from_table(sids, items))
+    vocabulary = Vocabulary.from_pretrained(folder)
+    vocabulary.check(prompter.tokenizer)
+    check_levels(vocabulary, prompter.sids)
+    return prompter, folder
+
+
+def read_item_ids(path: str | Path) -> list[str]:
+    """Item ids of a `.parquet` file (column `item_id`), or of a text file with one id a line.
+
+    Raises:
+        DataError: missing, unreadable, not UTF-8, or without any id.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".parquet":
+            ids = [i for i in pq.read_table(path, columns=["item_id"])["item_id"].to_pylist() if i is not None]
+        else:
+            ids = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except FileNotFoundError:
+        raise DataError(f"The file of item ids {path} does not exist; check the path.") from None
+    except UnicodeDecodeError:
+        raise DataError(
+            f"The file of item ids {path} is not UTF-8 text; write one id a line, or a parquet file."
+        ) from None
+    except (pa.ArrowException, OSError, KeyError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise DataError(f"The file of item ids {path} cannot be read ({reason}); it needs a column item_id.") from None
+    if not ids or not all(isinstance(i, str) for i in ids):
+        raise DataError(f"The file {path} holds no item ids, or ids that are no texts; write one id a line.")
+    return ids
+
+
+class StockFile:
+    """A file of the item ids in stock that is read again when it changes.
+
+    Args:
+        path: see `read_item_ids`.
+        catalogue: its `set_stock` is called.
+
+    Raises:
+        DataError: the file cannot be read at the start. Later, a bad file leaves the last good list in use.
+    """
+
+    def __init__(self, path: str | Path, catalogue: Catalogue) -> None:
+        self.path, self._catalogue = Path(path), catalogue
+        self._stamp = self._now()
+        catalogue.set_stock(read_item_ids(self.path))
+
+    def _now(self) -> tuple[int, int] | None:
+        try:
+            stat = self.path.stat()
+        except OSError:
+            return None
+        return stat.st_mtime_ns, stat.st_size
+
+    def refresh(self) -> None:
+        """Reads the file again if it is another than last time."""
+        stamp = self._now()
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            self._catalogue.set_stock(read_item_ids(self.path))
+            logger.info("The stock list was read again: %d items are in stock.", self._catalogue.stock)
+        except DataError as error:
+            logger.warning("The stock list stays as it was. %s", error)

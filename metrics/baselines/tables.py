@@ -1,0 +1,110 @@
+"""From the four tables to item rows and training counts: what slices and baselines both need.
+
+Counts are of the past only: `training_events` keeps what lies before the held-out requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sidtune.core.errors import ConfigError, DataError, nearest
+from sidtune.data_builders.tables.splits import training_cut
+
+
+class Folder(Protocol):
+    """The part of a loaded data folder that is read here (see `data_builders/tables/store.py`)."""
+
+    items: pa.Table
+    events: pa.Table
+    requests: Mapping[str, pa.Table]
+    meta: dict[str, Any]
+
+
+def item_rows(ids: Any, items: pa.Table, what: str) -> np.ndarray:
+    """Row of each item id in the items table.
+
+    Args:
+        ids: (n,) item ids; Arrow array, list or string array.
+        items: items table; its row order numbers the items.
+        what: what the ids belong to, for the message.
+
+    Returns:
+        (n,) int64.
+
+    Raises:
+        DataError: an id is null or not in the catalogue.
+    """
+    ids = _strings(ids)
+    found = pc.index_in(ids, value_set=_strings(items["item_id"]))
+    # A null id would match a null in the value set; item ids are never null there.
+    if found.null_count:
+        first = int(np.argmax(found.is_null().to_numpy(zero_copy_only=False)))
+        raise DataError(
+            f"{found.null_count} item ids of {what} are not in the catalogue (the first is {ids[first].as_py()!r}); "
+            "add the items or leave these rows out."
+        )
+    return found.to_numpy().astype(np.int64)
+
+
+def training_events(folder: Folder) -> pa.Table:
+    """Events that training may see: those strictly before the cut of the split (see `splits.training_cut`).
+
+    Raises:
+        DataError: nothing is left.
+    """
+    held = [folder.requests[name] for name in ("valid", "test") if name in folder.requests]
+    events = folder.events
+    if held:
+        late = pa.concat_tables(table.select(["user_id", "time"]) for table in held)
+        cut = training_cut(late, np.full(late.num_rows, "test"), folder.meta.get("split") or {})
+        events = events.filter(pa.array(events["time"].to_numpy() < cut.of(events["user_id"])))
+    if not events.num_rows:
+        raise DataError("No event lies before the valid and test requests; baselines and slices need training events.")
+    return events
+
+
+def event_counts(events: pa.Table, items: pa.Table, weights: Mapping[str, float] | None = None) -> np.ndarray:
+    """(N,) float64 number of events of each item; `weights` counts each action by its weight and ignores the others.
+
+    Raises:
+        DataError: an event names an item outside the catalogue.
+        ConfigError: no action of `weights` occurs.
+    """
+    amounts = action_weights(events, weights)
+    return np.bincount(item_rows(events["item_id"], items, "the events"), weights=amounts, minlength=items.num_rows)
+
+
+def action_weights(events: pa.Table, weights: Mapping[str, float] | None) -> np.ndarray:
+    """(n,) float64 weight of each event: 1, or the weight of its action (0 for an action that is not named)."""
+    if weights is None:
+        return np.ones(events.num_rows)
+    actions = _strings(events["action"])
+    known = [a for a in pc.unique(actions).to_pylist() if a is not None]
+    missing = [name for name in weights if name not in known]
+    if len(missing) == len(weights):
+        first = missing[0] if missing else ""
+        raise ConfigError(f"No training event has an action of {list(weights)}: {nearest(first, known)}")
+    table = np.array([weights.get(name, 0.0) for name in known] + [0.0])
+    place = pc.fill_null(pc.index_in(actions, value_set=pa.array(known, pa.string())), len(known))
+    return table[place.to_numpy(zero_copy_only=False)]
+
+
+def popularity_order(counts: np.ndarray, items: pa.Table) -> np.ndarray:
+    """(N,) int64 item rows by falling count, then by rising item id: how every tie in this project breaks."""
+    ids = _strings(items["item_id"])
+    by_id = np.empty(len(ids), dtype=np.int64)
+    by_id[pc.sort_indices(ids).to_numpy()] = np.arange(len(ids))
+    return np.lexsort((by_id, -np.asarray(counts)))
+
+
+def _strings(values: Any) -> pa.Array:
+    if isinstance(values, pa.ChunkedArray):
+        values = values.combine_chunks()
+    if not isinstance(values, pa.Array):
+        values = pa.array(values, pa.string())
+    return values.cast(pa.string())

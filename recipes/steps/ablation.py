@@ -1,0 +1,250 @@
+"""Compares variants of one step over several seeds: what each change of GRPO, and the loop of CRS, do to the model they start from.
+
+    python -m sidtune.recipes.steps.ablation --config recipes/crs/ablation/shop.yaml --output_dir runs/ablation
+
+The config names a pipeline, its step that the variants start from, and the variants: name → options laid over the
+variant step's config. Every seed runs the pipeline up to that step once, then each variant and its evaluation, on the
+same requests. `steps` adds steps that are not variants themselves (the self-evolving loop), `models` the models inside their
+folders that get a row. The table holds mean and standard deviation over the seeds, and the difference to the start with a paired
+bootstrap over the users of all seeds, p-values adjusted for the number of variants (Holm). Finished steps are skipped,
+so an interrupted comparison goes on where it was. Choose settings on `split: valid`, report on `test`.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from sidtune.core.config import as_dict, command, load_yaml
+from sidtune.core.errors import ConfigError, DataError, nearest
+from sidtune.core.folders import versions
+from sidtune.metrics.statistics.bootstrap import holm, paired_bootstrap
+from sidtune.recipes import run
+from sidtune.recipes.steps.seeds import check_readme, publish
+
+START = "start"
+
+
+@dataclass
+class Arguments:
+    """Options of ablation.
+
+    Attributes:
+        pipeline: pipeline file, relative to this config.
+        start: name of its step that the variants start from; steps behind it are not run.
+        variants: name → options of the script, laid over `config`.
+        output_dir: folder that receives `seed_<n>/<step>`.
+        script: script of the variants. config: its YAML, relative to this config.
+        steps: further steps behind the start, as in a pipeline file; their configs are relative to this config.
+        models: row → `model`, a model in a folder of `steps` such as `evolve/round_1/rl`, `args` of its evaluation, and `against`,
+            another row that it is compared with beside the start, usually the one its training began with.
+        evaluate: YAML of the evaluation, relative to this config. evaluator: its script, `evaluate`, or `reason` for models
+            that reason first.
+        split: split that is evaluated, `test` or `valid`.
+        seeds: at least two.
+        metric: the metric compared.
+        shown: further metrics in the table.
+        level, samples: of the paired bootstrap.
+        results: JSON file that receives all figures. readme: README files whose table is replaced.
+        root: folder of this config; set by the runner.
+    """
+
+    pipeline: str
+    start: str
+    variants: dict
+    output_dir: str
+    script: str = "grpo"
+    config: str = "grpo.yaml"
+    steps: list[dict] = field(default_factory=list)
+    models: dict = field(default_factory=dict)
+    evaluate: str = "evaluate.yaml"
+    evaluator: Literal["evaluate", "reason"] = "evaluate"
+    split: str = "test"
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    metric: str = "ndcg@10"
+    shown: list[str] = field(default_factory=lambda: ["hr@10"])
+    level: float = 0.95
+    samples: int = 2000
+    results: str | None = None
+    readme: list[str] = field(default_factory=list)
+    root: str | None = None
+
+    def __post_init__(self) -> None:
+        if len(set(self.seeds)) != len(self.seeds) or len(self.seeds) < 2:
+            raise ConfigError(f"seeds must be at least two different integers, got {self.seeds}.")
+        names = [*self.variants, *self.models]
+        wrong = [name for name in names if name == START or not isinstance(name, str) or "/" in name]
+        if not names or wrong or len(set(names)) < len(names):
+            raise ConfigError(
+                f"variants and models must be different names (no '/', not '{START}') with options each, got {wrong or names}."
+            )
+        for name, options in self.models.items():
+            if not isinstance(options, dict) or set(options) - {"model", "args", "against"} or "model" not in options:
+                raise ConfigError(
+                    f"models.{name} must have a `model` and may have `args` and `against`, got {options}."
+                )
+            if options.get("against", START) not in (START, *names):
+                raise ConfigError(f"models.{name}.against: {nearest(str(options['against']), names)}")
+
+    def pipeline_of(self, seed: int) -> run.RunArguments:
+        """The pipeline of one seed: its own steps up to the start, then each variant and its evaluation."""
+        root = Path(self.root or ".")
+        file = root / self.pipeline
+        base = load_yaml(file)
+        names = [step["name"] for step in base["steps"]]
+        if self.start not in names:
+            raise ConfigError(f"The pipeline {file} has no step '{self.start}'; it has {', '.join(names)}.")
+        steps = base["steps"][: names.index(self.start) + 1]
+        for step in steps:
+            if step.get("config"):
+                step["config"] = str((file.parent / step["config"]).resolve())
+        used = dict(next(step for step in steps if step["name"] == self.start).get("inputs", {}))
+        data = {name: used[name] for name in ("data_dir", "sids_dir") if name in used}
+        steps.append(self._evaluation(START, self.start, data))
+        for name, options in self.variants.items():
+            config = str((root / self.config).resolve())
+            inputs = {**data, "model_dir": self.start}
+            steps.append({"name": name, "script": self.script, "config": config, "inputs": inputs, "args": options})
+            steps.append(self._evaluation(name, name, data))
+        steps += self.steps
+        for name, options in self.models.items():
+            steps.append(self._evaluation(name, options["model"], data, options.get("args")))
+        folder = Path(self.output_dir) / f"seed_{seed}"
+        launch = base.get("launch", {})
+        return run.RunArguments(steps, str(folder), name=f"seed {seed}", launch=launch, seed=seed, root=str(root))
+
+    def _evaluation(
+        self, name: str, model: str, data: dict[str, str], args: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        config = str((Path(self.root or ".") / self.evaluate).resolve())
+        alone = {"baselines": [], "upper_bound": False} if self.evaluator == "evaluate" else {"reasoning": False}
+        inputs = {**data, "model_dir": model}
+        args = {"split": self.split, **alone, **(args or {})}
+        return {
+            "name": f"{self.split}_{name}", "script": self.evaluator, "config": config, "inputs": inputs, "args": args
+        }  # fmt: skip
+
+
+def main(arguments: Arguments) -> None:
+    """Runs all seeds and writes results and table."""
+    for readme in arguments.readme:
+        check_readme(Path(readme))
+    pipelines = {seed: arguments.pipeline_of(seed) for seed in arguments.seeds}
+    for pipeline in pipelines.values():
+        run.resolve(pipeline)
+    started = time.time()
+    for pipeline in pipelines.values():
+        run.main(pipeline)
+    record = compare(arguments)
+    record["seconds"] = round(time.time() - started)
+    publish(record, markdown(record), arguments.results, arguments.readme)
+
+
+def compare(arguments: Arguments) -> dict[str, Any]:
+    """Mean and spread of every variant, and its difference to the start, request by request."""
+    metrics = [arguments.metric, *arguments.shown]
+    others = [*arguments.variants, *arguments.models]
+    names = [START, *others]
+    found = {name: [_values(arguments, seed, name, metrics) for seed in arguments.seeds] for name in names}
+    rows: dict[str, Any] = {}
+    for name, seeds in found.items():
+        means = {metric: [float(values[metric].mean()) for values in seeds] for metric in metrics}
+        rows[name] = {
+            "metrics": {
+                m: {"mean": statistics.fmean(v), "std": statistics.stdev(v), "values": v} for m, v in means.items()
+            }
+        }
+    for name in others:
+        _check_same_requests(arguments, found, name)
+    _add_pairs(arguments, rows, found, dict.fromkeys(others, START), "against_start")
+    bases = {name: options["against"] for name, options in arguments.models.items() if "against" in options}
+    _add_pairs(arguments, rows, found, bases, "against_base")
+    for name, base in bases.items():
+        rows[name]["base"] = base
+    return {
+        "metric": arguments.metric,
+        "split": arguments.split,
+        "seeds": arguments.seeds,
+        "requests": [len(values["users"]) for values in found[START]],
+        "variants": {name: as_dict(options) for name, options in (arguments.variants | arguments.models).items()},
+        "rows": rows,
+        "versions": versions(),
+    }
+
+
+def _add_pairs(
+    arguments: Arguments, rows: dict[str, Any], found: dict[str, list[dict[str, Any]]], bases: dict[str, str], key: str
+) -> None:
+    """The difference of each row to its base under `key`, p-values adjusted together (Holm)."""
+    pairs = {}
+    for name, base in bases.items():
+        one, other = (np.concatenate([values[arguments.metric] for values in found[n]]) for n in (name, base))
+        # A user of one seed's shop is another person than the user of that name in another's.
+        users = [f"{n}/{user}" for n, values in enumerate(found[name]) for user in values["users"]]
+        pairs[name] = paired_bootstrap(one, other, arguments.level, arguments.samples, clusters=users)
+    adjusted = holm([pair.p_value for pair in pairs.values()]) if pairs else []
+    for (name, pair), p_value in zip(pairs.items(), adjusted, strict=True):
+        rows[name][key] = {**as_dict(pair), "adjusted_p_value": p_value}
+
+
+def _values(arguments: Arguments, seed: int, name: str, metrics: list[str]) -> dict[str, Any]:
+    folder = Path(arguments.output_dir) / f"seed_{seed}" / f"{arguments.split}_{name}"
+    table = pq.read_table(folder / "per_request.parquet")
+    prefix = "sidtune/" if arguments.evaluator == "evaluate" else ""
+    missing = [metric for metric in metrics if prefix + metric not in table.column_names]
+    if missing:
+        raise DataError(
+            f"{folder} has no {', '.join(missing)}; let the evaluation compute it, or compare another metric."
+        )
+    values: dict[str, Any] = {metric: table[prefix + metric].to_numpy() for metric in metrics}
+    return {**values, "users": table["user_id"].to_pylist(), "requests": table["request_id"].to_pylist()}
+
+
+def _check_same_requests(arguments: Arguments, found: dict[str, list[dict[str, Any]]], name: str) -> None:
+    for seed, one, start in zip(arguments.seeds, found[name], found[START], strict=True):
+        if one["requests"] != start["requests"]:
+            raise DataError(
+                f"'{name}' of seed {seed} was evaluated on other requests than its start, so they cannot be paired; remove the "
+                "folders of both evaluations and run again."
+            )
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The comparison as a GitHub table."""
+    rows = record["rows"]
+    metrics = list(rows[START]["metrics"])
+    head = [*metrics, f"{record['metric']} against start", "p (Holm)"]
+    based = any("base" in row for row in rows.values())
+    head += [f"{record['metric']} against its own start", "p (Holm)"] if based else []
+    lines = ["| variant | " + " | ".join(head) + " |", "|---|" + "---:|" * len(head)]
+    for name, row in rows.items():
+        cells = [f"{row['metrics'][m]['mean']:.4f} ± {row['metrics'][m]['std']:.4f}" for m in metrics]
+        cells += _pair_cells(row.get("against_start"))
+        if based:
+            told, p_value = _pair_cells(row.get("against_base"))
+            cells += [f"{row['base']}: {told}" if told else "", p_value]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    seeds, counts = ", ".join(map(str, record["seeds"])), sorted(set(record["requests"]))
+    counted = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+    lines += [
+        "",
+        f"Mean ± standard deviation over seeds {seeds}; {counted} {record['split']} requests each; paired bootstrap over users.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _pair_cells(pair: dict[str, Any] | None) -> list[str]:
+    if pair is None:
+        return ["", ""]
+    return [f"{pair['difference']:+.4f} [{pair['low']:+.4f}, {pair['high']:+.4f}]", f"{pair['adjusted_p_value']:.3f}"]
+
+
+if __name__ == "__main__":
+    command(main, Arguments, run.with_root(sys.argv[1:]))

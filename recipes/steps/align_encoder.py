@@ -1,0 +1,300 @@
+"""Trains a text encoder whose vectors follow behaviour, not words alone: OneSearch's aligned embeddings.
+
+    accelerate launch -m sidtune.recipes.steps.align_encoder --config recipes/onesearch/align_encoder.yaml \\
+        --data_dir runs/onesearch/data --output_dir runs/onesearch/encoder
+    python -m sidtune.recipes.steps.learn_sids --data_dir runs/onesearch/data --output_dir runs/onesearch/sids \\
+        --encoder '{name: transformers, model: runs/onesearch/encoder}'
+
+Pairs are mined from the log before the split and filtered by a base encoder; five terms are learned (`trainers/contrastive/losses.py`).
+The output folder is a plain transformers model with its pooling, `report.json` (recall of held-out pairs, before and after) and
+`run.json`.
+An interrupted run goes on from its last checkpoint, in `.work_<name>` beside the output folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sidtune.core.config import as_dict, build, command
+from sidtune.core.errors import ConfigError
+from sidtune.core.folders import fingerprint, read_json, write_folder, write_json, write_run
+from sidtune.data_builders.mining.alignment_pairs import MiningConfig, held_out_pairs
+from sidtune.data_builders.tables.splits import training_cut
+from sidtune.data_builders.tables.store import DataFolder, load_folder
+from sidtune.recipes.steps.learn_sids import texts_of
+from sidtune.trainers.contrastive.sources import (
+    AlignmentSource,
+    RelevanceConfig,
+    ThresholdConfig,
+    alignment_source,
+)
+
+logger = logging.getLogger(__name__)
+REPORT_FILE, STATE_FILE, PAIRS_FILE, SOURCE_FILE = "report.json", "state.json", "pairs.npz", "source.json"
+
+
+@dataclass
+class Arguments:
+    """Options of align_encoder.
+
+    Attributes:
+        data_dir: folder written by build_data.
+        output_dir: model folder to write.
+        backbone: name or folder of the pretrained text model to start from; null makes a small one from scratch.
+        revision: revision of the backbone on the hub.
+        scratch: config of the model made from scratch: `model_type` (default bert) and fields of its transformers config.
+        text_vocab_size: size of the byte-level BPE of a model made from scratch.
+        pooling: `mean`, `cls` or `last`; `auto` takes what the backbone's folder names, else mean.
+        max_length: texts are cut to this many tokens, in training and afterwards.
+        base: `name` and options of the encoder that filters pairs and is the yardstick of the report; default `tfidf_svd`.
+        mining: options of `data_builders.alignment_pairs.MiningConfig`.
+        thresholds: `q2q`, `i2i`, `q2i`: pairs above this base cosine are kept.
+        relevance: options of `align_sources.RelevanceConfig`: where relevance scores come from.
+        loss: options of `trainers.aligned_losses.AlignedLossConfig`: weights, temperature, margins.
+        args: fields of transformers' TrainingArguments.
+        split: held-out requests of the report, `valid` or `test`.
+        k: cut-off of the report's recall.
+        seed: of weights, order and draws.
+    """
+
+    data_dir: str
+    output_dir: str
+    backbone: str | None = None
+    revision: str | None = None
+    scratch: dict = field(default_factory=dict)
+    text_vocab_size: int = 4096
+    pooling: str = "auto"
+    max_length: int = 64
+    base: dict = field(default_factory=dict)
+    mining: dict = field(default_factory=dict)
+    thresholds: dict = field(default_factory=dict)
+    relevance: dict = field(default_factory=dict)
+    loss: dict = field(default_factory=dict)
+    args: dict = field(default_factory=dict)
+    split: str = "test"
+    k: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        from sidtune.trainers.contrastive.losses import AlignedLossConfig
+        from sidtune.trainers.contrastive.trainer import checked_aligned_args
+
+        self.mining_config = build(MiningConfig, self.mining, "mining")
+        self.threshold_config = build(ThresholdConfig, self.thresholds, "thresholds")
+        self.relevance_config = build(RelevanceConfig, self.relevance, "relevance")
+        self.loss_config = build(AlignedLossConfig, self.loss, "loss")
+        checked_aligned_args(self.args)
+        if self.pooling not in ("auto", "mean", "cls", "last"):
+            raise ConfigError(f"pooling must be 'auto', 'mean', 'cls' or 'last', got '{self.pooling}'.")
+        if self.split not in ("valid", "test") or self.k < 1:
+            raise ConfigError(f"split must be 'valid' or 'test' and k at least 1, got '{self.split}' and {self.k}.")
+
+
+def main(arguments: Arguments) -> None:
+    """Mines, trains, writes the folder and prints the report."""
+    from sidtune.trainers.common.processes import on_main
+    from sidtune.trainers.contrastive.trainer import (
+        AlignedExamples,
+        aligned_args,
+        check_encoder,
+        load_encoder,
+        train_aligned,
+    )
+
+    started = time.time()
+    output = Path(arguments.output_dir)
+    work = output.parent / f".work_{output.name}"
+    args = aligned_args(arguments.args, work / "checkpoints", arguments.seed)  # also forms the group of processes
+    if arguments.backbone is not None:  # a wrong name is told before the mining
+        check_encoder(
+            load_encoder(arguments.backbone, arguments.revision)[0], _pooling(arguments), arguments.max_length
+        )
+    on_main(lambda: _prepare(arguments, work))
+    source, texts = _load_source(work), texts_of(load_folder(arguments.data_dir).items)
+    model, tokenizer = _backbone(arguments, source.queries, texts)
+    pooling = _pooling(arguments)
+    check_encoder(model, pooling, arguments.max_length)
+    examples = AlignedExamples(source.queries, texts, source.pairs, source.scores)
+    shape = (pooling, arguments.max_length)
+    on_main(lambda: _save_start(work / "start", model, tokenizer, *shape))
+    trainer = train_aligned(model, tokenizer, examples, args, arguments.loss_config, *shape)
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    on_main(lambda: _write(arguments, work, trained, tokenizer, shape, trainer.state.log_history, source, started))
+
+
+def _prepare(arguments: Arguments, work: Path) -> None:
+    """Main process: the pairs, unless an interrupted run of the same settings and data left them."""
+    settings = {key: value for key, value in as_dict(arguments).items() if key not in ("data_dir", "output_dir")}
+    file = arguments.relevance_config.file
+    known = [settings, fingerprint(arguments.data_dir), None if file is None else fingerprint(file)]
+    state = {"identity": hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()}
+    if (work / STATE_FILE).is_file() and read_json(work / STATE_FILE) == state:
+        return
+    shutil.rmtree(work, ignore_errors=True)
+    data = load_folder(arguments.data_dir)
+    source = _source(arguments, data)
+    for note in source.told["notes"]:
+        logger.warning("%s", note)
+    work.mkdir(parents=True)
+    np.savez(work / PAIRS_FILE, scores=source.scores, **source.pairs)
+    write_json(work / SOURCE_FILE, {"queries": source.queries, "told": source.told})
+    write_json(work / STATE_FILE, state)
+
+
+def _source(arguments: Arguments, data: DataFolder) -> AlignmentSource:
+    from sidtune.metrics.baselines.tables import training_events
+
+    texts = texts_of(data.items)
+    return alignment_source(
+        *(data, training_events(data), texts, _base(arguments, texts)),
+        *(arguments.mining_config, arguments.threshold_config, arguments.relevance_config, arguments.seed),
+    )
+
+
+def _base(arguments: Arguments, texts: list[str]) -> Any:
+    """The fitted base encoder."""
+    from sidtune.tokenizers.registry import ENCODERS, make_encoder
+
+    spec = {"name": "tfidf_svd", **arguments.base}
+    options = {key: value for key, value in spec.items() if key != "name"}
+    if "seed" in ENCODERS.get(spec["name"]).config_class.__dataclass_fields__:
+        options.setdefault("seed", arguments.seed)
+    return make_encoder(spec["name"], options).fit(texts)
+
+
+def _load_source(work: Path) -> AlignmentSource:
+    record = read_json(work / SOURCE_FILE)
+    with np.load(work / PAIRS_FILE, allow_pickle=False) as arrays:
+        pairs = {name: arrays[name] for name in arrays.files}
+    return AlignmentSource(record["queries"], pairs, pairs.pop("scores"), record["told"])
+
+
+def _backbone(arguments: Arguments, queries: list[str], texts: list[str]) -> tuple[Any, Any]:
+    """Model and tokenizer to start from."""
+    from sidtune.tokenizers.encoders.scratch import scratch_encoder
+    from sidtune.trainers.contrastive.trainer import load_encoder
+
+    if arguments.backbone is not None:
+        return load_encoder(arguments.backbone, arguments.revision)
+    return scratch_encoder([*texts, *queries], arguments.scratch, arguments.text_vocab_size, arguments.seed)
+
+
+def _pooling(arguments: Arguments) -> str:
+    """The pooling with `auto` decided."""
+    from sidtune.tokenizers.encoders.pooling import saved_pooling
+
+    if arguments.pooling != "auto":
+        return arguments.pooling
+    named = None if arguments.backbone is None else saved_pooling(arguments.backbone, arguments.revision)
+    return named or "mean"
+
+
+def _save_start(folder: Path, model: Any, tokenizer: Any, pooling: str, max_length: int) -> None:
+    """Main process: the untrained model, for the report; a resumed run has it already."""
+    from sidtune.trainers.contrastive.trainer import save_aligned
+
+    if folder.is_dir():
+        return
+    with write_folder(folder) as scratch:
+        save_aligned(scratch, model, tokenizer, pooling, max_length)
+
+
+def _write(
+    arguments: Arguments,
+    work: Path,
+    model: Any,
+    tokenizer: Any,
+    shape: tuple[str, int],
+    history: list[dict[str, Any]],
+    source: AlignmentSource,
+    started: float,
+) -> None:
+    """Main process: the folder at once, then the work folder goes."""
+    from sidtune.metrics.pair_recall import recall_to_markdown
+    from sidtune.trainers.contrastive.trainer import save_aligned
+
+    with write_folder(arguments.output_dir) as scratch:
+        save_aligned(scratch, model, tokenizer, *shape)
+        rows, names = _report(arguments, {"start": work / "start", "aligned": scratch})
+        report = {"k": arguments.k, "encoders": names, "mined": source.told, "rows": rows, "curves": history}
+        write_json(scratch / REPORT_FILE, report)
+        write_run(
+            scratch,
+            step="align_encoder",
+            config=as_dict(arguments),
+            inputs={"data_dir": arguments.data_dir},
+            metrics={
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "pooling": shape[0],
+                "mined": source.told,
+                "recall": {row["pairs_of"]: row["recall"] for row in rows},
+            },
+            started=started,
+        )
+    shutil.rmtree(work, ignore_errors=True)
+    for kind in ("q2q", "i2i", "q2i"):
+        print(f"{kind}: {source.told[kind]['kept']:,} of {source.told[kind]['mined']:,} mined pairs kept")
+    print(
+        f"rank: {source.told['rank']['rows']:,} rows; relevance: {source.told['relevance']['rows']:,} rows "
+        f"({source.told['relevance']['source']})"
+    )
+    print(*source.told["notes"], sep="\n")
+    print(recall_to_markdown(rows, arguments.k, names))
+
+
+def _report(arguments: Arguments, folders: dict[str, Path]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Recall of held-out pairs by the base encoder, the start model and the aligned one, as the saved folders encode."""
+    from sidtune.metrics.baselines.tables import training_events
+    from sidtune.metrics.pair_recall import compare_recall, pair_hits
+    from sidtune.tokenizers.registry import make_encoder
+
+    data = load_folder(arguments.data_dir)
+    texts, ids = texts_of(data.items), data.items["item_id"].to_pylist()
+    early = training_events(data)
+    held = held_out_pairs(
+        *(data.items, _late_events(data, arguments.split), data.requests[arguments.split], early),
+        *(data.requests["train"], arguments.mining_config.actions),
+    )
+    encoders = {"base": _base(arguments, texts)}
+    for name, folder in folders.items():
+        encoders[name] = make_encoder("transformers", {"model": str(folder)}).fit(texts)
+    hits: dict[str, dict[str, np.ndarray]] = {"query to item": {}, "item to item": {}}
+    for name, encoder in encoders.items():
+        items = encoder.encode(texts, ids)
+        queries = encoder.encode(held.queries) if held.queries else np.zeros((1, items.shape[1]), np.float32)
+        hits["query to item"][name] = pair_hits(queries, items, held.q2i, arguments.k)
+        hits["item to item"][name] = pair_hits(items, items, held.i2i, arguments.k, among_items=True)
+    rows = []
+    for kind, pairs, new in (("query to item", held.q2i, held.q2i_new), ("item to item", held.i2i, held.i2i_new)):
+        for which, mask in (("all", np.ones(len(pairs), bool)), ("new", new)):
+            chosen = {name: values[mask] for name, values in hits[kind].items()}
+            row = compare_recall(chosen, pairs[mask, 0], "base", "aligned", seed=arguments.seed)
+            rows.append({"pairs_of": f"{kind}, {which}", **row})
+    return rows, list(encoders)
+
+
+def _late_events(data: DataFolder, split: str) -> pa.Table:
+    """Events of the held-out requests; where events name no request, all that are not before the split."""
+    wanted = data.requests[split]["request_id"].combine_chunks()
+    named = data.events["request_id"]
+    if named.null_count < len(named):
+        return data.events.filter(pc.is_in(named, value_set=wanted))
+    held = [data.requests[name].select(["user_id", "time"]) for name in ("valid", "test")]
+    late = pa.concat_tables(held)
+    cut = training_cut(late, np.full(late.num_rows, "test"), data.meta.get("split") or {})
+    return data.events.filter(pa.array(data.events["time"].to_numpy() >= cut.of(data.events["user_id"])))
+
+
+if __name__ == "__main__":
+    command(main, Arguments)

@@ -1,0 +1,115 @@
+"""Builds a data folder: reader → clean typed tables → split → statistics of the past → validated parquet.
+
+python -m sidtune.recipes.steps.build_data --config recipes/quickstart/build_data.yaml --output_dir runs/quickstart/data
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sidtune.core.config import as_dict, check_keys, command
+from sidtune.core.errors import ConfigError
+from sidtune.core.folders import write_folder, write_run
+from sidtune.data_builders.registry import READERS
+from sidtune.data_builders.shop_world.config import config_from_options
+from sidtune.data_builders.tables import splits
+from sidtune.data_builders.tables.schema import Tables
+from sidtune.data_builders.tables.store import save_tables, split_names
+from sidtune.data_builders.tables.validate import check_folder, check_tables
+
+SPLIT_OPTIONS = [name for name in inspect.signature(splits.apply_split).parameters if name != "tables"]
+
+
+@dataclass
+class Arguments:
+    """Options of build_data.
+
+    Attributes:
+        output_dir: data folder to write.
+        reader: name of a reader in `data_builders/registry.py`.
+        path: folder or id the reader reads; null for the embedded shop. `$NAME` and `~` are expanded.
+        options: options of the reader.
+        split: `kind` (`global_time` by default, `leave_one_out` for a published protocol, `source` if the reader prescribes it) and
+            the options of `splits.apply_split`.
+        seed: seed of the reader, where it draws anything and `options` does not set one.
+    """
+
+    output_dir: str
+    reader: str = "shop_world"
+    path: str | None = None
+    options: dict = field(default_factory=dict)
+    split: dict = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.path is not None:
+            self.path = os.path.expanduser(os.path.expandvars(self.path))
+            if "$" in self.path:
+                raise ConfigError(
+                    f"The path {self.path} names an environment variable that is not set; set it or give --path."
+                )
+
+
+def main(arguments: Arguments) -> None:
+    """Builds the folder; prints what was read, what was mended, and rows per second."""
+    started = time.time()
+    check_keys(arguments.split, SPLIT_OPTIONS, "split")
+    read = READERS.get(arguments.reader)
+    options = dict(arguments.options)
+    if arguments.reader == "shop_world":
+        # All fields, defaults too: evaluation rebuilds the world from meta.json, whatever the defaults are by then.
+        options = as_dict(config_from_options({"seed": arguments.seed, **options}))
+    tables: Tables = read(arguments.path, **options)
+    check_tables(tables)
+    rows = tables.requests.num_rows + tables.events.num_rows
+    tables, split = splits.apply_split(tables, **arguments.split)
+    tables, until = _with_statistics(tables, split)
+    with write_folder(arguments.output_dir) as scratch:
+        save_tables(
+            tables,
+            scratch,
+            split=split,
+            meta={"reader": arguments.reader, "options": options, "statistics_until": until},
+        )
+        check_folder(scratch)
+        seconds = time.time() - started
+        metrics = {
+            "items": tables.items.num_rows,
+            "users": tables.users.num_rows,
+            "requests": tables.requests.num_rows,
+            "events": tables.events.num_rows,
+            "counts": tables.counts,
+            "rows_per_second": round(rows / max(seconds, 1e-9)),
+        }
+        source = {"path": arguments.path} if arguments.path and Path(arguments.path).exists() else {}
+        write_run(
+            scratch, step="build_data", config=as_dict(arguments), inputs=source, metrics=metrics, started=started
+        )
+    _print(arguments, metrics, tables)
+
+
+def _with_statistics(tables: Tables, split: dict) -> tuple[Tables, int | None]:
+    """Counts of the items from what training may see, and the moment they end (null where each user has an own one)."""
+    cut = splits.training_cut(tables.requests, split_names(tables), split)
+    items = splits.item_statistics(tables.items, tables.requests, tables.events, cut)
+    return dataclasses.replace(tables, items=items), split["train_until"]
+
+
+def _print(arguments: Arguments, metrics: dict, tables: Tables) -> None:
+    print(
+        f"{arguments.output_dir}: {metrics['items']:,} items, {metrics['users']:,} users, {metrics['requests']:,} requests, "
+        f"{metrics['events']:,} events ({metrics['rows_per_second']:,} rows/s)"
+    )
+    for name, count in tables.counts.items():
+        print(f"  {name.replace('_', ' ')}: {count:,}")
+    for note in tables.notes:
+        print(f"  note: {note}")
+
+
+if __name__ == "__main__":
+    command(main, Arguments)

@@ -1,0 +1,334 @@
+"""Evaluates a model on items, over the whole catalogue, beside its baselines and (in the simulated shop) the upper bound.
+
+    accelerate launch -m sidtune.recipes.steps.evaluate --config recipes/quickstart/evaluate.yaml --data_dir runs/quickstart/data \\
+        --sids_dir runs/quickstart/sids --model_dir runs/quickstart/sft --output_dir runs/quickstart/eval
+
+Requests are spread over the processes and gathered by number, so two processes give exactly the rows of one. The output holds
+`metrics.json`, `predictions/<system>.parquet`, `per_request.parquet` (for paired tests between runs) and `samples.json`.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import rich
+from tqdm.auto import tqdm
+
+from sidtune.core.config import as_dict, command
+from sidtune.core.errors import ConfigError, DataError, SidtuneError
+from sidtune.core.folders import write_folder, write_json, write_run
+from sidtune.data_builders.tables.history import History
+from sidtune.data_builders.tables.store import DataFolder, load_folder
+from sidtune.metrics.baselines.base import BaselineRequests
+from sidtune.metrics.baselines.relevance import LABELS, relevance_of
+from sidtune.metrics.baselines.tables import training_events
+from sidtune.metrics.ranking import RankingResult, evaluate_ranking
+from sidtune.metrics.registry import BASELINES
+from sidtune.metrics.statistics.bootstrap import paired_bootstrap
+from sidtune.metrics.statistics.compare import SystemRow, compare_systems
+from sidtune.metrics.statistics.slices import build_slices, slice_rows
+
+MODEL = "sidtune"
+
+
+@dataclass
+class Arguments:
+    """Options of evaluate.
+
+    Attributes:
+        data_dir, sids_dir, model_dir: folders of the earlier steps; `model_dir` is a model folder or the folder of `sft`.
+        output_dir: folder to write.
+        start_dir: a second model, usually the one that training started from: decoded too and compared request by request.
+        start_name: its name in the tables.
+        split: `test` or `valid`.
+        num_beams: beams per request.
+        ks: cut-offs of the metrics; the largest must not exceed the beams' reach.
+        metrics: names of metrics in `metrics/registry.py`.
+        primary: metric of slices and paired tests.
+        labels: feedback that makes an item relevant when it is 1.
+        baselines: names of baselines in `metrics/registry.py`.
+        upper_bound: add the simulator's own upper bound when the data comes from `shop_world`.
+        compare_to: evaluation folder of another run, name shown → path; its model enters the table.
+        max_requests: evaluate a random part (null = all requests with feedback).
+        batch_size: prompts decoded together.
+        samples: bootstrap resamples. level: confidence level of intervals.
+        sample_requests: how many requests `samples.json` shows.
+        seed: of the random part and of the bootstrap.
+    """
+
+    data_dir: str
+    sids_dir: str
+    model_dir: str
+    output_dir: str
+    start_dir: str | None = None
+    start_name: str = "start"
+    split: str = "test"
+    num_beams: int = 20
+    ks: list[int] = field(default_factory=lambda: [5, 10, 20])
+    metrics: list[str] = field(default_factory=lambda: ["ndcg", "hr", "recall", "mrr", "map"])
+    primary: str = "ndcg@10"
+    labels: list[str] = field(default_factory=lambda: list(LABELS))
+    baselines: list[str] = field(default_factory=lambda: ["popularity", "bm25", "item_knn"])
+    upper_bound: bool = True
+    compare_to: dict = field(default_factory=dict)
+    max_requests: int | None = None
+    batch_size: int = 64
+    samples: int = 1000
+    level: float = 0.95
+    sample_requests: int = 12
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.split not in ("test", "valid"):
+            raise ConfigError(f"split must be test or valid, got '{self.split}'.")
+        if self.primary not in {f"{m}@{k}" for m in self.metrics for k in self.ks}:
+            raise ConfigError(f"primary is '{self.primary}', which metrics and ks do not compute; choose one they do.")
+        for name in self.baselines:
+            BASELINES.get(name)
+        if self.start_dir is not None and self.start_name in (MODEL, "oracle", *self.baselines, *self.compare_to):
+            raise ConfigError(f"start_name '{self.start_name}' is the name of another system; choose another one.")
+
+
+def main(arguments: Arguments) -> None:
+    """Evaluates; prints the metric table."""
+    import torch
+    from accelerate import PartialState
+
+    from sidtune.metrics.report.html import console_table
+
+    # Several CPU processes form a group only when told that the CPU is meant.
+    started, state = time.time(), PartialState(cpu=not torch.accelerator.is_available())
+    data = load_folder(arguments.data_dir)
+    requests = _choose(data, arguments)
+    ranked, scores, decoding = _rank_with_model(arguments, arguments.model_dir, data, requests, state)
+    others = {}
+    if arguments.start_dir is not None:
+        others[arguments.start_name], _, _ = _rank_with_model(arguments, arguments.start_dir, data, requests, state)
+    if not state.is_main_process:
+        return
+    relevance = relevance_of(requests, data.items, arguments.labels)
+    history = History(data.events).before(requests["user_id"], requests["time"].to_numpy())
+    others |= _compared(arguments, requests, data)
+    predictions = {
+        MODEL: ranked,
+        **others,
+        **_baselines(arguments, data, requests, history),
+    }
+    bounds = _bounds(arguments, data, requests)
+    results = {
+        name: evaluate_ranking(rows, relevance, arguments.ks, arguments.metrics)
+        for name, rows in {**predictions, **bounds}.items()
+    }
+    users = requests["user_id"].to_pylist()
+    options = {"level": arguments.level, "samples": arguments.samples, "seed": arguments.seed, "clusters": users}
+    systems = compare_systems(results, baselines=arguments.baselines, bounds=list(bounds), **options)
+    masks = build_slices(data, requests, relevance, history.lengths)
+    slices = {
+        name: slice_rows(result.per_request[arguments.primary], masks, **options) for name, result in results.items()
+    }
+    excluded = data.requests[arguments.split].num_rows - _with_feedback(data, arguments).num_rows
+    record = {
+        "split": arguments.split,
+        "requests": requests.num_rows,
+        "requests_without_feedback": excluded,
+        "catalogue": data.items.num_rows,
+        "primary": arguments.primary,
+        "level": arguments.level,
+        "systems": [as_dict(system.to_dict()) for system in systems],
+        "slices": {name: [as_dict(row) for row in rows] for name, rows in slices.items()},
+        "against": _paired(arguments, results, list(others), options),
+        "decoding": decoding,
+    }
+    inputs = ("data_dir", "sids_dir", "model_dir", "start_dir")
+    with write_folder(arguments.output_dir) as scratch:
+        write_json(scratch / "metrics.json", record)
+        _write_predictions(scratch, {**predictions, **bounds}, scores, data, requests)
+        _write_per_request(scratch, results, requests)
+        write_json(scratch / "samples.json", _samples(arguments, data, requests, relevance, history, ranked, scores))
+        metrics = {system.name: {m: e.value for m, e in system.metrics.items()} for system in systems}
+        write_run(
+            scratch,
+            step="evaluate",
+            config=as_dict(arguments),
+            inputs={name: getattr(arguments, name) for name in inputs if getattr(arguments, name) is not None},
+            metrics=metrics,
+            started=started,
+        )
+    print(f"{requests.num_rows:,} {arguments.split} requests, {data.items.num_rows:,} items, whole catalogue ranked")
+    rich.print(console_table(_shown(systems, arguments)))
+    for name, pair in record["against"].items():
+        print(
+            f"{arguments.primary} against {name}: {pair['difference']:+.4f} [{pair['low']:+.4f}, {pair['high']:+.4f}], "
+            f"p = {pair['p_value']:.3f} (paired bootstrap over users)"
+        )
+
+
+def _paired(
+    arguments: Arguments, results: dict[str, RankingResult], others: list[str], options: dict
+) -> dict[str, Any]:
+    """The model minus each model beside it on the primary metric, request by request."""
+    own = results[MODEL].values(arguments.primary)
+    return {name: as_dict(paired_bootstrap(own, results[name].values(arguments.primary), **options)) for name in others}
+
+
+def _shown(systems: list[SystemRow], arguments: Arguments) -> list[SystemRow]:
+    """The systems with the metrics at one cut-off, to fit a terminal; all others are in metrics.json."""
+    cut = arguments.primary.partition("@")[2]
+    return [replace(s, metrics={n: e for n, e in s.metrics.items() if n.endswith(f"@{cut}")}) for s in systems]
+
+
+def _with_feedback(data: DataFolder, arguments: Arguments) -> pa.Table:
+    requests = data.requests[arguments.split]
+    relevance = relevance_of(requests, data.items, arguments.labels)
+    return requests.filter(pa.array(np.diff(relevance.offsets) > 0))
+
+
+def _choose(data: DataFolder, arguments: Arguments) -> pa.Table:
+    requests = _with_feedback(data, arguments)
+    if not requests.num_rows:
+        raise DataError(
+            f"No request of the split '{arguments.split}' has feedback, so nothing can be measured; check labels."
+        )
+    if arguments.max_requests is not None and arguments.max_requests < requests.num_rows:
+        chosen = np.random.default_rng(arguments.seed).choice(requests.num_rows, arguments.max_requests, replace=False)
+        requests = requests.take(np.sort(chosen))
+    return requests.combine_chunks()
+
+
+def _rank_with_model(arguments: Arguments, model_dir: str, data: DataFolder, requests: pa.Table, state: Any):
+    from accelerate.utils import gather_object
+
+    from sidtune.decoding.beam_search import BeamOutput
+    from sidtune.decoding.items import rank_items
+    from sidtune.decoding.retrieval.loading import final_model, load_retriever, prompts_of
+
+    retriever = load_retriever(final_model(model_dir), arguments.sids_dir)
+    if retriever.sids.item_ids != data.items["item_id"].to_pylist():
+        raise DataError("The SIDs were learned for another catalogue than the data folder holds; run learn_sids again.")
+    retriever.model.to(state.device)
+    mine = np.arange(requests.num_rows)[state.process_index :: state.num_processes]
+    prompts = prompts_of(retriever, data, requests.take(mine))
+    begin = time.time()
+    with tqdm(total=len(prompts), desc="decoding", unit="request", disable=not state.is_main_process) as bar:
+        beams = retriever.beams(prompts, arguments.num_beams, arguments.batch_size, progress=bar.update)
+    seconds = time.time() - begin
+    parts = gather_object([(mine, beams.leaves.numpy(), beams.scores.numpy())])
+    order = np.argsort(np.concatenate([part[0] for part in parts]))
+    leaves, values = (np.concatenate([part[n] for part in parts])[order] for n in (1, 2))
+    if leaves.max() >= retriever.trie.num_leaves:
+        raise SidtuneError("The decoder returned a SID outside the catalogue; this is a defect, please report it.")
+    import torch
+
+    width = max(arguments.ks)
+    rows, scores = rank_items(BeamOutput(torch.from_numpy(leaves), torch.from_numpy(values)), retriever.leaves, width)
+    decoding = {
+        "num_beams": arguments.num_beams,
+        "requests_per_second": round(len(prompts) / max(seconds, 1e-9), 2),
+        "invalid_share": float(((leaves >= retriever.trie.num_leaves) | (leaves < -1)).mean()),
+        "short_lists": int((rows[:, -1] < 0).sum()),
+    }
+    return rows, scores, decoding
+
+
+def _baselines(arguments: Arguments, data: DataFolder, requests: pa.Table, history: Any) -> dict[str, np.ndarray]:
+    events = training_events(data)
+    wanted = BaselineRequests.from_events(requests["query"], history, data.events, data.items)
+    return {
+        name: BASELINES.get(name)().fit(data.items, events, data.requests["train"]).rank(wanted, max(arguments.ks))
+        for name in tqdm(arguments.baselines, desc="baselines")
+    }
+
+
+def _bounds(arguments: Arguments, data: DataFolder, requests: pa.Table) -> dict[str, np.ndarray]:
+    if not arguments.upper_bound or data.meta.get("reader") != "shop_world":
+        return {}
+    from sidtune.data_builders.shop_world.world import ShopWorld
+
+    world = ShopWorld.from_options(**data.meta["options"])
+    return {"oracle": world.oracle_ranking(world.request_rows(requests["request_id"]), max(arguments.ks))}
+
+
+def _compared(arguments: Arguments, requests: pa.Table, data: DataFolder) -> dict[str, np.ndarray]:
+    found = {}
+    rows = {item: row for row, item in enumerate(data.items["item_id"].to_pylist())}
+    for name, folder in arguments.compare_to.items():
+        path = Path(folder) / "predictions" / f"{MODEL}.parquet"
+        if not path.exists():
+            raise DataError(f"compare_to.{name}: {path} does not exist; name the folder of a finished evaluation.")
+        table = pq.read_table(path)
+        place = {request: n for n, request in enumerate(table["request_id"].to_pylist())}
+        missing = [r for r in requests["request_id"].to_pylist() if r not in place]
+        if missing:
+            raise DataError(
+                f"compare_to.{name}: it lacks {len(missing)} of the requests, first '{missing[0]}'; evaluate alike."
+            )
+        lists = table["items"].take([place[r] for r in requests["request_id"].to_pylist()]).to_pylist()
+        width = max(arguments.ks)
+        found[name] = np.array([([rows[i] for i in one] + [-1] * width)[:width] for one in lists], dtype=np.int64)
+    return found
+
+
+def _write_predictions(
+    folder: Path, systems: dict[str, np.ndarray], scores: np.ndarray, data: DataFolder, requests: pa.Table
+) -> None:
+    (folder / "predictions").mkdir()
+    ids = data.items["item_id"].combine_chunks()
+    for name, rows in systems.items():
+        kept = rows >= 0
+        offsets = pa.array(np.concatenate([[0], np.cumsum(kept.sum(1))]), pa.int32())
+        columns = {
+            "request_id": requests["request_id"],
+            "items": pa.ListArray.from_arrays(offsets, ids.take(pa.array(rows[kept]))),
+        }
+        if name == MODEL:
+            columns["scores"] = pa.ListArray.from_arrays(offsets, pa.array(scores[kept], pa.float32()))
+        pq.write_table(pa.table(columns), folder / "predictions" / f"{name.replace(' ', '_')}.parquet")
+
+
+def _write_per_request(folder: Path, results: dict[str, RankingResult], requests: pa.Table) -> None:
+    columns: dict[str, Any] = {"request_id": requests["request_id"], "user_id": requests["user_id"]}
+    for name, result in results.items():
+        for metric, values in result.per_request.items():
+            columns[f"{name}/{metric}"] = values
+    pq.write_table(pa.table(columns), folder / "per_request.parquet")
+
+
+def _samples(arguments, data, requests, relevance, history, ranked, scores) -> list[dict[str, Any]]:
+    """Random requests with the model's answer, as a person wants to see them."""
+    from sidtune.tokenizers.sids.semantic_ids import SemanticIds
+
+    sids = SemanticIds.from_pretrained(Path(arguments.sids_dir) / "sids").texts()
+    ids, titles = data.items["item_id"].to_pylist(), data.items["title"].to_pylist()
+    title_of = dict(zip(ids, titles, strict=True))
+    count = min(arguments.sample_requests, requests.num_rows)
+    chosen = np.sort(np.random.default_rng(arguments.seed).choice(requests.num_rows, count, replace=False))
+    samples = []
+    for row in chosen.tolist():
+        request = requests.slice(row, 1).to_pylist()[0]
+        relevant = set(relevance.rows[relevance.offsets[row] : relevance.offsets[row + 1]].tolist())
+        past = data.events["item_id"].take(pa.array(history[row][-8:])).to_pylist()
+        answers = [(int(i), float(s)) for i, s in zip(ranked[row, :10], scores[row, :10], strict=True) if i >= 0]
+        samples.append(
+            {
+                "request_id": request["request_id"],
+                "query": request["query"],
+                "context": [(c["name"], c["value"]) for c in request["context"] or []],
+                "history": [title_of[item] or item for item in past],
+                "targets": [titles[item] or ids[item] for item in sorted(relevant)],
+                "items": [
+                    {"item_id": ids[i], "title": titles[i], "sid": sids[ids[i]], "hit": i in relevant, "score": s}
+                    for i, s in answers
+                ],
+            }
+        )
+    return samples
+
+
+if __name__ == "__main__":
+    command(main, Arguments)

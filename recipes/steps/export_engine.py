@@ -1,0 +1,95 @@
+"""Writes a folder that vLLM and SGLang load, with the catalogue as a grammar for their structured outputs.
+
+    python -m sidtune.recipes.steps.export_engine --sids_dir runs/quickstart/sids --model_dir runs/quickstart/sft \\
+        --output_dir runs/quickstart/engine
+
+The folder's README has launch lines and request bodies, and says what was not tested; `decoding/serving/engines.md` says
+when to use it. Beside the server's files lie the SIDs and the serializer, with which prompts are made and answers read.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from sidtune.core.config import as_dict, command
+from sidtune.core.errors import ConfigError
+from sidtune.core.folders import write_folder, write_run
+
+
+@dataclass
+class Arguments:
+    """Options of export_engine.
+
+    Attributes:
+        sids_dir: folder of learn_sids.
+        model_dir: a model folder or the folder of `sft`; adapters and trained rows are merged.
+        output_dir: folder to write.
+        dtype: of the written weights: `float32`, `bfloat16` or `float16`.
+        max_sids: largest catalogue, in SIDs, that becomes a grammar; servers read the grammar with every request.
+        end_token: text of the token that ends a reasoning, such as `</think>`; also writes the grammar with free text
+            before the SID. Null: none.
+    """
+
+    sids_dir: str
+    model_dir: str
+    output_dir: str
+    dtype: str = "bfloat16"
+    max_sids: int = 100_000
+    end_token: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ConfigError(f"dtype must be float32, bfloat16 or float16, got '{self.dtype}'.")
+
+
+def main(arguments: Arguments) -> None:
+    """Writes the folder."""
+    import torch
+
+    from sidtune.decoding.retrieval.loading import final_model, load_parts, load_serializer, save_serializer
+    from sidtune.decoding.serving.engine_export import export_engine
+    from sidtune.decoding.trie import SidTrie
+    from sidtune.tokenizers.sids.semantic_ids import SemanticIds
+
+    started, source = time.time(), final_model(arguments.model_dir)
+    sids = SemanticIds.from_pretrained(Path(arguments.sids_dir) / "sids")
+    model, tokenizer, vocabulary = load_parts(source)
+    vocabulary.check(tokenizer, sids)
+    end = None if arguments.end_token is None else _one_token(tokenizer, arguments.end_token)
+    serializer, settings = load_serializer(source, tokenizer)
+    with write_folder(arguments.output_dir) as scratch:
+        facts = export_engine(
+            model.to(getattr(torch, arguments.dtype)),
+            tokenizer,
+            vocabulary,
+            SidTrie.from_semantic_ids(sids),
+            scratch,
+            max_sids=arguments.max_sids,
+            end_token_id=end,
+        )
+        sids.save_pretrained(scratch / "sids")
+        save_serializer(scratch, serializer, settings)
+        inputs = {name: getattr(arguments, name) for name in ("sids_dir", "model_dir")}
+        write_run(
+            scratch, step="export_engine", config=as_dict(arguments), inputs=inputs, metrics=facts, started=started
+        )
+    print(
+        f"{arguments.output_dir}: {facts['sids']:,} SIDs in a grammar of {facts['grammar_bytes'] / 1000:,.0f} kB; "
+        "its README has the commands"
+    )
+
+
+def _one_token(tokenizer, text: str) -> int:
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) != 1:
+        raise ConfigError(
+            f"end_token '{text}' is {len(ids)} tokens of this tokenizer, expected one; add it to the tokenizer before "
+            "training, or choose another."
+        )
+    return ids[0]
+
+
+if __name__ == "__main__":
+    command(main, Arguments)

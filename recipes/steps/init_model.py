@@ -1,0 +1,124 @@
+"""Makes the start model: a base LLM (from the hub, from a folder, or built from scratch) whose vocabulary holds the SIDs.
+
+    python -m sidtune.recipes.steps.init_model --config recipes/quickstart/init_model.yaml \\
+        --data_dir runs/quickstart/data --sids_dir runs/quickstart/sids --output_dir runs/quickstart/model
+
+With `base: null` a byte-level BPE is trained on the catalogue and the training queries, and a small model is built from
+`scratch`; nothing is downloaded. With `base: Qwen/Qwen3-0.6B` the model and its tokenizer are loaded instead.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sidtune.core.config import as_dict, command
+from sidtune.core.folders import write_folder, write_run
+from sidtune.data_builders.prompts.serializer import Serializer
+from sidtune.data_builders.tables.store import DataFolder, load_folder
+from sidtune.tokenizers.sids.semantic_ids import SemanticIds
+
+MOST_TEXTS = 50_000  # profiles and requests the BPE reads; more change nothing but the time
+
+
+@dataclass
+class Arguments:
+    """Options of init_model.
+
+    Attributes:
+        data_dir: folder written by build_data.
+        sids_dir: folder written by learn_sids.
+        output_dir: model folder to write.
+        base: model id or folder; null builds one from scratch.
+        revision: revision of `base` on the hub.
+        scratch: config of the model built from scratch: `model_type` and fields of its transformers config.
+        text_vocab_size: size of the byte-level BPE trained for a model built from scratch.
+        templates: templates that render the texts of that BPE; those of `sft` fit best.
+        extra_tokens: words that become tokens of their own, such as `<think>` and `</think>` for reasoning.
+        init: start values of SID rows: `codebook`, `text` or `mean`.
+        pad_to_multiple_of: rows of the embedding are padded to a multiple of this.
+        dtype: `float32`, `bfloat16`, ... the weights are stored in.
+        seed: seed of weights and row noise.
+    """
+
+    data_dir: str
+    sids_dir: str
+    output_dir: str
+    base: str | None = None
+    revision: str | None = None
+    scratch: dict = field(default_factory=lambda: {"model_type": "qwen3"})
+    text_vocab_size: int = 4096
+    templates: str = "plain"
+    extra_tokens: list[str] = field(default_factory=list)
+    init: str = "codebook"
+    pad_to_multiple_of: int = 64
+    dtype: str = "float32"
+    seed: int = 0
+
+
+def main(arguments: Arguments) -> None:
+    """Builds or loads the model, extends it and saves it."""
+    from sidtune.tokenizers.base_models.from_scratch import add_plain_tokens, build_model, train_lm_tokenizer
+    from sidtune.tokenizers.base_models.loading import load_plain, load_tokenizer
+    from sidtune.tokenizers.registry import load_quantizer
+    from sidtune.tokenizers.vocabulary.extension import extend_vocabulary
+
+    started = time.time()
+    data = load_folder(arguments.data_dir)
+    sids = SemanticIds.from_pretrained(Path(arguments.sids_dir) / "sids")
+    if arguments.base is None:
+        tokenizer = train_lm_tokenizer(_texts(data, arguments.templates), vocab_size=arguments.text_vocab_size)
+        add_plain_tokens(tokenizer, arguments.extra_tokens)
+        model = build_model(arguments.scratch, tokenizer, seed=arguments.seed)
+    else:
+        tokenizer = load_tokenizer(arguments.base, revision=arguments.revision)
+        model = load_plain(arguments.base, revision=arguments.revision, dtype=arguments.dtype)
+        add_plain_tokens(tokenizer, arguments.extra_tokens, model, seed=arguments.seed)
+    quantizer = load_quantizer(Path(arguments.sids_dir) / "quantizer")
+    ids, titles = data.items["item_id"].to_pylist(), data.items["title"].to_pylist()
+    vocabulary = extend_vocabulary(
+        model,
+        tokenizer,
+        sids,
+        init=arguments.init,
+        codebooks=quantizer.codebooks,
+        item_texts={item: title or "" for item, title in zip(ids, titles, strict=True)},
+        pad_to_multiple_of=arguments.pad_to_multiple_of,
+        seed=arguments.seed,
+    )
+    parameters = sum(p.numel() for p in model.parameters())
+    with write_folder(arguments.output_dir) as scratch:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        vocabulary.save_pretrained(scratch)
+        write_run(
+            scratch,
+            step="init_model",
+            config=as_dict(arguments),
+            inputs={"data_dir": arguments.data_dir, "sids_dir": arguments.sids_dir},
+            metrics={
+                "parameters": parameters,
+                "vocabulary": len(tokenizer),
+                "sid_tokens": len(vocabulary.sid_token_ids),
+            },
+            started=started,
+        )
+    print(
+        f"{arguments.output_dir}: {model.config.model_type} with {parameters:,} parameters, "
+        f"{len(tokenizer):,} tokens of which {len(vocabulary.sid_token_ids):,} are SID tokens"
+    )
+
+
+def _texts(data: DataFolder, templates: str) -> Iterator[str]:
+    """What the BPE is trained on: the catalogue, profiles and training requests, rendered as prompts render them."""
+    serializer = Serializer(None, templates)
+    yield from (str(serializer.item(row)) for row in data.items.to_pylist())
+    yield from (str(serializer.head(row)) for row in data.users.slice(0, MOST_TEXTS).to_pylist())
+    asked = data.requests["train"].select(["query", "context"]).slice(0, MOST_TEXTS)
+    yield from (str(serializer.turn(row["query"], row["context"])) for row in asked.to_pylist())
+
+
+if __name__ == "__main__":
+    command(main, Arguments)

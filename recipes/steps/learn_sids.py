@@ -1,0 +1,266 @@
+"""Learns semantic IDs: item text → vectors → codes → `SemanticIds`, with a quality report beside the codes.
+
+    python -m sidtune.recipes.steps.learn_sids --config recipes/quickstart/learn_sids.yaml \\
+        --data_dir runs/quickstart/data --output_dir runs/quickstart/sids
+
+The output folder holds `encoder/`, `quantizer/`, `vectors.safetensors`, `sids/`, `quality.json` and `collisions.json`.
+What becomes of items that share a code is `collisions: {name: ...}`, see `tokenizers/sids/collisions.py`. Items that come later get
+their SIDs from the same codebooks by `extend_sids`.
+
+With `queries: true` the codebooks are trained on the queries of the training requests and the items together (OneSearch), and
+the folder also holds `queries.parquet`, the codes of these queries, and `query_recall.json`, how well codes of queries of the
+validation split find their items. `tokenizers/sids/query_codes.py` codes any query from such a folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import safetensors.numpy
+
+from sidtune.core.config import as_dict, command
+from sidtune.core.errors import ConfigError, DataError
+from sidtune.core.folders import write_folder, write_json, write_run
+from sidtune.core.registry import Registry
+from sidtune.data_builders.mining.query_pairs import distinct_queries
+from sidtune.data_builders.tables.store import DataFolder, load_folder
+from sidtune.tokenizers.encoders.base import Encoder, item_texts, warn_empty
+from sidtune.tokenizers.keywords.fusion import MINED, KeywordFusionEncoder
+from sidtune.tokenizers.keywords.mining import mine_pool
+from sidtune.tokenizers.quantizers.base import Quantizer
+from sidtune.tokenizers.registry import (
+    COLLISIONS,
+    ENCODERS,
+    QUANTIZERS,
+    make_collisions,
+    make_encoder,
+    make_quantizer,
+)
+from sidtune.tokenizers.sids.collision_cost import CollisionCost, collision_cost, compare_collisions, costs_to_markdown
+from sidtune.tokenizers.sids.collisions import CollisionMethod
+from sidtune.tokenizers.sids.quality import SidQuality, sid_quality
+from sidtune.tokenizers.sids.query_codes import QUERY_FILE, QueryCoder, check_text_encoder, write_query_codes
+from sidtune.tokenizers.sids.query_recall import QueryItemRecall, query_item_recall, query_targets
+from sidtune.tokenizers.sids.semantic_ids import SemanticIds
+
+VECTOR_FILE = "vectors.safetensors"
+COLLISION_FILE = "collisions.json"
+RECALL_FILE = "query_recall.json"
+_RECALL_PAIRS = 2_000  # more say the same to a tenth of a percent
+
+
+@dataclass
+class Arguments:
+    """Options of learn_sids.
+
+    Attributes:
+        data_dir: folder written by build_data.
+        output_dir: folder to write.
+        encoder_dir: folder of `align_encoder`, whose model then encodes (`encoder` may hold further options of `transformers`).
+        encoder: `name` of an encoder in `tokenizers/registry.py` (default `tfidf_svd`) and its options.
+        quantizer: `name` of a quantizer in `tokenizers/registry.py` (default `residual_kmeans`) and its options.
+        collisions: `name` of a treatment of collisions in `tokenizers/registry.py` (default `expand`: several items may share
+            a SID) and its options.
+        suffix: short for `collisions: {name: suffix}`, a last level that makes every SID unique.
+        compare_collisions: also measure every other treatment on these codes, with default options, and print one table.
+        queries: one code space for queries and items: train the quantizer on the distinct queries of the training requests,
+            stacked before the items. Needs an encoder of texts.
+        learn_share: learn from this share of the items, drawn by `seed`; only these get SIDs. `extend_sids` adds the others
+            with frozen codebooks, which for a very large catalogue is also the quicker way.
+        seed: seed of encoder, quantizer and draw.
+    """
+
+    data_dir: str
+    output_dir: str
+    encoder_dir: str | None = None
+    encoder: dict = field(default_factory=dict)
+    quantizer: dict = field(default_factory=dict)
+    collisions: dict = field(default_factory=dict)
+    suffix: bool = False
+    compare_collisions: bool = False
+    queries: bool = False
+    learn_share: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        named = self.encoder.get("name", "transformers") != "transformers" or "model" in self.encoder
+        if self.encoder_dir is not None and named:
+            raise ConfigError("encoder_dir names the encoder; leave encoder.name and encoder.model out.")
+        if self.suffix and self.collisions:
+            raise ConfigError("Give either suffix: true or collisions, not both; suffix is collisions: {name: suffix}.")
+        if not 0 < self.learn_share <= 1:
+            raise ConfigError(f"learn_share is a share in (0, 1], got {self.learn_share}.")
+
+    def encoder_spec(self) -> dict:
+        """Name and options of the encoder."""
+        if self.encoder_dir is not None:
+            return {**self.encoder, "name": "transformers", "model": self.encoder_dir}
+        return {"name": "tfidf_svd", **self.encoder}
+
+
+def main(arguments: Arguments) -> None:
+    """Learns the SIDs; prints the quality table and its warnings."""
+    started = time.time()
+    encoder = _make(make_encoder, ENCODERS, arguments.encoder_spec(), arguments.seed)
+    quantizer = _make(make_quantizer, QUANTIZERS, {"name": "residual_kmeans", **arguments.quantizer}, arguments.seed)
+    spec = {"name": "suffix"} if arguments.suffix else {"name": "expand", **arguments.collisions}
+    method, data = collisions_of(spec), load_folder(arguments.data_dir)
+    queries = _queries(data, encoder, quantizer) if arguments.queries else []
+    items = _learned(data.items, arguments)
+    _mine_keywords(encoder, data)
+    texts, ids = texts_of(items), items["item_id"].to_pylist()
+    vectors = encoder.fit(texts).encode(texts, ids)
+    warn_empty(encoder, len(texts))
+    asked, codes = _codes(queries, vectors, encoder, quantizer)
+    coded = SemanticIds(ids, codes, quantizer.level_sizes, popularity_of(items), letters=quantizer.level_letters())
+    sids = method.resolve(coded, vectors, quantizer)
+    costs = _costs(coded, vectors, quantizer, method, sids, arguments)
+    quality = sid_quality(sids, vectors=vectors, quantizer=quantizer, seed=arguments.seed)
+    coder = QueryCoder(encoder, quantizer, sids, dict(zip(queries, asked, strict=True))) if queries else None
+    recall = None if coder is None else _recall(coder, data, vectors, arguments.seed)
+    compared = {"cost": costs[0].to_dict(), "compared": [other.to_dict() for other in costs[1:]]}
+    records = {"quality.json": quality.to_dict(), COLLISION_FILE: {"method": spec, **compared}}
+    records |= {} if recall is None else {RECALL_FILE: recall.to_dict()}
+    folders = {"data_dir": arguments.data_dir, "encoder_dir": arguments.encoder_dir}
+    with write_folder(arguments.output_dir) as scratch:
+        for name, part in (("encoder", encoder), ("quantizer", quantizer), ("sids", sids)):
+            part.save_pretrained(scratch / name)
+        safetensors.numpy.save_file({"vectors": np.ascontiguousarray(vectors)}, scratch / VECTOR_FILE)
+        for name, record in records.items():
+            write_json(scratch / name, record)
+        if queries:
+            write_query_codes(scratch / QUERY_FILE, queries, asked)
+        write_run(
+            scratch,
+            step="learn_sids",
+            config=as_dict(arguments),
+            inputs={name: path for name, path in folders.items() if path is not None},
+            metrics=quality.to_dict() | ({} if recall is None else {"query_recall": recall.to_dict()}),
+            started=started,
+        )
+    _show(quality, costs, recall)
+
+
+def texts_of(items: pa.Table) -> list[str]:
+    """The encoder's input for each item. The title says most in the fewest words, so it counts twice."""
+    return item_texts(items, repeats={"title": 2})
+
+
+def popularity_of(items: pa.Table) -> np.ndarray:
+    """(N,) float64 clicks before the split, 0 where unknown: the order of the items of one code."""
+    return np.nan_to_num(items.column("clicks").to_numpy(zero_copy_only=False).astype(np.float64))
+
+
+def collisions_of(spec: dict) -> CollisionMethod:
+    """The treatment of collisions that `{name: ..., option: ...}` names."""
+    options = {key: value for key, value in spec.items() if key != "name"}
+    return make_collisions(spec["name"], options)
+
+
+def _queries(data: DataFolder, encoder: Encoder, quantizer: Quantizer) -> list[str]:
+    """Distinct queries of the training requests; refuses what cannot have a common code space, before any work."""
+    check_text_encoder(encoder)
+    if getattr(quantizer.config, "collaborative_path", None):
+        raise ConfigError(
+            "collaborative_path holds vectors of items only, and queries: true trains on queries too; leave out one of them."
+        )
+    queries = distinct_queries(data.requests["train"])
+    if not queries:
+        raise DataError(f"The training requests in {data.path} have no query; leave queries: true out for this data.")
+    return queries
+
+
+def _mine_keywords(encoder: Encoder, data: DataFolder) -> None:
+    """Gives a `keyword_fusion` encoder with `pool: mined` its pool, and says what is in it."""
+    if not isinstance(encoder, KeywordFusionEncoder) or encoder.config.pool != MINED:
+        return
+    pool = mine_pool(data, encoder.config.pool_config())
+    encoder.use_pool(pool)
+    counts = ", ".join(f"{count:,} {kind}" for kind, count in pool.counts().items())
+    print("\n".join([f"keyword pool: {counts or 'empty'}", *pool.notes]) + "\n")
+
+
+def _codes(
+    queries: list[str], vectors: np.ndarray, encoder: Encoder, quantizer: Quantizer
+) -> tuple[np.ndarray, np.ndarray]:
+    """Trains the quantizer on queries and items, queries first; codes of the queries (Q, L) and of the items (N, L)."""
+    if not queries:
+        codes = quantizer.fit_encode(vectors)
+        return codes[:0], codes
+    asked = encoder.encode(queries)
+    if encoder.empty_texts:
+        warnings.warn(
+            f"{encoder.empty_texts} of {len(queries)} queries have no word the '{encoder.name}' encoder knows from the items; "
+            "they share one fallback vector and hence one code. Use an encoder of a pretrained model, or items with more text.",
+            stacklevel=2,
+        )
+    codes = quantizer.fit_encode(np.concatenate([asked, vectors]))
+    return codes[: len(queries)], codes[len(queries) :]
+
+
+def _costs(
+    coded: SemanticIds,
+    vectors: np.ndarray,
+    quantizer: Quantizer,
+    method: CollisionMethod,
+    sids: SemanticIds,
+    arguments: Arguments,
+) -> list[CollisionCost]:
+    """What the treatment of collisions costs, and behind it the others where they are asked for."""
+    cost = collision_cost(coded, sids, vectors, quantizer, method)
+    names = [name for name in COLLISIONS if name != method.name] if arguments.compare_collisions else []
+    return [cost, *compare_collisions(coded, vectors, quantizer, [make_collisions(name) for name in names])]
+
+
+def _show(quality: SidQuality, costs: list[CollisionCost], recall: QueryItemRecall | None) -> None:
+    print(quality.to_markdown())
+    if len(costs) > 1 or costs[0].method != "expand":
+        print(costs_to_markdown(costs))
+    if recall is not None:
+        print(recall.to_markdown())
+
+
+def _recall(coder: QueryCoder, data: DataFolder, vectors: np.ndarray, seed: int) -> QueryItemRecall | None:
+    """Recall of clicked items through the codes of queries, on at most `_RECALL_PAIRS` pairs of the validation split."""
+    texts, rows, targets = query_targets(data.requests["valid"], coder.sids.item_ids)
+    if not len(rows):
+        return None
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(rows))[:_RECALL_PAIRS])
+    asked, rows = np.unique(rows[chosen], return_inverse=True)
+    texts = [texts[row] for row in asked]
+    return query_item_recall(
+        coder.vectors(texts),
+        vectors,
+        coder.quantizer,
+        targets[chosen],
+        query_rows=rows.reshape(-1),
+        item_codes=coder.sids.codes,
+        query_codes=coder.codes(texts),
+    )
+
+
+def _learned(items: pa.Table, arguments: Arguments) -> pa.Table:
+    """The items to learn from, in their order."""
+    count = max(1, round(arguments.learn_share * items.num_rows))
+    if count >= items.num_rows:
+        return items
+    chosen = np.random.default_rng(arguments.seed).choice(items.num_rows, size=count, replace=False)
+    return items.take(np.sort(chosen))
+
+
+def _make(make: Callable[..., Any], registry: Registry, spec: dict, seed: int) -> Any:
+    options = {key: value for key, value in spec.items() if key != "name"}
+    if "seed" in {field.name for field in dataclasses.fields(registry.get(spec["name"]).config_class)}:
+        options.setdefault("seed", seed)
+    return make(spec["name"], options)
+
+
+if __name__ == "__main__":
+    command(main, Arguments)

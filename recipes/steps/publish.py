@@ -1,0 +1,153 @@
+"""Makes a bundle that stands alone (model, tokenizer, SIDs, item map, trie, metrics, card) and pushes it to the hub if asked.
+
+    python -m sidtune.recipes.steps.publish --config recipes/quickstart/publish.yaml --data_dir runs/quickstart/data \\
+        --sids_dir runs/quickstart/sids --model_dir runs/quickstart/sft --eval_dir runs/quickstart/eval \\
+        --output_dir runs/quickstart/bundle --push_to_hub true --hub_model_id me/my-search-model
+
+Without `push_to_hub: true` nothing leaves the machine.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from sidtune.core.config import as_dict, command
+from sidtune.core.errors import ConfigError
+from sidtune.core.folders import fingerprint, read_json, versions, write_folder, write_run
+
+
+@dataclass
+class Arguments:
+    """Options of publish.
+
+    Attributes:
+        data_dir, sids_dir, model_dir, eval_dir: folders of the earlier steps.
+        output_dir: bundle folder to write.
+        push_to_hub: upload the bundle; false by default.
+        hub_model_id: repository, `owner/name`; needed for the upload.
+        hub_private: make a new repository private.
+        model_name: name on the card; default the last part of hub_model_id, or the folder's name.
+        dataset_name: how the card calls the data; default the reader's name.
+        license: licence of the model on the card.
+        command: how to run the whole again, shown on the card.
+    """
+
+    data_dir: str
+    sids_dir: str
+    model_dir: str
+    eval_dir: str
+    output_dir: str
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_private: bool = True
+    model_name: str | None = None
+    dataset_name: str | None = None
+    license: str = "apache-2.0"
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        if self.push_to_hub and not self.hub_model_id:
+            raise ConfigError("push_to_hub is true but hub_model_id is missing; set it to owner/name.")
+
+
+def main(arguments: Arguments) -> None:
+    """Writes the bundle and, if asked, uploads it."""
+    from sidtune.metrics.report.model_card import write_card
+
+    started, card = time.time(), card_data(arguments)
+    with write_folder(arguments.output_dir) as scratch:
+        _copy_model(arguments, scratch)
+        _write_catalogue(arguments, scratch)
+        shutil.copy(Path(arguments.eval_dir) / "metrics.json", scratch / "metrics.json")
+        write_card(scratch / "README.md", card)
+        inputs = {name: getattr(arguments, name) for name in ("data_dir", "sids_dir", "model_dir", "eval_dir")}
+        write_run(scratch, step="publish", config=as_dict(arguments), inputs=inputs, started=started)
+    print(f"{arguments.output_dir}: bundle ready")
+    if arguments.push_to_hub:
+        from sidtune.core.hub import push_folder
+
+        url = push_folder(arguments.output_dir, arguments.hub_model_id, private=arguments.hub_private)
+        print(f"Pushed to {url}")
+
+
+def _copy_model(arguments: Arguments, scratch: Path) -> None:
+    from sidtune.decoding.retrieval.loading import final_model, load_parts, load_serializer, save_serializer
+
+    source = final_model(arguments.model_dir)
+    model, tokenizer, vocabulary = load_parts(source)
+    model.save_pretrained(scratch)
+    tokenizer.save_pretrained(scratch)
+    vocabulary.save_pretrained(scratch)
+    serializer, settings = load_serializer(source, tokenizer)
+    save_serializer(scratch, serializer, settings)
+
+
+def _write_catalogue(arguments: Arguments, scratch: Path) -> None:
+    from sidtune.data_builders.tables.store import load_folder
+    from sidtune.decoding.retrieval.retriever import catalogue_table
+    from sidtune.decoding.trie import SidTrie
+    from sidtune.tokenizers.sids.semantic_ids import SemanticIds
+
+    sids = SemanticIds.from_pretrained(Path(arguments.sids_dir) / "sids")
+    sids.save_pretrained(scratch / "sids")
+    SidTrie.from_semantic_ids(sids).save_pretrained(scratch / "trie")
+    pq.write_table(catalogue_table(load_folder(arguments.data_dir).items), scratch / "catalogue.parquet")
+
+
+def card_data(arguments: Arguments) -> Any:
+    """Collects `CardData` from the step folders."""
+    from sidtune.decoding.retrieval.loading import final_model, training_runs
+    from sidtune.metrics.report.html import markdown_table
+    from sidtune.metrics.report.model_card import CardData
+    from sidtune.metrics.statistics.compare import SystemRow
+
+    metrics = read_json(Path(arguments.eval_dir) / "metrics.json")
+    quality = read_json(Path(arguments.sids_dir) / "quality.json")
+    trainings = training_runs(arguments.model_dir)
+    built = read_json(Path(arguments.data_dir) / "run.json")
+    systems = [SystemRow.from_dict(row) for row in metrics["systems"]]
+    own = next(system for system in systems if system.kind == "model")
+    name = arguments.model_name or (arguments.hub_model_id or Path(arguments.output_dir).resolve().name).split("/")[-1]
+    base = next((run["config"]["base"] for run in trainings if "base" in run["config"]), None)
+    queries = [s["query"] for s in read_json(Path(arguments.eval_dir) / "samples.json") if s["query"]]
+    return CardData(
+        name=name,
+        repo_id=arguments.hub_model_id or name,
+        table=markdown_table(systems),
+        index_rows=[{"metric": metric, "value": round(e.value, 6)} for metric, e in own.metrics.items()],
+        catalogue=metrics["catalogue"],
+        requests=metrics["requests"],
+        split=metrics["split"],
+        level=metrics["level"],
+        invalid=metrics["decoding"]["invalid_share"],
+        command=arguments.command
+        or f"python -m sidtune.recipes.steps.publish --model_dir {final_model(arguments.model_dir).name}",
+        data_revision=fingerprint(arguments.data_dir),
+        dataset_name=arguments.dataset_name or built["config"]["reader"],
+        dataset_type=built["config"]["reader"],
+        stages=[name for run in trainings for name in _stages(run)] or ["none"],
+        level_sizes=[level["size"] for level in quality["levels"]],
+        icr=quality["icr"],
+        collision_rate=quality["sharing_rate"],
+        versions=versions(),
+        seed=trainings[-1]["config"].get("seed", 0) if trainings else 0,
+        license=arguments.license,
+        base_model=base,
+        sample_query=queries[0] if queries else "",
+    )
+
+
+def _stages(training: dict[str, Any]) -> list[str]:
+    """Names of what one step trained: the stages of sft, or the step itself; making a model trains nothing."""
+    stages = [stage["name"] for stage in training["metrics"].get("stages", [])]
+    return stages or ([] if training["step"] == "init_model" else [training["step"]])
+
+
+if __name__ == "__main__":
+    command(main, Arguments)

@@ -1,0 +1,251 @@
+"""Writes one HTML file from the step folders: metrics with intervals, slices, post-ranking, SID quality, curves, sample requests.
+
+    python -m sidtune.recipes.steps.report --config recipes/quickstart/report.yaml --data_dir runs/quickstart/data \\
+        --sids_dir runs/quickstart/sids --model_dir runs/quickstart/sft --eval_dir runs/quickstart/eval \\
+        --output_dir runs/quickstart/report
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sidtune.core.config import as_dict, command
+from sidtune.core.folders import read_json, write_folder, write_run
+
+_INPUTS = ("data_dir", "sids_dir", "model_dir", "eval_dir", "grpo_dir", "post_rank_dir")
+
+
+@dataclass
+class Arguments:
+    """Options of report.
+
+    Attributes:
+        data_dir, sids_dir, model_dir, eval_dir: folders of the earlier steps; `model_dir` is the one of `sft`.
+        grpo_dir, post_rank_dir: folders of these steps, where there are any.
+        output_dir: folder that receives `report.html` and `table.md`.
+        title: heading of the page.
+        command: how to run the whole again, shown on the page.
+    """
+
+    data_dir: str
+    sids_dir: str
+    model_dir: str
+    eval_dir: str
+    output_dir: str
+    grpo_dir: str | None = None
+    post_rank_dir: str | None = None
+    title: str = "sidtune report"
+    command: str = ""
+
+
+def main(arguments: Arguments) -> None:
+    """Writes the report and prints where it lies."""
+    from sidtune.metrics.report.html import markdown_table, write_report
+
+    started = time.time()
+    data = report_data(arguments)
+    with write_folder(arguments.output_dir) as scratch:
+        write_report(scratch / "report.html", data)
+        (scratch / "table.md").write_text(markdown_table(data.systems), encoding="utf-8")
+        inputs = {name: getattr(arguments, name) for name in _INPUTS if getattr(arguments, name) is not None}
+        write_run(scratch, step="report", config=as_dict(arguments), inputs=inputs, started=started)
+    print(f"The report is {Path(arguments.output_dir) / 'report.html'}")
+
+
+def report_data(arguments: Arguments) -> Any:
+    """Collects `ReportData` from the step folders."""
+    from sidtune.metrics.report.data import ReportData, SampleItem, SampleRequest
+    from sidtune.metrics.statistics.compare import SystemRow
+    from sidtune.metrics.statistics.slices import SliceRow
+
+    runs = {
+        name: read_json(Path(folder) / "run.json")
+        for name, folder in (
+            ("data", arguments.data_dir),
+            ("sids", arguments.sids_dir),
+            ("sft", arguments.model_dir),
+            ("grpo", arguments.grpo_dir),
+            ("eval", arguments.eval_dir),
+            ("post_rank", arguments.post_rank_dir),
+        )
+        if folder is not None
+    }
+    metrics = read_json(Path(arguments.eval_dir) / "metrics.json")
+    samples = read_json(Path(arguments.eval_dir) / "samples.json")
+    quality = read_json(Path(arguments.sids_dir) / "quality.json")
+    stages = runs["sft"]["metrics"].get("stages", [])
+    built, decoding = runs["data"]["metrics"], metrics["decoding"]
+    return ReportData(
+        title=arguments.title,
+        summary=(
+            f"{metrics['requests']:,} {metrics['split']} requests, each ranked against the whole catalogue of "
+            f"{metrics['catalogue']:,} items by {decoding['num_beams']} constrained beams."
+        ),
+        command=arguments.command,
+        created=runs["eval"]["finished"],
+        facts={
+            **{name: built[name] for name in ("items", "users", "requests", "events")},
+            "evaluated requests": metrics["requests"],
+            "training seconds": round(
+                sum(stage["seconds"] or 0 for stage in [*stages, runs.get("grpo", {"seconds": 0})])
+            ),
+            "requests per second": decoding["requests_per_second"],
+        },
+        versions=runs["eval"]["versions"],
+        warnings=quality.get("warnings", []),
+        systems=[SystemRow.from_dict(row) for row in metrics["systems"]],
+        level=metrics["level"],
+        primary=metrics["primary"],
+        evaluation_notes=_notes(metrics),
+        slices={name: [SliceRow(**row) for row in rows] for name, rows in metrics["slices"].items()},
+        slice_metric=metrics["primary"],
+        sid_quality=quality,
+        curves=[
+            *_quantizer_curves(Path(arguments.sids_dir) / "quantizer"),
+            *_curves(Path(arguments.model_dir), stages),
+            *_grpo_curves(arguments.grpo_dir),
+        ],
+        **_post_rank(arguments.post_rank_dir),
+        samples=[
+            SampleRequest(
+                query=s["query"],
+                items=[SampleItem(i["title"] or "", i["sid"], i["hit"], i["score"], i["item_id"]) for i in s["items"]],
+                context=[tuple(pair) for pair in s["context"]],
+                history=s["history"],
+                targets=s["targets"],
+                request_id=s["request_id"],
+            )
+            for s in samples
+        ],
+        stages=[_stage_line(stage) for stage in stages] + ([_grpo_line(runs["grpo"])] if "grpo" in runs else []),
+        config={name: run["config"] for name, run in runs.items()},
+    )
+
+
+def _notes(metrics: dict[str, Any]) -> list[str]:
+    return [
+        f"{metrics['requests_without_feedback']:,} requests of the split have no positive feedback and are left out.",
+        f"{100 * metrics['decoding']['invalid_share']:.1f} % of the decoded SIDs are outside the catalogue.",
+        "Metrics are on items after expansion of shared SIDs; ties are broken by fixed rules, so a rerun gives the same numbers.",
+        *(
+            f"{metrics['primary']} of the model against '{name}': {pair['difference']:+.4f} [{pair['low']:+.4f}, "
+            f"{pair['high']:+.4f}], p = {pair['p_value']:.3f} (paired bootstrap over users)."
+            for name, pair in metrics.get("against", {}).items()
+        ),
+    ]
+
+
+def _curves(folder: Path, stages: list[dict[str, Any]]) -> list[Any]:
+    from sidtune.metrics.report.data import StageCurve
+
+    return [
+        StageCurve.from_log_history(stage["name"], read_json(folder / stage["name"] / "log_history.json"))
+        for stage in stages
+        if (folder / stage["name"] / "log_history.json").exists()
+    ]
+
+
+def _quantizer_curves(folder: Path) -> list[Any]:
+    """Losses and codes in use per epoch of a quantizer that is a network; nothing for k-means and its kin."""
+    from sidtune.metrics.report.data import PanelCurves
+    from sidtune.tokenizers.quantizers.base import CONFIG_FILE, CURVE_FILE
+    from sidtune.tokenizers.sids.semantic_ids import LETTERS
+
+    if not (folder / CURVE_FILE).exists():
+        return []
+    curves, used = read_json(folder / CURVE_FILE), "codes in use, level "
+    log = [
+        {**epoch, "step": epoch["epoch"], **{used + LETTERS[n]: share for n, share in enumerate(epoch["used"])}}
+        for epoch in curves
+    ]
+    other = sorted({key for epoch in curves for key in epoch} - {"epoch", "loss", "reconstruction", "used", "revived"})
+    panels = {
+        "reconstruction error": {"error": "reconstruction"},
+        "other losses": {key: key for key in other},
+        "codes in use": {f"level {LETTERS[n]}": used + LETTERS[n] for n in range(len(curves[0]["used"]))},
+        "codes moved": {"codes": "revived"} if any(epoch.get("revived") for epoch in curves) else {},
+    }
+    name = f"semantic IDs, {read_json(folder / CONFIG_FILE)['quantizer']}"
+    return [PanelCurves.from_log_history(name, log, panels, unit="epoch")]
+
+
+def _grpo_curves(folder: str | None) -> list[Any]:
+    """Reward, hits by level and distance to the start of a GRPO run."""
+    from sidtune.metrics.report.data import PanelCurves
+
+    if folder is None or not (Path(folder) / "log_history.json").exists():
+        return []
+    log = read_json(Path(folder) / "log_history.json")
+    levels = sorted({key for entry in log for key in entry if key.startswith("hit/level_")})
+    panels = {
+        "reward": {"reward": "reward"},
+        "right codes among the samples": {key.removeprefix("hit/").replace("_", " "): key for key in levels},
+        "KL to the start": {"KL": "kl"},
+    }
+    return [PanelCurves.from_log_history("grpo", log, panels)]
+
+
+def _grpo_line(run: dict[str, Any]) -> dict[str, Any]:
+    metrics, config = run["metrics"], run["config"]
+    return {
+        "stage": "grpo",
+        "tasks": "rewards " + ", ".join(config["rewards"]),
+        "examples": metrics["prompts"],
+        "steps": metrics["steps"],
+        "seconds": run["seconds"],
+    }
+
+
+def _post_rank(folder: str | None) -> dict[str, Any]:
+    """The table of a post-ranking step as fields of `ReportData`."""
+    from dataclasses import replace
+
+    from sidtune.metrics.list_ranking import BEST, RANDOM
+    from sidtune.metrics.statistics.compare import SystemRow
+    from sidtune.recipes.llm4pr.post_rank import CLICKS, SORTED
+
+    if folder is None:
+        return {}
+    record = read_json(Path(folder) / "metrics.json")
+    rows = {row.name: row for row in map(SystemRow.from_dict, record["systems"])}
+    primary = CLICKS if all(CLICKS in row.metrics for row in rows.values()) else record["primary"]
+    shown = {
+        "initial": {"name": "initial order", "note": "as the generator wrote it"},
+        RANDOM: {"name": "random order", "kind": "anchor", "note": "mean of all orders"},
+        SORTED: {"kind": "anchor", "note": "knows the true clicks, not that neighbours compete"},
+        BEST: {"name": "best list", "note": "by search with the truth" if primary == CLICKS else "by the labels"},
+    }
+    order = [RANDOM, *(name for name in rows if name not in (RANDOM, SORTED, BEST)), SORTED, BEST]
+    made = [replace(rows[name], **shown.get(name, {})) for name in order if name in rows]
+    made = [replace(row, metrics=dict(sorted(row.metrics.items(), key=lambda one: one[0] != primary))) for row in made]
+    counts = record["requests"]
+    notes = [
+        f"{counts['train']:,} training, {counts['valid']:,} validation and {counts['test']:,} test lists. {record['definition']}.",
+        *record["notes"],
+        *(
+            f"{record['primary']} of llm4pr against {name}: {pair['difference']:+.4f} [{pair['low']:+.4f}, {pair['high']:+.4f}], "
+            f"adjusted p = {pair['adjusted_p_value']:.3f} (paired bootstrap over users)."
+            for name, pair in record["against"].items()
+        ),
+    ]
+    return {"post_rank": made, "post_rank_metric": primary, "post_rank_notes": notes}
+
+
+def _stage_line(stage: dict[str, Any]) -> dict[str, Any]:
+    train = stage.get("examples", {}).get("train", {})
+    return {
+        "stage": stage["name"],
+        "tasks": ", ".join(train),
+        "examples": sum(task["examples"] for task in train.values()),
+        "learned tokens": sum(task["targets"] for task in train.values()),
+        "steps": stage.get("steps"),
+        "train loss": (stage.get("train") or {}).get("train_loss"),
+        "seconds": stage.get("seconds"),
+    }
+
+
+if __name__ == "__main__":
+    command(main, Arguments)

@@ -1,0 +1,163 @@
+"""Runs a pipeline with several seeds and writes mean and spread of each system as the table of a README.
+
+    python -m sidtune.recipes.steps.seeds --config recipes/amazon_office/pipeline.yaml --seeds '[0, 1, 2]' \\
+        --output_dir runs/amazon_office --results recipes/amazon_office/results.json --readme '[recipes/amazon_office/README.md]'
+
+Each seed has its own folder below output_dir, so finished seeds are skipped like finished steps. The table goes between the lines
+`<!-- results -->` and `<!-- /results -->` of the README; the figures themselves go to the results file.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sidtune.core.config import command
+from sidtune.core.errors import ConfigError, DataError
+from sidtune.core.folders import read_json, versions, write_json
+from sidtune.recipes import run
+from sidtune.recipes.steps.evaluate import MODEL
+
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
+
+
+@dataclass
+class SeedsArguments(run.RunArguments):
+    """Options of the pipeline (see `run.RunArguments`) and:
+
+    Attributes:
+        seeds: seeds to run, at least two different ones.
+        eval_step: name of the step whose metrics are collected.
+        metrics: metrics shown, default ndcg@10, hr@10, recall@10, mrr@10.
+        results: JSON file that receives all figures.
+        readme: README files whose table is replaced.
+    """
+
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    eval_step: str = "eval"
+    metrics: list[str] = field(default_factory=lambda: ["ndcg@10", "hr@10", "recall@10", "mrr@10"])
+    results: str | None = None
+    readme: list[str] = field(default_factory=list)
+
+
+def main(arguments: SeedsArguments) -> None:
+    """Runs all seeds and writes results and table."""
+    if len(set(arguments.seeds)) != len(arguments.seeds) or len(arguments.seeds) < 2:
+        raise ConfigError(f"seeds must be at least two different integers, got {arguments.seeds}.")
+    for readme in arguments.readme:
+        check_readme(Path(readme))
+    started = time.time()
+    found = {}
+    for seed in arguments.seeds:
+        fields = {name: getattr(arguments, name) for name in run.RunArguments.__dataclass_fields__}
+        folder = Path(arguments.output_dir) / f"seed_{seed}"
+        run.main(run.RunArguments(**{**fields, "seed": seed, "output_dir": str(folder)}))
+        found[seed] = read_json(folder / arguments.eval_step / "metrics.json")
+    record = summarise(found, arguments.metrics)
+    record["seconds"] = round(time.time() - started)
+    publish(record, markdown(record), arguments.results, arguments.readme)
+
+
+def publish(record: dict[str, Any], table: str, results: str | None, readmes: list[str]) -> None:
+    """Writes all figures to `results`, the table into the READMEs, and prints it."""
+    if results is not None:
+        write_json(results, record)
+    for readme in readmes:
+        replace_table(Path(readme), table)
+    print(table)
+
+
+def summarise(found: dict[int, dict[str, Any]], metrics: list[str]) -> dict[str, Any]:
+    """Mean and sample standard deviation over seeds of every system and metric.
+
+    Args:
+        found: seed → `metrics.json` of its evaluation.
+        metrics: metric names.
+    """
+    systems: dict[str, Any] = {}
+    for name in [row["name"] for row in next(iter(found.values()))["systems"]]:
+        values: dict[str, list[float]] = {metric: [] for metric in metrics}
+        kind = ""
+        for record in found.values():
+            row = next(row for row in record["systems"] if row["name"] == name)
+            kind = row["kind"]
+            for metric in metrics:
+                if metric not in row["metrics"]:
+                    raise ConfigError(f"The metric '{metric}' was not computed; set metrics and ks of the evaluation.")
+                values[metric].append(row["metrics"][metric]["value"])
+        systems[name] = {
+            "kind": kind,
+            "metrics": {
+                metric: {"mean": statistics.fmean(v), "std": statistics.stdev(v), "values": v}
+                for metric, v in values.items()
+            },
+        }
+    first = next(iter(found.values()))
+    return {
+        "seeds": list(found),
+        "requests": [record["requests"] for record in found.values()],
+        "catalogue": first["catalogue"],
+        "split": first["split"],
+        "num_beams": first["decoding"]["num_beams"],
+        "primary": first["primary"],
+        "against": {name: [record["against"][name] for record in found.values()] for name in first["against"]},
+        "systems": systems,
+        "versions": versions(),
+    }
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The results as a GitHub table: mean ± sample standard deviation over the seeds, the model last but for bounds."""
+    systems = record["systems"]
+    metrics = list(next(iter(systems.values()))["metrics"])
+    lines = ["| system | " + " | ".join(metrics) + " |", "|---|" + "---:|" * len(metrics)]
+    for name in sorted(systems, key=lambda name: _place(name, systems[name]["kind"])):
+        row = systems[name]
+        cells = [f"{row['metrics'][m]['mean']:.4f} ± {row['metrics'][m]['std']:.4f}" for m in metrics]
+        shown = f"**{name}**" if name == MODEL else name
+        lines.append(f"| {shown} | " + " | ".join(cells) + " |")
+    requests = sorted(set(record["requests"]))
+    counted = f"{requests[0]:,}" if len(requests) == 1 else f"{requests[0]:,} to {requests[-1]:,}"
+    lines.append("")
+    lines.append(
+        f"Mean ± standard deviation over seeds {', '.join(map(str, record['seeds']))}; {counted} {record['split']} requests, whole "
+        f"catalogue of {record['catalogue']:,} items, {record['num_beams']} beams."
+    )
+    for name, pairs in record.get("against", {}).items():
+        each = ", ".join(f"{p['difference']:+.4f} [{p['low']:+.4f}, {p['high']:+.4f}]" for p in pairs)
+        lines.append(
+            f"{MODEL} minus {name} on {record['primary']}, seed by seed: {each} (paired bootstrap over users)."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _place(name: str, kind: str) -> tuple[int, bool]:
+    """Where a system stands: baselines, models with the final one last, bounds."""
+    return ("baseline", "model", "bound").index(kind), name == MODEL
+
+
+def check_readme(readme: Path) -> tuple[str, str]:
+    """The text before and after the table of a README. Raises DataError when there is no place for one."""
+    try:
+        text = readme.read_text("utf-8")
+    except FileNotFoundError:
+        raise DataError(f"The README {readme} does not exist; check the path.") from None
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise DataError(f"{readme} has no lines '{BEGIN}' and '{END}'; add them where the table belongs.")
+    return before, after
+
+
+def replace_table(readme: Path, table: str) -> None:
+    """Writes a table between the marks of a README."""
+    before, after = check_readme(readme)
+    readme.write_text(f"{before}{BEGIN}\n{table}{END}{after}", "utf-8")
+
+
+if __name__ == "__main__":
+    command(main, SeedsArguments, run.with_root(sys.argv[1:]))

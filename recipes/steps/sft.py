@@ -1,0 +1,134 @@
+"""Multi-stage supervised fine-tuning: every stage names its task mixture, what trains, and its schedule.
+
+    accelerate launch -m sidtune.recipes.steps.sft --config recipes/quickstart/sft.yaml --data_dir runs/quickstart/data \\
+        --sids_dir runs/quickstart/sids --model_dir runs/quickstart/model --output_dir runs/quickstart/sft
+
+The output folder holds one complete model folder per stage, `serializer.json` and `templates/` (how prompts are rendered), and
+`run.json`, which names the last stage. An interrupted run goes on from the last checkpoint of the stage it was in.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sidtune.core.config import as_dict, command
+from sidtune.core.errors import ConfigError
+from sidtune.core.folders import read_json, write_run
+from sidtune.trainers.common.args import checked_args
+from sidtune.trainers.sft.mixture import parse_stages
+from sidtune.trainers.sft.task_examples import TaskExamples
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Arguments:
+    """Options of sft.
+
+    Attributes:
+        data_dir, sids_dir, model_dir: folders of the earlier steps.
+        output_dir: folder to write.
+        stages: list of stages, see `trainers.mixture.StageConfig`.
+        templates: `plain`, `chatml`, or a folder with templates of your own.
+        max_chars: field → longest text in characters, over the defaults of the serializer.
+        history_context: render the context of past turns too (whole-history training needs it).
+        max_history: most past turns in prompts at evaluation and serving; null for all that fit.
+        max_length: most tokens of prompt and SID at evaluation and serving; null for no limit.
+        query_sids: show the SID of every query behind its text, from the encoder and quantizer in sids_dir (best learned with
+            `queries: true`); costs one token per level and query.
+        seed: seed of mixtures, order and LoRA.
+    """
+
+    data_dir: str
+    sids_dir: str
+    model_dir: str
+    output_dir: str
+    stages: list[dict]
+    templates: str = "plain"
+    max_chars: dict = field(default_factory=dict)
+    history_context: bool = True
+    max_history: int | None = 20
+    max_length: int | None = 1024
+    query_sids: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        stages = parse_stages(self.stages)
+        self.examples().check(stages)
+        for stage in stages:
+            checked_args(stage.args, f"stage '{stage.name}', args")
+        if self.max_history is not None and self.max_history < 0:
+            raise ConfigError(f"max_history must be 0 or more turns, or null for all, got {self.max_history}.")
+
+    def examples(self) -> TaskExamples:
+        """What builds the examples of a stage."""
+        return TaskExamples(
+            self.data_dir,
+            Path(self.sids_dir) / "sids",
+            seed=self.seed,
+            templates=self.templates,
+            max_chars=self.max_chars,
+            history_context=self.history_context,
+            query_coder=self.sids_dir if self.query_sids else None,
+        )
+
+
+def main(arguments: Arguments) -> None:
+    """Trains all stages."""
+    from sidtune.decoding.retrieval.loading import save_serializer
+    from sidtune.decoding.retrieval.retriever import PromptSettings, make_serializer
+    from sidtune.tokenizers.base_models.loading import load_tokenizer
+    from sidtune.trainers.common.processes import on_main
+    from sidtune.trainers.sft.stages import run_stages
+
+    started = time.time()
+    settings = PromptSettings(
+        max_history=arguments.max_history,
+        max_length=arguments.max_length,
+        max_chars=arguments.max_chars or None,
+        history_context=arguments.history_context,
+        query_sids=arguments.query_sids,
+    )
+    # A mistake in a template shows now, not after the first stage.
+    make_serializer(load_tokenizer(arguments.model_dir), arguments.templates, settings, arguments.sids_dir)
+    examples = arguments.examples()
+    folders = run_stages(
+        arguments.stages,
+        arguments.model_dir,
+        arguments.data_dir,
+        Path(arguments.sids_dir) / "sids",
+        arguments.output_dir,
+        seed=arguments.seed,
+        build_examples=examples,
+        extra_inputs={"templates": examples.templates_folder} if examples.templates_folder else None,
+    )
+
+    def finish() -> None:
+        tokenizer = load_tokenizer(folders[-1])
+        serializer = make_serializer(tokenizer, arguments.templates, settings, arguments.sids_dir)
+        save_serializer(arguments.output_dir, serializer, settings)
+        stages = [read_json(folder / "run.json") for folder in folders]
+        write_run(
+            arguments.output_dir,
+            step="sft",
+            config=as_dict(arguments),
+            inputs={name: getattr(arguments, name) for name in ("data_dir", "sids_dir", "model_dir")},
+            metrics={
+                "final": folders[-1].name,
+                "stages": [
+                    {"name": folder.name, "seconds": record["seconds"], **record["metrics"]}
+                    for folder, record in zip(folders, stages, strict=True)
+                ],
+            },
+            started=started,
+        )
+
+    on_main(finish)
+    logger.info("%s: %d stages, the last is %s", arguments.output_dir, len(folders), folders[-1].name)
+
+
+if __name__ == "__main__":
+    command(main, Arguments)

@@ -1,0 +1,235 @@
+"""A small LLM made from scratch: byte-level BPE trained on the shop's own texts, and a seeded random model.
+
+This is what makes every recipe run offline: no download, the same result on every machine. The tokenizer has the shape
+of Qwen's and GPT-2's (byte-level BPE, no prefix space, no unknown token), so nothing downstream treats it specially.
+Our choice; no paper is involved. For real use replace both by a pretrained model (`load_base`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from sidtune.core.config import check_keys
+from sidtune.core.errors import ConfigError, DataError, nearest
+from sidtune.data_builders.prompts.encoding import is_sid
+from sidtune.tokenizers.vocabulary.embedding_init import OldRows, noisy
+from sidtune.tokenizers.vocabulary.token_matrices import grow, vocab_matrices
+
+PAD, END_OF_TEXT, TURN_START, TURN_END = "<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_BYTES = 256
+
+# A tiny model of each family: about a million parameters, trains on a laptop.
+_SMALL: dict[str, dict[str, Any]] = {
+    "qwen3": {
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "intermediate_size": 384,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+    },
+    "llama": {
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 384,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+    },
+    "gpt2": {"n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": 1024},
+    "t5": {"d_model": 128, "d_kv": 32, "d_ff": 384, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4},
+    "bart": {
+        "d_model": 128,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 384,
+        "decoder_ffn_dim": 384,
+    },
+}
+_SMALL["mt5"] = _SMALL["t5"]
+
+
+def train_lm_tokenizer(
+    texts: Iterable[str], vocab_size: int = 4096, chat_tokens: bool = True, min_frequency: int = 2
+) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE tokenizer. The same texts give the same tokenizer.
+
+    Args:
+        texts: the texts; read once, empty ones are skipped.
+        vocab_size: largest number of tokens, special ones included. Fewer come out when the texts hold fewer pairs.
+        chat_tokens: adds `<|im_start|>`, `<|im_end|>` and a ChatML template; `<|im_end|>` is then the end token, as in
+            Qwen's chat models. Without them `<|endoftext|>` is. There is no begin token.
+        min_frequency: pairs seen less often are not merged.
+
+    Raises:
+        ConfigError: `vocab_size` has no room for the 256 bytes and the special tokens.
+        DataError: no text at all, or one that is not a string.
+    """
+    special = [PAD, END_OF_TEXT, *((TURN_START, TURN_END) if chat_tokens else ())]
+    smallest = _BYTES + len(special)
+    if vocab_size < smallest:
+        raise ConfigError(
+            f"vocab_size must be at least {smallest} ({_BYTES} bytes and {len(special)} special tokens), got "
+            f"{vocab_size}."
+        )
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(_checked_texts(texts), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD,
+        eos_token=TURN_END if chat_tokens else END_OF_TEXT,
+        extra_special_tokens=[TURN_START, END_OF_TEXT] if chat_tokens else [],
+        chat_template=CHAT_TEMPLATE if chat_tokens else None,
+        clean_up_tokenization_spaces=False,
+        padding_side="right",
+    )
+
+
+def add_plain_tokens(
+    tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], model: PreTrainedModel | None = None, seed: int = 0
+) -> list[int]:
+    """Adds words such as `</think>` as ordinary tokens, before the vocabulary grows by semantic IDs; known ones stay.
+
+    Ordinary and not special, because TRL leaves special tokens out of the texts it decodes. Given a model, its token matrices
+    grow where they must, and the rows of new tokens get the mean row with a little noise.
+
+    Args:
+        tokenizer: changed in place.
+        tokens: the words; no white space, no semantic-ID tokens.
+        model: the model of this tokenizer, changed in place; None when it is built afterwards.
+        seed: of the noise.
+
+    Returns:
+        The token id of each word.
+
+    Raises:
+        ConfigError: a word that can be no token of its own.
+    """
+    for token in tokens:
+        if not isinstance(token, str) or not token or any(c.isspace() for c in token) or is_sid(token):
+            raise ConfigError(
+                f"An extra token must be a word without white space that is no semantic ID, got {token!r}."
+            )
+    known, base = tokenizer.get_vocab(), len(tokenizer)
+    new = [token for token in dict.fromkeys(tokens) if token not in known]
+    tokenizer.add_tokens([AddedToken(t, single_word=False, lstrip=False, rstrip=False, normalized=False) for t in new])
+    if model is not None and new:
+        grow(model, len(tokenizer))
+        for number, matrix in enumerate(vocab_matrices(model)):
+            old = OldRows(matrix.parameter[:base])
+            rows = noisy(np.tile(old.mean, (len(new), 1)), old, 0.02, seed + number)
+            with torch.no_grad():
+                matrix.parameter[base : len(tokenizer)] = rows.to(matrix.parameter)
+    return tokenizer.convert_tokens_to_ids(list(tokens))
+
+
+def _checked_texts(texts: Iterable[str]) -> list[str]:
+    kept = []
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise DataError(f"Text number {number} for the tokenizer is {type(text).__name__}; texts must be strings.")
+        if text:
+            kept.append(text)
+    if not kept:
+        raise DataError("The tokenizer has no text to learn from; give it the catalogue's titles and queries.")
+    try:
+        "".join(kept).encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError("A text for the tokenizer holds a lone surrogate, which is no valid text; repair it.") from None
+    return kept
+
+
+def build_model(
+    config: dict[str, Any] | None, tokenizer: PreTrainedTokenizerBase, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """A randomly initialised language model that fits `tokenizer`.
+
+    Args:
+        config: `model_type` (default `qwen3`; any causal or seq2seq type transformers knows) and fields of its
+            transformers config, for example `{"model_type": "gpt2", "n_layer": 6, "tie_word_embeddings": False}`.
+            Fields left out take small values for qwen3, llama, gpt2, t5, mt5 and bart, the family's defaults otherwise.
+            T5 and mT5 ignore `tie_word_embeddings`, as transformers does.
+        tokenizer: gives vocabulary size and the ids of pad, begin and end.
+        seed: seed of the weights; the caller's random state is left alone.
+        dtype: dtype of the weights.
+
+    Raises:
+        ConfigError: unknown `model_type` or field, values that do not go together.
+    """
+    fields = dict(config or {})
+    kind = fields.pop("model_type", "qwen3")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        near = nearest(str(kind), CONFIG_MAPPING.keys())
+        raise ConfigError(f"There is no model_type '{kind}' in transformers: {near}")
+    known = _config_fields(kind)
+    check_keys(fields, known, f"The config of the {kind} model")
+    tokens = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "decoder_start_token_id": tokenizer.pad_token_id,
+        "forced_eos_token_id": tokenizer.eos_token_id,
+    }
+    clash = sorted(set(tokens) & set(fields))
+    if clash:
+        raise ConfigError(f"The config of the {kind} model: '{clash[0]}' comes from the tokenizer; remove it.")
+    always = {"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"}
+    tokens = {key: value for key, value in tokens.items() if key in known or key in always}
+    try:
+        made = AutoConfig.for_model(kind, **{**_SMALL.get(kind, {}), **fields, **tokens})
+        if made.is_encoder_decoder and getattr(made, "decoder_start_token_id", None) is None:
+            made.decoder_start_token_id = tokenizer.pad_token_id
+        family = AutoModelForSeq2SeqLM if made.is_encoder_decoder else AutoModelForCausalLM
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return family.from_config(made, dtype=dtype)
+    except (ValueError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+        raise ConfigError(f"The config of the {kind} model makes no model ({_sentence(error)}); correct it.") from None
+    except Exception as error:  # the strict config classes of the hub client have their own error base
+        if "validation" not in type(error).__name__.lower():
+            raise
+        raise ConfigError(f"The config of the {kind} model is wrong ({_sentence(error)}); correct it.") from None
+
+
+def _config_fields(kind: str) -> list[str]:
+    cls = CONFIG_MAPPING[kind]
+    own = [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "kwargs", "args")]
+    return sorted({*own, *getattr(cls, "attribute_map", {}), "tie_word_embeddings"})
+
+
+def _sentence(error: Exception) -> str:
+    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__

@@ -1,0 +1,63 @@
+"""A small text encoder made from scratch: byte-level BPE of the shop's own texts, and a seeded random BERT.
+
+What makes the aligned encoder run offline; it knows nothing before it is trained. Our choice; OneSearch starts from a distilled
+BGE, and so should anyone who can: name it as `backbone`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tokenizers import processors
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerFast
+
+from sidtune.core.errors import ConfigError, nearest
+from sidtune.tokenizers.base_models.from_scratch import train_lm_tokenizer
+
+FIRST = "<|cls|>"
+_SMALL = {
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 384,
+    "max_position_embeddings": 512,
+}
+
+
+def scratch_encoder(
+    texts: Sequence[str], config: dict[str, Any] | None = None, vocab_size: int = 4096, seed: int = 0
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """A random text model and its tokenizer. The same arguments give the same weights; the caller's random state is left alone.
+
+    Args:
+        texts: what the BPE is trained on: item texts and queries.
+        config: `model_type` (default `bert`) and fields of its transformers config; for BERT those left out are small.
+        vocab_size: of the BPE, see `train_lm_tokenizer`. Every text begins with the token `<|cls|>`, also an empty one.
+        seed: of the weights.
+
+    Raises:
+        ConfigError: unknown model type, or fields that make no text model. DataError: no text.
+    """
+    fields = dict(config or {})
+    kind = fields.pop("model_type", "bert")
+    if kind not in CONFIG_MAPPING:
+        raise ConfigError(
+            f"There is no model_type '{kind}' in transformers: {nearest(str(kind), CONFIG_MAPPING.keys())}"
+        )
+    tokenizer = train_lm_tokenizer(texts, vocab_size=vocab_size, chat_tokens=False)
+    tokenizer.add_special_tokens({"cls_token": FIRST})
+    first = processors.TemplateProcessing(
+        single=f"{FIRST} $A", special_tokens=[(FIRST, tokenizer.convert_tokens_to_ids(FIRST))]
+    )
+    tokenizer.backend_tokenizer.post_processor = first
+    tokens = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    try:
+        made = AutoConfig.for_model(kind, **{**(_SMALL if kind == "bert" else {}), **fields, **tokens})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return AutoModel.from_config(made), tokenizer
+    except Exception as error:  # config classes raise many kinds
+        reason = " ".join(str(error).split())[:300].rstrip(".")
+        raise ConfigError(f"The config of the {kind} encoder makes no model ({reason}); correct it.") from None

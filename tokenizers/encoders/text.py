@@ -1,0 +1,235 @@
+"""Item vectors from pretrained text models: `sentence-transformers`, or `transformers` with pooling.
+
+OneSearch trains its own aligned tower first (section 3.1.1); here a ready model is used as it is. Only the model's name
+and options are saved, not its weights: the folder of a local model must stay where it is, and `revision` pins one from
+the hub. Code that comes with a model repository is never run.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+
+from sidtune.core.errors import ConfigError, DataError
+from sidtune.tokenizers.encoders.base import Encoder, check_texts, unit_rows
+from sidtune.tokenizers.quantizers.base import check_vectors
+
+POOLINGS = ("auto", "mean", "cls", "last")
+
+
+@dataclass
+class SentenceTransformersConfig:
+    """Options of `SentenceTransformersEncoder`.
+
+    Attributes:
+        model: name of a sentence-transformers model, or its folder.
+        revision: branch, tag or commit of the model.
+        prompt: text put before every item text, for models that want one.
+        batch_size: texts per batch.
+        device: `cpu`, `cuda`, ... ; default: what the library picks.
+        normalize: scale rows to length 1.
+        empty_text: what stands in for an item without text.
+    """
+
+    model: str = ""
+    revision: str | None = None
+    prompt: str | None = None
+    batch_size: int = 64
+    device: str | None = None
+    normalize: bool = True
+    empty_text: str = "unknown item"
+
+    def __post_init__(self) -> None:
+        _check_model(self.model, self.batch_size, "sentence_transformers")
+
+
+@dataclass
+class TransformersConfig:
+    """Options of `TransformersEncoder`.
+
+    Attributes:
+        model: name of a transformers model, or its folder. Of an encoder-decoder model the encoder is used.
+        revision: branch, tag or commit of the model.
+        pooling: `mean` over the text's tokens, the `cls` (first) token, the `last` token (for decoder-only embedding models),
+            or `auto`: what the model's own `1_Pooling/config.json` says, `mean` where there is none.
+        max_length: longer texts are cut to this many tokens, or to the fewer that the model's tokenizer allows.
+        batch_size: texts per batch.
+        device: `auto` (accelerator if there is one), `cpu`, `cuda`, ...
+        dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`. Vectors are float32 in any case.
+        normalize: scale rows to length 1.
+        empty_text: what stands in for an item without text.
+    """
+
+    model: str = ""
+    revision: str | None = None
+    pooling: Literal["auto", "mean", "cls", "last"] = "auto"
+    max_length: int = 256
+    batch_size: int = 32
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    normalize: bool = True
+    empty_text: str = "unknown item"
+
+    def __post_init__(self) -> None:
+        _check_model(self.model, self.batch_size, "transformers")
+        if self.pooling not in POOLINGS:
+            raise ConfigError(f"pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}.")
+        if self.max_length < 1:
+            raise ConfigError(f"max_length of the transformers encoder must be at least 1, got {self.max_length}.")
+
+
+def _check_model(model: str, batch_size: int, name: str) -> None:
+    if not model:
+        raise ConfigError(f"The {name} encoder needs 'model', the name or folder of a pretrained model.")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size of the {name} encoder must be at least 1, got {batch_size}.")
+
+
+class _PretrainedEncoder(Encoder):
+    """What both have in common: `fit` learns nothing, empty texts are replaced by `empty_text` and counted."""
+
+    def fit(self, texts: Sequence[str]) -> Self:
+        """Learns nothing; checks the texts and loads the model, so that a wrong name fails before any work."""
+        check_texts(texts)
+        self._load_model()
+        return self
+
+    def encode(self, texts: Sequence[str], item_ids: Sequence[str] | None = None) -> np.ndarray:
+        """Vectors (n, d) float32.
+
+        Raises:
+            ConfigError: the model or its package cannot be loaded.
+            DataError: no texts, or the model returned NaN.
+        """
+        texts = check_texts(texts)
+        filled = [text if text.strip() else self.config.empty_text for text in texts]
+        self.empty_texts = sum(not text.strip() for text in texts)
+        vectors = check_vectors(self._vectors(filled), what=f"vectors of {self.config.model}")
+        return np.ascontiguousarray(unit_rows(vectors), dtype=np.float32) if self.config.normalize else vectors
+
+    @abc.abstractmethod
+    def _load_model(self) -> None:
+        """Loads `self.config.model`; a ConfigError when that is not possible."""
+
+    @abc.abstractmethod
+    def _vectors(self, texts: list[str]) -> np.ndarray:
+        """(n, d) vectors of the texts."""
+
+
+class SentenceTransformersEncoder(_PretrainedEncoder):
+    """Encodes with `sentence_transformers.SentenceTransformer` (extra `encoders` of this package)."""
+
+    name: ClassVar[str] = "sentence_transformers"
+    config_class: ClassVar[type] = SentenceTransformersConfig
+
+    def __init__(self, config: SentenceTransformersConfig) -> None:
+        super().__init__(config)
+        self._model: Any = None
+
+    def _load_model(self) -> None:
+        if self._model is not None:
+            return
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError:
+            raise ConfigError(
+                "The encoder 'sentence_transformers' needs the package sentence-transformers, which is not installed; "
+                "run pip install 'sidtune[encoders]', or use the encoder 'tfidf_svd' or 'transformers'."
+            ) from None
+        try:
+            self._model = SentenceTransformer(
+                self.config.model, revision=self.config.revision, device=self.config.device, trust_remote_code=False
+            )
+        except Exception as error:
+            raise _load_error(self.config.model, error) from error
+
+    def _vectors(self, texts: list[str]) -> np.ndarray:
+        self._load_model()
+        return self._model.encode(
+            texts,
+            prompt=self.config.prompt,
+            batch_size=self.config.batch_size,
+            convert_to_numpy=True,
+            show_progress_bar=False,
+        )
+
+
+class TransformersEncoder(_PretrainedEncoder):
+    """Encodes with `transformers.AutoModel` and pools the last hidden states over the real tokens."""
+
+    name: ClassVar[str] = "transformers"
+    config_class: ClassVar[type] = TransformersConfig
+
+    def __init__(self, config: TransformersConfig) -> None:
+        super().__init__(config)
+        self._model: Any = None
+        self._tokenizer: Any = None
+        self._pooling = self.config.pooling
+
+    def _load_model(self) -> None:
+        if self._model is not None:
+            return
+        import torch
+        from transformers import AutoModel, AutoTokenizer
+
+        from sidtune.tokenizers.encoders.pooling import saved_pooling
+
+        config = self.config
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(config.model, revision=config.revision)
+            model = AutoModel.from_pretrained(config.model, revision=config.revision, dtype=config.dtype)
+        except Exception as error:
+            raise _load_error(config.model, error) from error
+        if model.config.is_encoder_decoder:
+            model = model.get_encoder()
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        if tokenizer.pad_token is None:
+            raise ConfigError(f"The tokenizer of {config.model} has no padding, end or unknown token; give it one.")
+        tokenizer.padding_side = "right"
+        device = config.device
+        if device == "auto":
+            accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+            device = str(accelerator or "cpu")
+        if config.pooling == "auto":
+            self._pooling = saved_pooling(config.model, config.revision) or "mean"
+        self._tokenizer, self._model = tokenizer, model.to(device).eval()
+
+    def _vectors(self, texts: list[str]) -> np.ndarray:
+        import torch
+
+        self._load_model()
+        # Long texts first: batches of like length waste little padding, and running out of memory shows at once.
+        order = sorted(range(len(texts)), key=lambda n: -len(texts[n]))
+        parts = []
+        with torch.inference_mode():
+            for start in range(0, len(order), self.config.batch_size):
+                rows = order[start : start + self.config.batch_size]
+                parts.append(self._pooled([texts[n] for n in rows]).float().cpu().numpy())
+        sorted_vectors = np.concatenate(parts)
+        vectors = np.empty_like(sorted_vectors)
+        vectors[order] = sorted_vectors
+        return vectors
+
+    def _pooled(self, texts: list[str]) -> Any:
+        from sidtune.tokenizers.encoders.pooling import pooled
+
+        longest = min(self.config.max_length, self._tokenizer.model_max_length)
+        batch = self._tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt").to(
+            self._model.device
+        )
+        mask = batch["attention_mask"]
+        if int(mask.sum(dim=1).min()) == 0:
+            raise DataError(f"The tokenizer of {self.config.model} makes no token of some item text; set 'empty_text'.")
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        states = self._model(**inputs).last_hidden_state.float()
+        return pooled(states, mask, self._pooling)
+
+
+def _load_error(model: str, error: Exception) -> ConfigError:
+    reason = " ".join(str(error).split())[:300]
+    return ConfigError(f"The model '{model}' cannot be loaded ({type(error).__name__}: {reason}); check its name.")

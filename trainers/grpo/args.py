@@ -1,0 +1,68 @@
+"""From the `args` of a GRPO run to a `DebiasedGRPOConfig`: every key known, every type right, contradictions told
+before any work.
+
+By the mechanism of `sft_args.py`. Our own plumbing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sidtune.trainers.common.args import built, checked_fields
+from sidtune.trainers.grpo.config import DebiasedGRPOConfig
+
+RESERVED = {
+    "output_dir": "the run has its own folder",
+    "reward_weights": "weights stand in `rewards`",
+    "remove_unused_columns": "the rewards read every column",
+    "label_names": "there are no label columns",
+    "resume_from_checkpoint": "an interrupted run resumes by itself",
+    "save_only_model": "an interrupted run could not resume",
+    "ignore_data_skip": "a resumed run would see other prompts",
+    "load_best_model_at_end": "a run ends with its last step; choose max_steps instead",
+    "do_train": "a run always trains",
+    "do_eval": "evaluate in its own step",
+    "do_predict": "evaluate in its own step",
+    "eval_strategy": "evaluate in its own step",
+    "deepspeed": "choose it with accelerate launch --config_file",
+    "fsdp": "choose it with accelerate launch --config_file",
+    "fsdp_config": "choose it with accelerate launch --config_file",
+    "push_to_hub": "publishing is a step of the recipe",
+    "hub_model_id": "publishing is a step of the recipe",
+    "hub_token": "publishing is a step of the recipe",
+    "trust_remote_code": "sidtune runs no code from model folders",
+    "auto_find_batch_size": "it would change the groups silently",
+    "use_vllm": "rollouts are decoded over the catalogue's trie by the model itself",
+    "chat_template_kwargs": "the templates of the model folder decide",
+    "log_completions_hub_repo": "publishing is a step of the recipe",
+}
+
+
+def checked_args(values: dict[str, Any], where: str = "args") -> dict[str, Any]:
+    """`args` with known keys, right types and settings that go together; touches no device.
+
+    Raises:
+        ConfigError: an unknown or reserved key, a value of the wrong type, or settings that contradict each other.
+    """
+    values = checked_fields(DebiasedGRPOConfig, RESERVED, values, where)
+    DebiasedGRPOConfig.check_settings(values)
+    return values
+
+
+def grpo_config(
+    values: dict[str, Any], *, output_dir: str | Path, seed: int, where: str = "args"
+) -> DebiasedGRPOConfig:
+    """Builds the config of a run.
+
+    Args:
+        values: `args`: fields of DebiasedGRPOConfig but the reserved ones.
+        output_dir: folder of the checkpoints.
+        seed: seed of the run; `seed` in `values` wins.
+        where: how messages call this place.
+
+    Raises:
+        ConfigError: as `checked_args`, or batch sizes that do not fit the groups.
+    """
+    values = checked_args(values, where)
+    return built(DebiasedGRPOConfig, values, seed, where, output_dir=str(output_dir))

@@ -1,0 +1,124 @@
+"""From logged requests to prompts with targets for GRPO, rendered as supervised fine-tuning and evaluation render them.
+
+A target is a leaf whose candidate has a chosen label of 1, with its corrected gain (`exposure_gains.py`): a null label
+is unknown and never 0, what was not shown is no evidence. Requests without a positive leaf teach nothing here and are
+left out, and counted.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from datasets import Dataset
+
+from sidtune.core.errors import ConfigError, DataError
+from sidtune.data_builders.prompts.encoding import encode_prompts
+from sidtune.data_builders.prompts.serializer import Serializer
+from sidtune.data_builders.tables.store import DataFolder
+from sidtune.data_builders.tasks.behaviour import prompt_for_requests
+from sidtune.data_builders.tasks.input import TaskInput
+from sidtune.models.position_bias.em import estimate_by_em
+from sidtune.models.position_bias.interventions import PositionBias, PositionLog, estimate_by_interventions
+from sidtune.tokenizers.sids.semantic_ids import SemanticIds
+from sidtune.trainers.rewards.gains import ExposureGains, GainsConfig, LeafFacts, exposure_gains
+
+
+def position_bias(how: str | None, requests: pa.Table) -> PositionBias | None:
+    """Examination of positions: None, estimated from train requests ("interventions", "em"), or a folder it was saved in."""
+    if how is None:
+        return None
+    if how in ("interventions", "em"):
+        log = PositionLog.of_requests(requests)
+        return estimate_by_interventions(log) if how == "interventions" else estimate_by_em(log)
+    if not Path(how).is_dir():
+        raise ConfigError(f"position_bias must be null, interventions, em or a folder that holds one, got '{how}'.")
+    return PositionBias.from_pretrained(how)
+
+
+def hard_requests(path: str | Path, requests: pa.Table) -> pa.Table:
+    """The requests that a hard set names in its column `request_id`.
+
+    Raises:
+        DataError: no such file or column, or a request that the split does not hold.
+    """
+    try:
+        wanted = pq.read_table(path, columns=["request_id"])["request_id"]
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+        raise DataError(
+            f"The hard set {path} is no parquet file with a column request_id ({' '.join(str(error).split())}); write it again."
+        ) from None
+    wanted = pc.unique(wanted.cast(requests["request_id"].type))
+    known = pc.is_in(wanted, value_set=requests["request_id"].combine_chunks())
+    if not pc.all(known).as_py():
+        wrong = wanted.filter(pc.invert(known))[0].as_py()
+        raise DataError(
+            f"The hard set names the request '{wrong}', which is not in the split that is trained on; use data of one run."
+        )
+    return requests.filter(pc.is_in(requests["request_id"], value_set=wanted))
+
+
+def chosen_requests(requests: pa.Table, limit: int | None, seed: int) -> pa.Table:
+    """At most `limit` requests, drawn at random, in their order."""
+    if limit is None or limit >= requests.num_rows:
+        return requests
+    rows = np.random.default_rng(seed).choice(requests.num_rows, limit, replace=False)
+    return requests.take(np.sort(rows))
+
+
+def grpo_examples(
+    data: DataFolder,
+    requests: pa.Table,
+    sids: SemanticIds,
+    facts: LeafFacts,
+    serializer: Serializer,
+    tokenizer: Any,
+    *,
+    bias: PositionBias | None = None,
+    gains: GainsConfig | None = None,
+    max_history: int | None = 20,
+    max_length: int | None = None,
+    split: str = "train",
+    reserve: int = 0,
+) -> tuple[Dataset, dict[str, int]]:
+    """Prompts with targets.
+
+    Args:
+        data: the data folder, for histories. requests: the requests that become prompts.
+        sids, facts: of the catalogue. serializer, tokenizer: of the model.
+        bias, gains: how feedback becomes gains.
+        split: of the requests. max_history: most past turns.
+        max_length: most tokens of prompt and answer, of which `reserve` belong to the
+            answer.
+
+    Returns:
+        Columns `prompt` (text, for people), `prompt_ids`, `request_id`, `target_leaves`, `target_gains`,
+        `level_leaves`, `level_gains`; and counts of what was read and left out.
+
+    Raises:
+        DataError: no request has a positive leaf, or a prompt does not fit.
+    """
+    made = exposure_gains(requests, facts, bias, gains)
+    useful = np.flatnonzero(_best(made) > 0)
+    if not len(useful):
+        raise DataError(
+            f"No {split} request has a positive label on an item with a semantic ID, so nothing can be rewarded; check the labels "
+            "of the gains and the hard set."
+        )
+    kept = requests.take(useful)
+    source = TaskInput.of_split(data, sids.texts(), serializer, split, max_history)
+    ids = encode_prompts(tokenizer, prompt_for_requests(source, kept), max_length, reserve=reserve)
+    columns = {name: [values[row] for row in useful] for name, values in made.columns().items()}
+    prompts = tokenizer.batch_decode(ids)
+    rows = {"prompt": prompts, "prompt_ids": ids, "request_id": kept["request_id"].to_pylist(), **columns}
+    counts = {"requests": requests.num_rows, "without_positive": requests.num_rows - len(useful), **made.counts}
+    return Dataset.from_dict(rows), counts
+
+
+def _best(made: ExposureGains) -> np.ndarray:
+    """(R,) largest gain of each request, 0 without a target."""
+    return made.targets.padded[1].max(axis=1, initial=0.0)

@@ -1,0 +1,440 @@
+"""Debiased GRPO over a catalogue of semantic IDs: TRL's `GRPOTrainer` with rollouts, credit and log-probabilities of
+its own.
+
+Overriding points (everything else is TRL's and stays untouched; `trl_surface.py` names what they rely on):
+
+1. `__init__`: hands TRL a rollout function and one reward function per reward of the config.
+2. `_generate_and_score_completions`: afterwards, sets the advantages of our estimators and carries group, row and list
+   tensors.
+3. `_calculate_rewards`: before, scores the rollouts by leaf numbers; keeps the gathered rewards.
+4. `_prepare_inputs`: afterwards, puts the rows of a group next to each other again (TRL shuffles rows).
+5. `_get_per_token_logps_and_entropies`: normalises SID tokens over the trie for the old, new and reference policy, and
+   reads the prompt of a group once.
+6. `_compute_loss`: caps bad ratios by ECPO and adds the surrogate of searched lists; the rest is TRL's loss.
+7. `get_decay_parameter_names`: no weight decay on embedding rows that are trained alone or beside LoRA.
+8. `log`: adds log Z.
+9. `_get_train_sampler`: the order of an epoch is a function of seed and epoch, so that a resumed run sees the same
+   prompts.
+10. `_send_telemetry`: nothing is sent.
+
+The paper (CRS) fixes neither the formula nor the numbers; `specs/crs_debiased_grpo.md` 2.7 reconstructs them, and the
+config names what is a choice.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl import GRPOTrainer
+from trl.models import unwrap_model_for_generation
+
+from sidtune.core.errors import ConfigError
+from sidtune.trainers.common import trl_surface
+from sidtune.trainers.common.callbacks import MarkComplete, SetEpoch
+from sidtune.trainers.grpo import losses as grpo_losses
+from sidtune.trainers.grpo.config import DebiasedGRPOConfig
+from sidtune.trainers.grpo.credit import Credit
+from sidtune.trainers.grpo.diagnostics import Health, LegalMass, StopDegenerate
+from sidtune.trainers.grpo.logps.group_logps import LogpsOutput, group_logps
+from sidtune.trainers.grpo.rollout_rewards import RolloutRewards, SidCatalogue
+from sidtune.trainers.grpo.rollouts import Rollout, RolloutMaker, Rows, pad_left
+from sidtune.trainers.grpo.sampler import RepeatedEpochs, regrouped
+from sidtune.trainers.grpo.sid_positions import SidTable
+from sidtune.trainers.rewards.batch import CombinedReward, build_rewards
+from sidtune.trainers.sft.trainer import accept_whole_heads
+
+logger = logging.getLogger(__name__)
+
+
+class DebiasedGRPOTrainer(GRPOTrainer):
+    """Trains a causal LM by group-relative rewards of catalogue items.
+
+    Args:
+        model: a causal `PreTrainedModel`, or a PEFT model around one, with what trains already chosen.
+        rewards: `build_rewards(...)`, or the mapping it takes; None when only `reward_funcs` reward.
+        args: the config.
+        train_dataset: columns `prompt` (text or messages, shown in logs) and, if the prompts are encoded already,
+            `prompt_ids`; `target_leaves` and `target_gains` (lists; gains default to 1); `<name>_leaves` and
+            `<name>_gains` for further judgements; any other column reaches the rewards.
+        eval_dataset: the same, or None.
+        processing_class: the tokenizer.
+        catalogue: the trie, the token of each code, and what is known of each leaf.
+        end_token_id: the token that ends a reasoning (rollout "reasoning").
+        reward_funcs: further reward functions of TRL's kind; `args.reward_weights` weighs them (default 1 each).
+        train: what trains ("rows", "lora" or "all"); chooses the weight decay, nothing else.
+        callbacks: further callbacks.
+        options: passed on to TRL.
+
+    Raises:
+        ConfigError: settings that contradict each other, or no reward.
+        DataError: prompts or targets that do not fit.
+        SidtuneError: while training, when the run can no longer learn.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        rewards: CombinedReward | Mapping[str, Any] | None,
+        args: DebiasedGRPOConfig,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        catalogue: SidCatalogue,
+        end_token_id: int | None = None,
+        reward_funcs: list[Callable[..., list[float]]] | None = None,
+        train: str = "all",
+        callbacks: list[TrainerCallback] | None = None,
+        **options: Any,
+    ) -> None:
+        trl_surface.check(trl_surface.GRPO_NAMES)
+        _check(model, args)
+        self.train_mode = train
+        args = copy.copy(args)  # the reward weights below are this trainer's
+        combined = build_rewards(rewards, catalogue.trie.depth) if isinstance(rewards, Mapping) else rewards
+        self._rewarding = RolloutRewards(combined, catalogue, args.credit == "list")
+        functions = [*self._rewarding.functions(), *(reward_funcs or [])]
+        if not functions:
+            raise ConfigError("There is no reward; name one in `rewards` or pass reward_funcs.")
+        args.reward_weights = self._rewarding.all_weights(args.reward_weights, len(reward_funcs or []))
+        self.health = Health()
+        self._epoch_callback = SetEpoch()
+        self._rollout: Rollout | None = None
+        self._given_prompts: list[list[int]] | None = None
+        self._gathered_rewards: Tensor | None = None
+        self._loss_inputs: dict[str, Any] | None = None
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*'rollout_func'.*")  # named in trl_surface.py
+            super().__init__(
+                model=model,
+                reward_funcs=functions,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=[self._epoch_callback, MarkComplete(), *(callbacks or [])],
+                rollout_func=self._roll_out,
+                **options,
+            )
+        self._check_processes()
+        if train != "all" and is_deepspeed_zero3_enabled():
+            accept_whole_heads()
+        self._prepare_catalogue(catalogue, end_token_id)
+        self.add_callback(StopDegenerate(self.health, args.patience, self._summed))
+        if args.preset_values:
+            filled = ", ".join(f"{name}={value}" for name, value in args.preset_values.items())
+            logger.info("Preset '%s' set %s.", args.preset, filled)
+
+    def _check_processes(self) -> None:
+        needed = self.args.generation_batch_size // self.num_generations
+        if len(self.train_dataset) < needed:  # TRL would end without a step
+            raise ConfigError(
+                f"One generation takes {needed} prompts, but there are only {len(self.train_dataset)}; lower "
+                "per_device_train_batch_size or use more prompts."
+            )
+        if self.is_fsdp_enabled:
+            raise ConfigError(
+                "Rollouts need whole weights on every process, which FSDP does not give here; launch with ddp, zero2 or zero3."
+            )
+        rows = self.args.per_device_train_batch_size * self.args.steps_per_generation
+        if self.args.rollout == "without_replacement" and rows % self.num_generations:
+            raise ConfigError(
+                f"A set drawn without replacement must lie on one process: per_device_train_batch_size x steps_per_generation "
+                f"({rows}) must be a multiple of num_generations ({self.num_generations})."
+            )
+        if is_deepspeed_zero3_enabled() and not self.args.ds3_gather_for_generation:
+            raise ConfigError(
+                "Constrained decoding under ZeRO-3 needs the weights gathered; leave ds3_gather_for_generation at true."
+            )
+
+    def _prepare_catalogue(self, catalogue: SidCatalogue, end_token_id: int | None) -> None:
+        tokens = torch.from_numpy(np.array(catalogue.sid_token_ids, dtype=np.int64))
+        reasoned = self.args.rollout == "reasoning"
+        self.table = SidTable(catalogue.trie, tokens, reasoned)
+        self._maker = RolloutMaker(
+            *(
+                self.args,
+                catalogue.trie,
+                tokens,
+                self._tokenizer.eos_token_id,
+                self._tokenizer.pad_token_id,
+                end_token_id,
+            )
+        )
+        self._credit = Credit(self.args, catalogue.trie)
+        self._legal = {mode: LegalMass(catalogue.trie.depth) for mode in ("train", "eval")}
+        if not reasoned:  # a constant that divides dr_grpo's loss: the tokens that a SID has
+            self.max_completion_length = catalogue.trie.depth
+
+    def _send_telemetry(self) -> None:
+        """Sends nothing."""
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Names of the decayed parameters: none for "rows", the LoRA factors for "lora", transformers' choice for "all"."""
+        names = super().get_decay_parameter_names(model)
+        if self.train_mode == "rows":
+            return []
+        return [n for n in names if "lora_" in n] if self.train_mode == "lora" else names
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
+        sampler = super()._get_train_sampler(dataset)
+        if self.shuffle_dataset:
+            sampler = RepeatedEpochs.like(sampler)
+            self._epoch_callback.sampler = sampler
+        return sampler
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    @property
+    def _group_size(self) -> int:
+        return self.num_generations if self.model.training else self.num_generations_eval
+
+    def _summed(self, value: Tensor) -> float:
+        return float(self.accelerator.reduce(value.detach().clone().to(self.accelerator.device), "sum"))
+
+    def _rows(self, count: int) -> Rows:
+        return Rows(self.accelerator.process_index * count, count, self._group_size)
+
+    # Rollouts and rewards.
+
+    def _roll_out(self, prompts: list, trainer: GRPOTrainer) -> dict[str, Any]:
+        """TRL's rollout function."""
+        prompt_ids = self._given_prompts or self._tokenize_prompts(prompts)[0]
+        with unwrap_model_for_generation(
+            self.model_wrapped,
+            self.accelerator,
+            gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+        ) as model:
+            rollout = self._maker(model, prompt_ids, self._rows(len(prompts)))
+        self._rollout = rollout
+        fields: dict[str, Any] = {"leaves": rollout.leaves.tolist(), "leaf_scores": rollout.scores.tolist()}
+        if rollout.closed is not None:
+            fields |= {"closed": rollout.closed.tolist(), "reasoning_length": rollout.reasoning_lengths.tolist()}
+        return {
+            "prompt_ids": rollout.prompt_ids,
+            "completion_ids": rollout.completion_ids,
+            "logprobs": None,
+            "env_mask": rollout.credit_mask,
+            **fields,
+        }
+
+    def _calculate_rewards(self, inputs: list, prompts: list, completions: list, completion_ids_list: list) -> Tensor:
+        gather = None if self._rows(len(inputs)).whole or self.accelerator.num_processes == 1 else gather_object
+        self._rewarding.score(
+            *(self._rollout, inputs, self._group_size), gather=gather, process=self.accelerator.process_index
+        )
+        self._gathered_rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        return self._gathered_rewards
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._given_prompts = [row["prompt_ids"] for row in inputs] if "prompt_ids" in inputs[0] else None
+        output = super()._generate_and_score_completions(inputs)
+        rows, device = self._rows(len(inputs)), output["advantages"].device
+        matches = self._rewarding.matches()
+        result = self._credit(
+            self._rollout,
+            self._gathered_rewards,
+            self.reward_weights,
+            matches,
+            rows,
+            output["completion_ids"].shape[1],
+            self._gather,
+        )
+        output["advantages"] = result.advantages.float().to(device)
+        output["group_ids"] = torch.from_numpy(rows.groups).to(device)
+        output["row_ids"] = torch.from_numpy(rows.numbers).to(device)
+        if self.args.credit == "list":
+            output |= self._list_tensors(result.scale, device)
+        for name, value in result.metrics.items():
+            self._metrics[self._mode][name].append(value)
+        if self.model.training:
+            self.health.saw_generation(result.metrics)
+        return output
+
+    def _gather(self, values: Tensor) -> Tensor:
+        """Rows of all processes, in order, on the CPU."""
+        return self.accelerator.gather(values.to(self.accelerator.device)).cpu()
+
+    def _list_tensors(self, scale: Tensor, device: torch.device) -> dict[str, Tensor]:
+        """What the surrogate of the searched lists needs, row by row."""
+        coefficients = self._rewarding.item_coefficients / scale[:, None]
+        return {
+            "list_tokens": self._maker.tokens_of(self._rollout.leaves).to(device),
+            "list_old": self._rollout.scores.to(device),
+            "list_coefficients": coefficients.float().to(device),
+        }
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        every = self.args.steps_per_generation * self.num_iterations
+        fresh = self.model.training and (self._step % every == 0 or self._buffered_inputs is None)
+        inputs = super()._prepare_inputs(generation_batch)
+        if fresh and self.args.group_micro_batches:
+            self._buffered_inputs = regrouped(self._buffered_inputs)
+            inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
+        return inputs
+
+    # Log-probabilities and loss.
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        if not self.args.trie_renormalize and (not self.args.shared_prompt or compute_aux_loss):
+            return super()._get_per_token_logps_and_entropies(
+                *(model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss),
+                **options,
+            )
+        if compute_aux_loss:
+            raise ConfigError(
+                "The load-balancing loss of a mixture-of-experts model is not computed beside trie_renormalize; set "
+                "router_aux_loss_coef: 0."
+            )
+        if any(value is not None for value in options.values()):
+            raise ConfigError("DebiasedGRPOTrainer reads text only; leave images out of the data.")
+        size = batch_size or len(input_ids)
+        if self.args.shared_prompt:  # a chunk that cut a group would read its prompt twice
+            size = -(-size // self._group_size) * self._group_size
+        parts = []
+        for n in range(0, len(input_ids), size):
+            ids, mask = input_ids[n : n + size], attention_mask[n : n + size]
+            prompt, completion = (ids[:, :-logits_to_keep], ids[:, -logits_to_keep:])
+            masks = (mask[:, :-logits_to_keep], mask[:, -logits_to_keep:])
+            parts.append(
+                self._logps(model, prompt, masks[0], completion, masks[1], self.table, entropy=compute_entropy)
+            )
+        log_probs = torch.cat([part.log_probs for part in parts])
+        entropies = torch.cat([part.entropies for part in parts]) if compute_entropy else None
+        self._saw_logps(log_probs, [part.log_z for part in parts], input_ids, attention_mask, logits_to_keep)
+        return log_probs, entropies, None
+
+    def _logps(
+        self,
+        model: nn.Module,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        completion_ids: Tensor,
+        completion_mask: Tensor,
+        table: SidTable,
+        *,
+        entropy: bool = False,
+        groups: Tensor | None = None,
+    ) -> LogpsOutput:
+        options: dict[str, Any] = {}
+        if self.args.trie_renormalize:
+            table = table.to(completion_ids.device)
+            start, _ = table.find(completion_ids, completion_mask)
+            options = {"trie": table.trie, "sid_token_ids": table.tokens, "sid_start": start}
+            # What stands behind a SID is credited nowhere, and its log-probability would cost the whole head.
+            columns = torch.arange(completion_ids.shape[1], device=start.device)
+            options["scored"] = (columns < (start + table.trie.depth)[:, None]) | (start < 0)[:, None]
+        # Only a loss logs log Z, which costs the whole head.
+        measured = self.args.log_z_rows if options and self._loss_inputs is not None else 0
+        if measured:
+            options |= {"compute_log_z": True, "log_z_rows": measured}
+        with self.accelerator.autocast():
+            return group_logps(
+                *(model, prompt_ids, prompt_mask, completion_ids, completion_mask),
+                groups=groups,
+                temperature=self.temperature,
+                compute_entropy=entropy,
+                share_prompts=self.args.shared_prompt,
+                float32_head=self.args.cast_lm_head_to_fp32,
+                **options,
+            )
+
+    def _saw_logps(self, log_probs: Tensor, log_z: list, input_ids: Tensor, attention_mask: Tensor, keep: int) -> None:
+        """During a loss: the legal mass, and the old log-probabilities that ECPO changes."""
+        inputs, self._loss_inputs = self._loss_inputs, None
+        if inputs is None:
+            return
+        if all(part is not None for part in log_z):
+            start, _ = self.table.find(input_ids[:, -keep:], attention_mask[:, -keep:])
+            self._legal[self._mode].add(torch.cat(log_z), start)
+        if self.args.ecpo_delta is not None:
+            old = inputs.get("old_per_token_logps")
+            old = log_probs.detach() if old is None else old
+            inputs["old_per_token_logps"] = grpo_losses.ecpo_old_logps(
+                log_probs, old, inputs["advantages"], self.epsilon_high, self.args.ecpo_delta
+            )
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        inputs = dict(inputs)
+        self._loss_inputs = inputs  # TRL reads the old log-probabilities after ours, so they can still be changed
+        loss = super()._compute_loss(model, inputs)
+        self._loss_inputs = None
+        if self.args.credit == "list":
+            loss = loss + self._list_loss(model, inputs)
+        if self.model.training:
+            self.health.saw_loss(loss)
+        return loss
+
+    def _list_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """The Rao-Blackwell term of the beams behind each reasoning, weighted like the row's own tokens."""
+        tokens, old, coefficients = inputs["list_tokens"], inputs["list_old"], inputs["list_coefficients"]
+        rows, beams, depth = tokens.shape
+        ids, mask = self._prefixes(inputs, depth)
+        owner = torch.arange(rows, device=ids.device).repeat_interleave(beams)
+        table = SidTable(self.table.trie, self.table.tokens, reasoned=False)
+        flat = tokens.flatten(0, 1)
+        scored = self._logps(model, ids[owner], mask[owner], flat, torch.ones_like(flat), table, groups=owner)
+        log_probs = scored.log_probs.sum(1).view(rows, beams)
+        loss = grpo_losses.list_surrogate(log_probs, old, coefficients, self.epsilon_low, self.epsilon_high)
+        training = self.model.training
+        accumulation = self.current_gradient_accumulation_steps if training else 1.0
+        normalizer = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        normalizer = normalizer * accumulation / self.args.steps_per_generation if training else normalizer
+        credited = inputs["completion_mask"] * inputs["tool_mask"]
+        weights = grpo_losses.row_weights(
+            self.loss_type, credited, self.max_completion_length, accumulation, normalizer
+        )
+        return (loss * weights * credited.any(1)).sum()
+
+    def _prefixes(self, inputs: dict[str, Any], depth: int) -> tuple[Tensor, Tensor]:
+        """Prompt, reasoning and end mark of each row, padded on the left."""
+        prompts, completions = inputs["prompt_ids"], inputs["completion_ids"]
+        lengths = inputs["completion_mask"].sum(1).tolist()
+        seen = inputs["prompt_mask"].sum(1).tolist()
+        rows = [
+            prompts[n, prompts.shape[1] - seen[n] :].tolist() + completions[n, : lengths[n] - 1 - depth].tolist()
+            for n in range(len(prompts))
+        ]
+        ids, mask = pad_left(rows, self._tokenizer.pad_token_id)
+        return ids.to(prompts.device), mask.to(prompts.device)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.args.trie_renormalize:
+            prefix = "" if self._mode == "train" else "eval_"
+            found = self._legal[self._mode].read(self.accelerator, self.accelerator.device)
+            logs.update({prefix + name: value for name, value in found.items()})
+        super().log(logs, start_time)
+
+
+def _check(model: nn.Module, args: DebiasedGRPOConfig) -> None:
+    if not isinstance(args, DebiasedGRPOConfig):
+        raise ConfigError(f"DebiasedGRPOTrainer needs a DebiasedGRPOConfig, got {type(args).__name__}.")
+    if model.config.is_encoder_decoder:
+        raise ConfigError(
+            f"{type(model).__name__} is an encoder-decoder model; GRPO here needs a causal LM such as Qwen3."
+        )

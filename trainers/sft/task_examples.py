@@ -1,0 +1,120 @@
+"""The examples of a stage by the names of its tasks: data folder → `data_builders.tasks` → token ids.
+
+The order of pieces and the cutting of long histories are those of `data_builders`; nothing is rendered or cut here, so
+a prompt at evaluation has the same tokens. Our plumbing; the tasks name their papers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from sidtune.core.config import check_keys
+from sidtune.core.errors import ConfigError, nearest
+from sidtune.core.folders import fingerprint
+from sidtune.data_builders.prompts import serializer
+from sidtune.data_builders.prompts.encoding import encode_examples
+from sidtune.data_builders.prompts.serializer import Serializer
+from sidtune.data_builders.tables.store import DataFolder, load_folder
+from sidtune.data_builders.tasks.input import TaskInput
+from sidtune.data_builders.tasks.registry import TASKS
+from sidtune.tokenizers.sids.query_codes import CODER_PARTS, QueryCoder
+from sidtune.tokenizers.sids.semantic_ids import SemanticIds
+from sidtune.trainers.common.stage_model import StageModel
+from sidtune.trainers.sft.mixture import StageConfig, TaskMix
+
+
+class TaskExamples:
+    """Builds the tokenised examples of a stage; the default `build_examples` of `run_stages`.
+
+    Args:
+        data: data folder.
+        sids: semantic-ID folder.
+        seed: of every random choice.
+        templates: built-in templates by name, or a folder of edited ones.
+        max_chars, history_context: see `Serializer`.
+        query_coder: folder of a `QueryCoder`, for prompts that show the SID of each query; None for prompts without.
+
+    Attributes:
+        templates_folder: the folder of edited templates, None for built-in ones.
+    """
+
+    def __init__(
+        self,
+        data: str | Path,
+        sids: str | Path,
+        *,
+        seed: int = 0,
+        templates: str | Path = "plain",
+        max_chars: Mapping[str, int | None] | None = None,
+        history_context: bool = True,
+        query_coder: str | Path | None = None,
+    ) -> None:
+        self.data, self.sids, self.seed = Path(data), Path(sids), seed
+        self.rendering = {"templates": templates, "max_chars": max_chars, "history_context": history_context}
+        self.query_coder = None if query_coder is None else Path(query_coder)
+        self.templates_folder = Path(templates) if Path(templates).is_dir() else None
+        self._tables: tuple[DataFolder, SemanticIds] | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """What the examples depend on beside data, SIDs and stage; a change of it trains the stages again."""
+        packaged = Path(serializer.__file__).parent / "templates" / str(self.rendering["templates"])
+        folder = self.templates_folder or packaged
+        if not folder.is_dir():
+            raise ConfigError(f"There are no templates '{folder.name}': {nearest(folder.name, serializer.BUILT_IN)}")
+        coder = [fingerprint(self.query_coder / part) for part in CODER_PARTS] if self.query_coder else []
+        queries = {"query_coder": coder} if coder else {}
+        return {**self.rendering, **queries, "templates": fingerprint(folder), "seed": self.seed}
+
+    def check(self, stages: Sequence[StageConfig]) -> None:
+        """Refuses unknown tasks, unknown options and tasks that cannot be evaluated, before any work.
+
+        Raises:
+            ConfigError: with the nearest known name.
+        """
+        for stage in stages:
+            for mixes in (stage.tasks, stage.eval_tasks):
+                for task, mix in mixes.items():
+                    known = [p for p in inspect.signature(TASKS.get(task)).parameters if p not in ("data", "limit")]
+                    check_keys(mix.options, known, f"stage '{stage.name}', options of the task '{task}'")
+            if "whole_history" in stage.eval_tasks:
+                raise ConfigError(
+                    f"stage '{stage.name}': whole_history reads the training part of each history and cannot be "
+                    "evaluated; put request_to_sid into eval_tasks."
+                )
+
+    def __call__(self, stage: StageConfig, split: str, model: StageModel) -> dict[str, Dataset]:
+        """The examples of each task of a stage.
+
+        Args:
+            stage: the stage.
+            split: "train" for its tasks, "valid" for its eval_tasks on the requests of the validation split.
+            model: gives the tokenizer.
+        """
+        data, sids = self._load()
+        model.vocabulary.check(model.tokenizer, sids)
+        coder = None if self.query_coder is None else QueryCoder.from_pretrained(self.query_coder)
+        renderer = Serializer(model.tokenizer, **self.rendering, query_sids=coder)
+        source = TaskInput.of_split(data, sids.texts(), renderer, split, stage.max_history, self.seed)
+        mixes = stage.tasks if split == "train" else stage.eval_tasks
+        return {task: self._encoded(task, mix, source, stage, model) for task, mix in mixes.items()}
+
+    def _load(self) -> tuple[DataFolder, SemanticIds]:
+        if self._tables is None:
+            self._tables = load_folder(self.data), SemanticIds.from_pretrained(self.sids)
+        return self._tables
+
+    @staticmethod
+    def _encoded(task: str, mix: TaskMix, source: TaskInput, stage: StageConfig, model: StageModel) -> Dataset:
+        function: Callable[..., Dataset] = TASKS.get(task)
+        options = dict(mix.options)
+        if "max_tokens" in inspect.signature(function).parameters and stage.max_length is not None:
+            options.setdefault("max_tokens", stage.max_length)
+        examples = function(source, limit=mix.limit, **options)
+        marks = model.tokenizer.convert_tokens_to_ids(list(getattr(function, "marks", ())))
+        allowed = [*source.serializer.literal_ids(), *marks]
+        return encode_examples(model.tokenizer, examples, stage.max_length, allowed_ids=allowed)
