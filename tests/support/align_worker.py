@@ -1,6 +1,6 @@
 """What `test_align_encoder_distributed.py` runs, in one process or in several: the aligned encoder on all five terms.
 
-accelerate launch ... tests/align_worker.py ROOT OUTPUT RUNS, RUNS of `plain`, `whole` and `stopped` separated by commas:
+accelerate launch ... tests/support/align_worker.py ROOT OUTPUT RUNS, RUNS of `plain`, `whole` and `stopped` separated by commas:
 `plain` has no dropout, so that one process can make the same; the others have some, and `stopped` is killed, started again,
 and once more when it is done
 """

@@ -15,7 +15,7 @@ from sft_stand_ins import model_folder
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.slow
-WORKER = str(Path(__file__).parent / "grpo_worker.py")
+WORKER = str(Path(__file__).parents[1] / "support" / "grpo_worker.py")
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from commands import refused
 from safetensors.numpy import load_file, save_file
-from test_malformed_commands import refused
 from tiny_pipeline import SHOP, TINY
 
 from sidtune.core.config import parse

@@ -1,6 +1,6 @@
 """What `test_group_logps_distributed.py` runs in two processes: one step by each way to the same log-probabilities.
 
-torchrun --nproc_per_node 2 tests/group_worker.py WRAPPER,WRAPPER OUTPUT
+torchrun --nproc_per_node 2 tests/support/group_worker.py WRAPPER,WRAPPER OUTPUT
 
 The first process holds rows with SIDs and the second rows of free text, so that their heads do different work.
 """

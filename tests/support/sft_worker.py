@@ -1,7 +1,7 @@
 """What `test_distributed_sft.py` runs, in one process or in several: stages of every kind, one of them killed and
 resumed.
 
-accelerate launch ... tests/sft_worker.py ROOT OUTPUT KINDS RESUMED
+accelerate launch ... tests/support/sft_worker.py ROOT OUTPUT KINDS RESUMED
 """
 
 from __future__ import annotations

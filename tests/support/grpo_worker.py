@@ -1,6 +1,6 @@
 """What `test_grpo_distributed.py` runs, in one process or in several: GRPO with rollouts that depend on the row's number only.
 
-accelerate launch ... tests/grpo_worker.py ROOT OUTPUT MODES
+accelerate launch ... tests/support/grpo_worker.py ROOT OUTPUT MODES
 """
 
 from __future__ import annotations

@@ -32,7 +32,9 @@ def test_python_c_import_transformers_from_the_root(repo_root):
 
 
 def test_python_m_pytest_from_the_root(repo_root):
-    out = run([sys.executable, "-m", "pytest", "-q", "tests/test_core_folders.py", "-p", "no:cacheprovider"], repo_root)
+    out = run(
+        [sys.executable, "-m", "pytest", "-q", "tests/core/test_core_folders.py", "-p", "no:cacheprovider"], repo_root
+    )
     assert "passed" in out
 
 

@@ -1,31 +1,13 @@
-"""Malformed input: each fault ends in one clear sentence that names file, place and remedy, and nothing is written."""
+"""Malformed tables and files, each with the place and the remedy that its report must name."""
 
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-import pytest
-from data_folders import (
-    Rows,
-    assert_refused,
-    build,
-    changed,
-    corrupt,
-    sound_rows,
-    swap_column,
-    tables_of,
-    write_jsonl,
-    write_parquet,
-)
-
-from sidtune.core.errors import DataError
-from sidtune.data_builders.tables.schema import table_from_columns, table_from_rows
-from sidtune.data_builders.tables.store import load_folder
-from sidtune.data_builders.tables.validate import check_folder, check_tables, validate_folder, validate_tables
+from data_folders import Rows, changed, corrupt, swap_column
 
 NAN, INF = float("nan"), float("inf")
 
@@ -319,80 +301,137 @@ TYPES = {
 }
 
 
-def test_the_sound_shop_has_no_problems(tmp_path):
-    assert validate_folder(write_jsonl(tmp_path / "a", sound_rows())) == []
-    assert validate_folder(write_parquet(tmp_path / "b", sound_rows())) == []
-    assert validate_tables(tables_of(sound_rows())) == []
-    check_folder(build(tmp_path / "a", tmp_path / "out"))
-
-
-@pytest.mark.parametrize("name", [*CONTENTS, *TYPES])
-def test_malformed_contents(name, tmp_path):
-    change, place, fix = (CONTENTS | TYPES)[name]
-    assert_refused(write_jsonl(tmp_path / "in", change(sound_rows())), tmp_path, place, fix)
-
-
-def test_all_problems_come_at_once(tmp_path):
-    rows = sound_rows()
-    for change in (
-        row("items", 3, price=NAN),
-        row("events", 4, item_id="i77"),
-        row("requests", 0, time=-5),
-        candidate(click=2),
-    ):
-        rows = change(rows)
-    source = write_jsonl(tmp_path / "in", rows)
-    corrupt(source, "users.jsonl", lambda b: b + b"{\n" + b'{"user_id": 3}\n')
-    problems = validate_folder(source)
-    assert [(p.where, p.row, p.column) for p in problems] == [
-        ("users.jsonl", 3, None),
-        ("users.jsonl", 4, "user_id"),
-        ("items.jsonl", 3, "price"),
-        ("requests.jsonl", 0, "time"),
-        ("requests.jsonl", 3, "candidates.click"),
-        ("events.jsonl", 4, "item_id"),
-    ]
-    with pytest.raises(DataError, match="The data has 6 problems"):
-        check_folder(source)
-
-
-def test_a_million_bad_rows_are_one_readable_report():
-    count = 1_000_000
-    rows = sound_rows()
-    tables = tables_of(rows)
-    tables.events = table_from_columns(
-        "events",
-        {
-            "user_id": pa.array(["nobody"]).take(pa.array(np.zeros(count, np.int64))),
-            "item_id": pa.array(["i1"]).take(pa.array(np.zeros(count, np.int64))),
-            "time": np.full(count, -1),
-            "action": pa.array(["buy"]).take(pa.array(np.zeros(count, np.int64))),
-        },
-        count,
-    )
-    problems = validate_tables(tables)
-    assert len(problems) == 18 and sum("999995 more rows" in problem.what for problem in problems) == 3
-    with pytest.raises(DataError) as caught:
-        check_tables(tables)
-    assert len(str(caught.value)) < 5000
-
-
-def test_wide_types_are_taken_without_loss(tmp_path):
-    rows = sound_rows()
-    source = write_parquet(tmp_path / "in", rows)
-    table = pq.read_table(source / "events.parquet")
-    table = table.set_column(2, "time", table["time"].cast(pa.int32()))
-    table = table.set_column(0, "user_id", table["user_id"].cast(pa.large_string()))
-    table = table.set_column(3, "action", table["action"].combine_chunks().dictionary_encode())
-    pq.write_table(table, source / "events.parquet")
-    shown = pa.array(
-        [
-            [{"position": c["position"], "item_id": c["item_id"], "click": bool(c["click"])} for c in r["candidates"]]
-            for r in rows["requests"]
-        ]
-    )
-    swap_column(source, "requests.parquet", "candidates", shown.cast(pa.large_list(shown.type.value_type)))
-    folder = load_folder(build(source, tmp_path / "out"))
-    assert folder.events.equals(table_from_rows("events", rows["events"]))
-    first = folder.requests["train"]["candidates"][0].as_py()
-    assert first[0] == {"item_id": "i0", "position": 0, "click": 1, "like": None, "order": None, "dwell": None}
+FILES = {
+    "truncated parquet": (
+        "parquet",
+        lambda s: corrupt(s, "items.parquet", lambda b: b[: len(b) // 2]),
+        "items.parquet: the file is not readable parquet",
+        "write it again",
+    ),
+    "empty parquet file": (
+        "parquet",
+        lambda s: corrupt(s, "events.parquet", lambda b: b""),
+        "events.parquet: the file is not readable parquet",
+        "truncated",
+    ),
+    "text named parquet": (
+        "parquet",
+        lambda s: corrupt(s, "users.parquet", lambda b: b"item_id,title\n1,2\n"),
+        "users.parquet: the file is not readable parquet",
+        "no parquet at all",
+    ),
+    "damaged page": (
+        "parquet",
+        lambda s: corrupt(s, "events.parquet", lambda b: b[:4] + b"\xff" * 60 + b[64:]),
+        "events.parquet: the file is not readable parquet",
+        "write it again",
+    ),
+    "missing catalogue": (
+        "jsonl",
+        lambda s: (s / "items.jsonl").unlink(),
+        "items.parquet: the file is missing in",
+        "add items.parquet or items.jsonl",
+    ),
+    "two files of one table": (
+        "jsonl",
+        lambda s: shutil.copy(s / "items.jsonl", s / "items.parquet"),
+        "items.jsonl: the table also stands in items.parquet",
+        "keep one",
+    ),
+    "no UTF-8": (
+        "jsonl",
+        lambda s: corrupt(s, "items.jsonl", lambda b: b.replace(b"item number 2", b"caf\xe9")),
+        "items.jsonl, row 2: line 3 is not UTF-8 text (byte 0xe9",
+        "convert the file to UTF-8",
+    ),
+    "broken JSON line": (
+        "jsonl",
+        lambda s: corrupt(s, "events.jsonl", lambda b: b + b'{"user_id": "u1", '),
+        "events.jsonl, row 12: line 13 is not valid JSON",
+        "correct or remove the line",
+    ),
+    "list instead of object": (
+        "jsonl",
+        lambda s: corrupt(s, "users.jsonl", lambda b: b"\n" + b + b"[1]\n"),
+        "users.jsonl, row 3: line 5 is not an object but [1]",
+        "write one {...} a line",
+    ),
+    "key twice": (
+        "jsonl",
+        lambda s: corrupt(s, "users.jsonl", lambda b: b + b'{"user_id": "a", "user_id": "b"}\n'),
+        "users.jsonl, row 3: line 4 is not valid JSON (the key 'user_id' stands twice)",
+        "correct",
+    ),
+    "half a surrogate": (
+        "jsonl",
+        lambda s: corrupt(s, "items.jsonl", lambda b: b.replace(b"item number 2", b"\\ud800")),
+        "column 'title': line 3 has",
+        "write a text",
+    ),
+    "missing column": (
+        "parquet",
+        lambda s: swap_column(s, "events.parquet", "action", None),
+        "events.parquet, column 'action': the column is missing",
+        "add it (a text)",
+    ),
+    "extra column": (
+        "parquet",
+        lambda s: swap_column(s, "items.parquet", "title", pa.array(["x"] * 4), "titles"),
+        "items.parquet, column 'titles': the column is not part of the schema (did you mean 'title'?)",
+        "rename or remove it",
+    ),
+    "text times": (
+        "parquet",
+        lambda s: swap_column(s, "events.parquet", "time", pa.array(["1"] * 12)),
+        "events.parquet, column 'time': the type is string, expected an integer of 64 bits",
+        "write the column as int64",
+    ),
+    "timestamps": (
+        "parquet",
+        lambda s: swap_column(s, "events.parquet", "time", pa.array([0] * 12, pa.timestamp("ms"))),
+        "events.parquet, column 'time': the type is timestamp[ms], expected an integer",
+        "int64",
+    ),
+    "float labels": (
+        "parquet",
+        lambda s: swap_column(s, "requests.parquet", "candidates", pa.array([[{"item_id": "i1", "click": 0.5}]] * 12)),
+        "requests.parquet, column 'candidates.click': the type is double",
+        "write the column as int8",
+    ),
+    "wrong nested field": (
+        "parquet",
+        lambda s: swap_column(s, "requests.parquet", "candidates", pa.array([[{"item": "i1"}]] * 12)),
+        "requests.parquet, column 'candidates.item': the field is not part of the schema (did you mean",
+        "rename it",
+    ),
+    "candidates as text": (
+        "parquet",
+        lambda s: swap_column(s, "requests.parquet", "candidates", pa.array(["i1"] * 12)),
+        "requests.parquet, column 'candidates': the type is string, expected a list",
+        "write the column as list",
+    ),
+    "overflowing count": (
+        "parquet",
+        lambda s: swap_column(s, "items.parquet", "clicks", pa.array([2**64 - 1] * 4, pa.uint64())),
+        "items.parquet, column 'clicks': a value does not fit int64",
+        "correct the value",
+    ),
+    "unknown split file": (
+        "jsonl",
+        lambda s: ((s / "requests").mkdir(), shutil.move(s / "requests.jsonl", s / "requests" / "trian.jsonl")),
+        "requests/trian.jsonl: 'trian' is no split (did you mean 'train'?)",
+        "name the files train",
+    ),
+    "no train requests": (
+        "jsonl",
+        lambda s: ((s / "requests").mkdir(), shutil.move(s / "requests.jsonl", s / "requests" / "test.jsonl")),
+        "requests: there are no train requests",
+        "add earlier requests",
+    ),
+    "stated end": (
+        "jsonl",
+        lambda s: (s / "meta.json").write_text('{"end": 115}'),
+        "events.jsonl, row 11, column 'time': the time 121 lies after the stated end 115",
+        "correct the time",
+    ),
+}

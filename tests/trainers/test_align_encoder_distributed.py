@@ -25,7 +25,7 @@ from sidtune.trainers.contrastive.losses import TERMS
 from sidtune.trainers.contrastive.trainer import aligned_args
 
 pytestmark = pytest.mark.slow
-WORKER, WEIGHTS = str(Path(__file__).parent / "align_worker.py"), "model.safetensors"
+WORKER, WEIGHTS = str(Path(__file__).parents[1] / "support" / "align_worker.py"), "model.safetensors"
 CURVES = ("loss", "grad_norm", "learning_rate", *(f"{term}_loss" for term in TERMS))
 
 

@@ -14,7 +14,7 @@ GROUPS = ["ddp,ddp-find-unused,fsdp2", pytest.param("zero2,zero3", marks=needs_d
 
 @pytest.mark.parametrize("wrappers", GROUPS)
 def test_shared_prompts_train_like_ordinary_rows(wrappers, tmp_path):
-    worker, output = Path(__file__).parent / "group_worker.py", tmp_path / "moved.pt"
+    worker, output = Path(__file__).parents[1] / "support" / "group_worker.py", tmp_path / "moved.pt"
     command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
     run([*command, str(worker), wrappers, str(output)], tmp_path)
     moved = torch.load(output)

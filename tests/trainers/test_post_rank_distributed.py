@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from sidtune.trainers.post_ranking.trainer import TRAINED_FILE
 
 pytestmark = pytest.mark.slow
-WORKER = str(Path(__file__).parent / "post_rank_worker.py")
+WORKER = str(Path(__file__).parents[1] / "support" / "post_rank_worker.py")
 
 
 @pytest.fixture(scope="module")

@@ -6,28 +6,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import refused
 from data_folders import sound_rows, write_jsonl, write_parquet
-from test_data_files import FILES
-from test_data_validation import CONTENTS, TYPES
+from malformed_tables import CONTENTS, FILES, TYPES
 from tiny_pipeline import TINY, pipeline, run_in_process
 
-from sidtune.core.config import command, parse
+from sidtune.core.config import parse
 from sidtune.recipes.steps import build_data, evaluate, init_model, learn_sids, publish, report, sft
 
 SPLIT = ["--split.kind", "global_time", "--split.test_share", "0.2"]
-
-
-def refused(recipe, argv, capsys, tmp_path: Path) -> str:
-    """Runs a recipe as a command and returns its one sentence."""
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(SystemExit) as caught:
-        command(recipe.main, recipe.Arguments, [str(word) for word in argv])
-    out = capsys.readouterr()
-    assert caught.value.code == 2
-    lines = [line for line in out.err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "Traceback" not in out.err, out.err
-    assert sorted(tmp_path.rglob("*")) == before, "something was left behind"
-    return out.err[out.err.index("error: ") :]
 
 
 @pytest.mark.parametrize("name", [*CONTENTS, *TYPES])

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 LOSS_TOLERANCE, WEIGHT_TOLERANCE, MEAN_TOLERANCE = 5e-6, 1e-4, 1e-6
 SECONDS = 240
-CONFIGS = Path(__file__).resolve().parent.parent / "accelerate_configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "accelerate_configs"
 needs_deepspeed = pytest.mark.skipif(
     not importlib.util.find_spec("deepspeed") or not importlib.util.find_spec("ninja"), reason="deepspeed is missing"
 )
