@@ -279,7 +279,7 @@ def fit(arguments: Arguments, name: str, seed: int, sequences: ItemSequences) ->
 
     from sidtune.decoding.next_item.ranking import HistoryRanker, SidCatalogue
     from sidtune.models.next_item.network import make_network
-    from sidtune.trainers.common.processes import on_main
+    from sidtune.core.processes import on_main
     from sidtune.trainers.next_item.data import NextItemRows
     from sidtune.trainers.next_item.trainer import train_next_item
 
@@ -357,7 +357,7 @@ def _work_folder(folder: Path, config: dict, on_main: Any) -> Path:
 def main(arguments: Arguments) -> None:
     """Trains, measures, and prints the table."""
     from sidtune.recipes.next_item.table import Rankings, report
-    from sidtune.trainers.common.processes import on_main
+    from sidtune.core.processes import on_main
 
     for readme in arguments.readme:
         check_readme(Path(readme))

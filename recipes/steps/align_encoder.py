@@ -103,7 +103,7 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     """Mines, trains, writes the folder and prints the report."""
-    from sidtune.trainers.common.processes import on_main
+    from sidtune.core.processes import on_main
     from sidtune.trainers.contrastive.trainer import (
         AlignedExamples,
         aligned_args,

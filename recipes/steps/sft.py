@@ -78,10 +78,10 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     """Trains all stages."""
+    from sidtune.core.processes import on_main
     from sidtune.decoding.retrieval.loading import save_serializer
     from sidtune.decoding.retrieval.retriever import PromptSettings, make_serializer
     from sidtune.tokenizers.base_models.loading import load_tokenizer
-    from sidtune.trainers.common.processes import on_main
     from sidtune.trainers.sft.stages import run_stages
 
     started = time.time()

@@ -1,13 +1,16 @@
-"""A process of several ends after its threads, however late these are."""
+"""A process of several ends after its threads, however late these are, and tells an error once."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from launching import run
 
-from sidtune.core.processes import end_processes
+from sidtune.core import processes
+from sidtune.core.errors import DataError, SidtuneError
+from sidtune.core.processes import end_processes, on_all, on_main
 
 LATE = """
 import os, sys, time
@@ -38,3 +41,48 @@ def test_a_process_waits_for_what_a_thread_of_the_group_still_does(tmp_path: Pat
 def test_a_process_of_its_own_has_nothing_to_end() -> None:
     assert not torch.distributed.is_initialized()
     end_processes()
+
+
+class Process:
+    """Stands in for accelerate's state of one process of two."""
+
+    num_processes = 2
+
+    def __init__(self, main: bool) -> None:
+        self.is_main_process = main
+
+    def __call__(self) -> Process:
+        return self
+
+
+def test_the_other_processes_leave_quietly_when_the_main_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = [None, True]
+    monkeypatch.setattr(processes, "_GRACE", 0.0)
+    monkeypatch.setattr("accelerate.PartialState", Process(main=False))
+    monkeypatch.setattr("accelerate.utils.broadcast_object_list", lambda given: given.__setitem__(slice(None), told))
+    with pytest.raises(SystemExit) as caught:
+        on_main(lambda: 1)
+    assert caught.value.code == 2
+    told = [5, False]
+    assert on_main(lambda: 1) == 5
+
+
+def refuse() -> None:
+    raise DataError("wrong here")
+
+
+def test_an_error_of_any_process_is_told_once_by_the_main_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = ["wrong there"]
+    monkeypatch.setattr(processes, "_GRACE", 0.0)
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda own: [*own, *others])
+    monkeypatch.setattr("accelerate.PartialState", Process(main=True))
+    with pytest.raises(DataError, match="wrong here"):
+        on_all(refuse)
+    with pytest.raises(SidtuneError, match="wrong there"):
+        on_all(lambda: 1)
+    monkeypatch.setattr("accelerate.PartialState", Process(main=False))
+    with pytest.raises(SystemExit) as caught:
+        on_all(lambda: 1)
+    assert caught.value.code == 2
+    others = [None]
+    assert on_all(lambda: 1) == 1

@@ -15,9 +15,8 @@ from pathlib import Path
 import numpy as np
 from transformers import TrainerCallback
 
-from sidtune.core.processes import end_processes
+from sidtune.core.processes import end_processes, on_main
 from sidtune.tokenizers.encoders.scratch import scratch_encoder
-from sidtune.trainers.common.processes import on_main
 from sidtune.trainers.contrastive.losses import AlignedLossConfig
 from sidtune.trainers.contrastive.trainer import AlignedExamples, aligned_args, save_aligned, train_aligned
 

@@ -17,8 +17,7 @@ from grpo_stand_ins import catalogue, prompts
 from transformers import TrainerCallback
 
 from sidtune.core.errors import ConfigError
-from sidtune.core.processes import end_processes
-from sidtune.trainers.common.processes import on_main
+from sidtune.core.processes import end_processes, on_main
 from sidtune.trainers.common.stage_model import StageModel
 from sidtune.trainers.grpo.args import grpo_config
 from sidtune.trainers.grpo.stage import finite

@@ -15,7 +15,6 @@ from sft_stand_ins import model_folder, random_examples, task_examples
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from sidtune.core.errors import ConfigError, DataError, SidtuneError
-from sidtune.trainers.common import processes
 from sidtune.trainers.common.callbacks import COMPLETE_FILE, is_complete, last_complete_checkpoint
 from sidtune.trainers.sft import stages
 from sidtune.trainers.sft.mixture import StageConfig, TaskMix, chosen_rows, describe, mixture, parse_stages
@@ -317,19 +316,6 @@ def test_stages_need_a_list_and_distinct_names():
         parse_stages(["a"])
     parsed = StageConfig(name="a", tasks={"t": None})
     assert parse_stages([parsed]) == [parsed] and parsed.tasks == {"t": TaskMix()}
-
-
-def test_the_other_processes_leave_quietly_when_the_main_one_fails(monkeypatch):
-    class Other:
-        is_main_process, num_processes = False, 2
-
-    monkeypatch.setattr(processes, "PartialState", Other)
-    monkeypatch.setattr(processes, "broadcast_object_list", lambda told: told.__setitem__(slice(None), [None, True]))
-    with pytest.raises(SystemExit) as caught:
-        processes.on_main(lambda: 1)
-    assert caught.value.code == 2
-    monkeypatch.setattr(processes, "broadcast_object_list", lambda told: told.__setitem__(slice(None), [5, False]))
-    assert processes.on_main(lambda: 1) == 5
 
 
 def test_metrics_without_a_value_become_null():

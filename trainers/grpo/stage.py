@@ -2,7 +2,7 @@
 
 While it trains, prompts and checkpoints lie in `.work_<name>` beside the output folder. A run whose settings and inputs
 are unchanged goes on from its last complete checkpoint; a finished one is not repeated by the pipeline
-(`recipes/run.py`). Our own plumbing, the same as in `stages.py`.
+(`core/pipeline.py`). Our own plumbing, the same as in `stages.py`.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from datasets import load_from_disk
 from sidtune.core.config import as_dict, build
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import fingerprint, read_json, write_folder, write_json, write_run
+from sidtune.core.processes import on_main
 from sidtune.data_builders.prompts.serializer import Serializer
 from sidtune.data_builders.tables.store import load_folder
 from sidtune.decoding.trie import SidTrie
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 from sidtune.trainers.common.callbacks import last_complete_checkpoint
-from sidtune.trainers.common.processes import on_main
 from sidtune.trainers.common.stage_model import StageModel
 from sidtune.trainers.grpo.args import grpo_config
 from sidtune.trainers.grpo.config import DebiasedGRPOConfig

@@ -38,9 +38,9 @@ from trl import SFTConfig
 from sidtune.core.config import as_dict
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import RUN_FILE, fingerprint, read_json, write_folder, write_json, write_run
+from sidtune.core.processes import on_main
 from sidtune.trainers.common.args import sft_config
 from sidtune.trainers.common.callbacks import last_complete_checkpoint
-from sidtune.trainers.common.processes import on_main
 from sidtune.trainers.common.stage_model import StageModel
 from sidtune.trainers.sft.mixture import StageConfig, TaskMix, describe, mixture, parse_stages
 from sidtune.trainers.sft.task_examples import TaskExamples
