@@ -12,6 +12,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sidtune.core.errors import DataError
+from sidtune.metrics.report.readme_table import replace_table
+
 COLUMNS = {
     "name": "case",
     "baseline": "against",
@@ -79,14 +82,11 @@ def main(argv: list[str] | None = None) -> str:
     parser.add_argument("--readme", type=Path, required=True)
     parser.add_argument("--mark", required=True)
     options = parser.parse_args(argv)
-    begin, end = f"<!-- {options.mark} -->", f"<!-- /{options.mark} -->"
-    text = options.readme.read_text("utf-8")
-    before, found, rest = text.partition(begin)
-    _, closed, after = rest.partition(end)
-    if not found or not closed:
-        parser.error(f"{options.readme} has no lines '{begin}' and '{end}'; add them where the table belongs.")
     made = table([json.loads(file.read_text("utf-8")) for file in options.results])
-    options.readme.write_text(f"{before}{begin}\n{made}{end}{after}", "utf-8")
+    try:
+        replace_table(options.readme, made, options.mark)
+    except DataError as error:
+        parser.error(str(error))
     return made
 
 

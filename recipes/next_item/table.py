@@ -18,6 +18,7 @@ from sidtune.core.config import as_dict
 from sidtune.core.folders import RUN_FILE, fingerprint, read_json, versions, write_folder, write_json, write_run
 from sidtune.data_builders.sequences.item_sequences import ItemSequences, SequenceExamples
 from sidtune.data_builders.tables.schema import Tables
+from sidtune.metrics.report.readme_table import publish
 from sidtune.metrics.statistics.bootstrap import holm, paired_bootstrap
 from sidtune.recipes.next_item.members import (
     Member,
@@ -27,7 +28,6 @@ from sidtune.recipes.next_item.members import (
     weights_of,
 )
 from sidtune.recipes.next_item.slices import markdown_slices, mean_slices, slices
-from sidtune.recipes.steps.seeds import publish
 from sidtune.trainers.next_item.trainer import FitSettings, draw_users, measure_targets
 
 if TYPE_CHECKING:
