@@ -3,72 +3,60 @@
 The names below are the public API. They are imported on first use, so `import sidtune` is instant and loads no torch.
 """
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-import importlib
-from typing import Any
+from sidtune.core.lazy import lazy_names
 
 __version__ = "0.1.0"
 
-_PUBLIC = {
-    "SidtuneError": "sidtune.core.errors",
-    "ConfigError": "sidtune.core.errors",
-    "DataError": "sidtune.core.errors",
-    "ShopWorld": "sidtune.data_builders.shop_world.world",
-    "Tables": "sidtune.data_builders.tables.schema",
-    "load_folder": "sidtune.data_builders.tables.store",
-    "History": "sidtune.data_builders.tables.history",
-    "Sanitizer": "sidtune.data_builders.prompts.sanitizer",
-    "Serializer": "sidtune.data_builders.prompts.serializer",
-    "ResidualKMeans": "sidtune.tokenizers.quantizers.residual_kmeans",
-    "SemanticIds": "sidtune.tokenizers.sids.semantic_ids",
-    "QueryCoder": "sidtune.tokenizers.sids.query_codes",
-    "query_item_recall": "sidtune.tokenizers.sids.query_recall",
-    "sid_quality": "sidtune.tokenizers.sids.quality",
-    "compare_collisions": "sidtune.tokenizers.sids.collision_cost",
-    "extend_catalogue": "sidtune.tokenizers.sids.catalogue_updates",
-    "Vocabulary": "sidtune.tokenizers.vocabulary.extension",
-    "extend_vocabulary": "sidtune.tokenizers.vocabulary.extension",
-    "set_trainable": "sidtune.tokenizers.vocabulary.trainable_tokens",
-    "load_model": "sidtune.tokenizers.vocabulary.saving",
-    "PostRankForCausalLM": "sidtune.models.post_ranking.model",
-    "PostRankConfig": "sidtune.models.post_ranking.config",
-    "PostRankProcessor": "sidtune.models.post_ranking.processor",
-    "PostRanker": "sidtune.models.post_ranking.ranker",
-    "FieldSpec": "sidtune.models.post_ranking.config",
-    "SidTrie": "sidtune.decoding.trie",
-    "sid_beam_search": "sidtune.decoding.beam_search",
-    "sid_sample": "sidtune.decoding.sampling",
-    "RequestFilter": "sidtune.decoding.filters",
-    "ItemFilter": "sidtune.decoding.filters",
-    "LeafItems": "sidtune.decoding.items",
-    "SidLogitsProcessor": "sidtune.decoding.logits_processor",
-    "rank_items": "sidtune.decoding.items",
-    "reason_then_search": "sidtune.decoding.reasoning",
-    "ReasonedBeams": "sidtune.decoding.reasoning",
-    "SidRetriever": "sidtune.decoding.retrieval.retriever",
-    "SearchRequest": "sidtune.decoding.retrieval.search_request",
-    "PastTurn": "sidtune.decoding.retrieval.search_request",
-    "evaluate_ranking": "sidtune.metrics.ranking",
-    "paired_bootstrap": "sidtune.metrics.statistics.bootstrap",
-    "load_metric": "sidtune.metrics.hf",
-    "SidSFTTrainer": "sidtune.trainers.sft.trainer",
-    "run_stages": "sidtune.trainers.sft.stages",
-    "DebiasedGRPOTrainer": "sidtune.trainers.grpo.trainer",
-    "DebiasedGRPOConfig": "sidtune.trainers.grpo.config",
-    "SidCatalogue": "sidtune.trainers.grpo.rollout_rewards",
-    "build_rewards": "sidtune.trainers.rewards.batch",
-    "group_logps": "sidtune.trainers.grpo.logps.group_logps",
-}
-
-__all__ = ["__version__", *_PUBLIC]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(_PUBLIC[name]), name)
-    raise AttributeError(f"module 'sidtune' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+if TYPE_CHECKING:
+    from sidtune.core.errors import ConfigError as ConfigError
+    from sidtune.core.errors import DataError as DataError
+    from sidtune.core.errors import SidtuneError as SidtuneError
+    from sidtune.data_builders.prompts.sanitizer import Sanitizer as Sanitizer
+    from sidtune.data_builders.prompts.serializer import Serializer as Serializer
+    from sidtune.data_builders.shop_world.world import ShopWorld as ShopWorld
+    from sidtune.data_builders.tables.history import History as History
+    from sidtune.data_builders.tables.schema import Tables as Tables
+    from sidtune.data_builders.tables.store import load_folder as load_folder
+    from sidtune.decoding.beam_search import sid_beam_search as sid_beam_search
+    from sidtune.decoding.filters import ItemFilter as ItemFilter
+    from sidtune.decoding.filters import RequestFilter as RequestFilter
+    from sidtune.decoding.items import LeafItems as LeafItems
+    from sidtune.decoding.items import rank_items as rank_items
+    from sidtune.decoding.logits_processor import SidLogitsProcessor as SidLogitsProcessor
+    from sidtune.decoding.reasoning import ReasonedBeams as ReasonedBeams
+    from sidtune.decoding.reasoning import reason_then_search as reason_then_search
+    from sidtune.decoding.retrieval.retriever import SidRetriever as SidRetriever
+    from sidtune.decoding.retrieval.search_request import PastTurn as PastTurn
+    from sidtune.decoding.retrieval.search_request import SearchRequest as SearchRequest
+    from sidtune.decoding.sampling import sid_sample as sid_sample
+    from sidtune.decoding.trie import SidTrie as SidTrie
+    from sidtune.metrics.hf import load_metric as load_metric
+    from sidtune.metrics.ranking import evaluate_ranking as evaluate_ranking
+    from sidtune.metrics.statistics.bootstrap import paired_bootstrap as paired_bootstrap
+    from sidtune.models.post_ranking.config import FieldSpec as FieldSpec
+    from sidtune.models.post_ranking.config import PostRankConfig as PostRankConfig
+    from sidtune.models.post_ranking.model import PostRankForCausalLM as PostRankForCausalLM
+    from sidtune.models.post_ranking.processor import PostRankProcessor as PostRankProcessor
+    from sidtune.models.post_ranking.ranker import PostRanker as PostRanker
+    from sidtune.tokenizers.quantizers.residual_kmeans import ResidualKMeans as ResidualKMeans
+    from sidtune.tokenizers.sids.catalogue_updates import extend_catalogue as extend_catalogue
+    from sidtune.tokenizers.sids.collision_cost import compare_collisions as compare_collisions
+    from sidtune.tokenizers.sids.quality import sid_quality as sid_quality
+    from sidtune.tokenizers.sids.query_codes import QueryCoder as QueryCoder
+    from sidtune.tokenizers.sids.query_recall import query_item_recall as query_item_recall
+    from sidtune.tokenizers.sids.semantic_ids import SemanticIds as SemanticIds
+    from sidtune.tokenizers.vocabulary.extension import Vocabulary as Vocabulary
+    from sidtune.tokenizers.vocabulary.extension import extend_vocabulary as extend_vocabulary
+    from sidtune.tokenizers.vocabulary.saving import load_model as load_model
+    from sidtune.tokenizers.vocabulary.trainable_tokens import set_trainable as set_trainable
+    from sidtune.trainers.grpo.config import DebiasedGRPOConfig as DebiasedGRPOConfig
+    from sidtune.trainers.grpo.logps.group_logps import group_logps as group_logps
+    from sidtune.trainers.grpo.rollout_rewards import SidCatalogue as SidCatalogue
+    from sidtune.trainers.grpo.trainer import DebiasedGRPOTrainer as DebiasedGRPOTrainer
+    from sidtune.trainers.rewards.batch import build_rewards as build_rewards
+    from sidtune.trainers.sft.stages import run_stages as run_stages
+    from sidtune.trainers.sft.trainer import SidSFTTrainer as SidSFTTrainer
+else:
+    __all__, __getattr__, __dir__ = lazy_names(__name__, __file__)

@@ -169,6 +169,27 @@ def _assign(target: Any, path: list[str], value: Any, option: str) -> None:
         target = target[key]
 
 
+def merged(values: Any, changes: Any, where: str) -> Any:
+    """`values` with `changes` laid over them: mappings key by key, a list by the numbers of its elements, anything else replaced.
+
+    So `args: {stages: {2: {args: {max_steps: 5}}}}`, or the option `--steps.3.args.stages.2.args.max_steps 5`, changes one value
+    of the step's config file.
+
+    Raises:
+        ConfigError: a number that the list does not have.
+    """
+    if isinstance(values, dict) and isinstance(changes, dict):
+        return {**values, **{key: merged(values.get(key), new, f"{where}.{key}") for key, new in changes.items()}}
+    if isinstance(values, list) and isinstance(changes, dict) and all(str(key).isdigit() for key in changes):
+        made = list(values)
+        for key, new in changes.items():
+            if int(key) >= len(made):
+                raise ConfigError(f"{where} names element {key} of a list of {len(made)}; count from 0.")
+            made[int(key)] = merged(made[int(key)], new, f"{where}.{key}")
+        return made
+    return changes
+
+
 def _split_options(argv: Sequence[str]) -> tuple[str | None, dict[str, Any], list[str]]:
     """Splits argv into the config path, `--key value` pairs (YAML values), and flags such as `--help`."""
     config, options, flags = None, {}, []
@@ -200,7 +221,8 @@ def parse(cls: type[T], argv: Sequence[str] | None = None) -> T:
     """Fills the dataclass `cls` from `--config FILE` and command-line options, which win.
 
     Args:
-        cls: dataclass of a recipe script. A field named `config` is reserved for the YAML path.
+        cls: dataclass of a recipe script. A field named `config` is reserved for the YAML path; a field named `root` gets the
+            folder of that file, so that paths in it can start there.
         argv: words of the command line, default `sys.argv[1:]`.
 
     Raises:
@@ -220,6 +242,8 @@ def parse(cls: type[T], argv: Sequence[str] | None = None) -> T:
     check_keys({key.split(".")[0]: None for key in options}, names, "On the command line")
     for key, value in options.items():
         _assign(values, key.split("."), value, key)
+    if "root" in names and config_path:
+        values.setdefault("root", str(Path(config_path).parent))
     return build(cls, values, where)
 
 
@@ -250,6 +274,8 @@ def command(main: Callable[[T], Any], cls: type[T], argv: Sequence[str] | None =
     for chatty in ("httpx", "httpcore", "faiss", "faiss.loader", "matplotlib", "bm25s", "absl"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
+        if getattr(sys.modules["__main__"], "LAUNCH", None) == "alone" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError("This command runs as one process; start it without a launcher of several.")
         main(parse(cls, argv))
         end_processes()
     except SidtuneError as error:

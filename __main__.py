@@ -1,0 +1,5 @@
+"""`python -m sidtune`: the command `sidtune`."""
+
+from sidtune.core.cli import main
+
+main()

@@ -1,0 +1,234 @@
+"""Pipelines: steps that are run in order, skipped when they are done, gone on with where a run was interrupted.
+
+A pipeline file lists steps; a step names a script (`core/scripts.py`), its config (a YAML beside the pipeline, inline `args`) and
+which earlier steps its inputs come from. All configs are checked before the first step starts. A step is skipped when its
+folder is complete, its resolved config is the one recorded in its `run.json`, and the fingerprints of its inputs are the
+recorded ones. A folder holds its `run.json` only when it is complete, so after a kill the same command goes on. What trains or
+decodes is started by `accelerate launch`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sidtune.core.config import ERROR_FILE_VARIABLE, as_dict, build, load_yaml, merged
+from sidtune.core.errors import ConfigError, SidtuneError, nearest
+from sidtune.core.folders import RUN_FILE, fingerprint, read_json
+from sidtune.core.scripts import Script, find_script
+
+CONFIGS = Path(__file__).resolve().parents[1] / "accelerate_configs"
+
+# These fields say where a result lies or how fast it is made, not what it is.
+_PLACES = ("output_dir",)
+# What a launcher tells its processes; a launcher started from here must not believe that it is meant for it.
+_LAUNCHER = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT",
+)  # fmt: skip
+_LAUNCHERS = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_")
+
+
+@dataclass
+class StepConfig:
+    """One step of a pipeline.
+
+    Attributes:
+        name: name of the step and of its folder below the pipeline's output_dir.
+        script: name of a script, for example `sft` or `crs.reason`.
+        config: YAML file with the script's options, relative to the pipeline file.
+        inputs: option of the script → earlier step whose folder it gets; a `/` reaches below that folder.
+        args: options of the script, over those of `config`.
+    """
+
+    name: str
+    script: str
+    config: str | None = None
+    inputs: dict = field(default_factory=dict)
+    args: dict = field(default_factory=dict)
+
+
+@dataclass
+class RunArguments:
+    """Options of the pipeline runner.
+
+    Attributes:
+        name: name of the pipeline, shown in messages.
+        steps: list of steps in order, see `StepConfig`.
+        output_dir: folder that receives one folder per step.
+        launch: options of `accelerate launch` by name, for example `config_file` or `num_processes`.
+        seed: given to every step that has a `seed` option and does not set it.
+        until: stop after this step.
+        force: names of steps to run again even when nothing changed.
+        root: folder that relative config paths start from; default the folder of the pipeline file.
+    """
+
+    steps: list[dict]
+    output_dir: str
+    name: str = "pipeline"
+    launch: dict = field(default_factory=dict)
+    seed: int = 0
+    until: str | None = None
+    force: list[str] = field(default_factory=list)
+    root: str | None = None
+
+
+@dataclass
+class Step:
+    """A resolved step: `config` is the filled dataclass of its script."""
+
+    name: str
+    script: Script
+    config: Any
+    inputs: dict[str, str]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir)
+
+    def record(self) -> dict[str, Any]:
+        """What decides whether a finished step is still valid."""
+        values = as_dict(self.config)
+        return {key: value for key, value in values.items() if key not in (*_PLACES, *self.inputs)}
+
+
+def resolve(arguments: RunArguments) -> list[Step]:
+    """Checks every step and fills its config. Raises ConfigError for the first wrong one, before anything runs."""
+    root = Path(arguments.root or ".")
+    steps: list[Step] = []
+    for place, raw in enumerate(arguments.steps):
+        spec = build(StepConfig, raw, f"steps[{place}]")
+        try:
+            script = find_script(spec.script)
+        except ConfigError as error:
+            raise ConfigError(f"steps[{place}]: {error}") from None
+        if spec.name in (step.name for step in steps):
+            raise ConfigError(f"steps[{place}]: the name '{spec.name}' is used twice; give every step its own name.")
+        module = importlib.import_module(script.module)
+        values = load_yaml(root / spec.config) if spec.config else {}
+        values = merged(values, spec.args, f"steps[{place}].args")
+        names = {f.name for f in dataclasses.fields(module.Arguments)}
+        if "seed" in names:
+            values.setdefault("seed", arguments.seed)
+        for option, source in spec.inputs.items():
+            values[option] = _input_path(source, steps, arguments, place)
+        values["output_dir"] = str(Path(arguments.output_dir) / spec.name)
+        where = f"steps[{place}] ('{spec.name}', {spec.config or 'inline args'})"
+        steps.append(Step(spec.name, script, build(module.Arguments, values, where), dict(spec.inputs)))
+    for name in (*arguments.force, *([arguments.until] if arguments.until else [])):
+        if name not in (step.name for step in steps):
+            raise ConfigError(f"There is no step '{name}': {nearest(name, [step.name for step in steps])}")
+    return steps
+
+
+def _input_path(source: str, steps: list[Step], arguments: RunArguments, place: int) -> str:
+    name, _, below = str(source).partition("/")
+    if name not in (step.name for step in steps):
+        known = nearest(name, [step.name for step in steps])
+        raise ConfigError(f"steps[{place}]: the input '{name}' is no earlier step; {known}")
+    return str(Path(arguments.output_dir) / name / below)
+
+
+def is_done(step: Step) -> bool:
+    """True when the folder of `step` is complete and was made from the same config and the same inputs.
+
+    An option that the record does not know yet counts as one with its default.
+    """
+    if not (step.folder / RUN_FILE).exists():
+        return False
+    record = read_json(step.folder / RUN_FILE)
+    old = {k: v for k, v in record.get("config", {}).items() if k not in (*_PLACES, *step.inputs)}
+    if {**_defaults(type(step.config)), **old} != {**_defaults(type(step.config)), **step.record()}:
+        return False
+    recorded = record.get("inputs", {})
+    if any(option not in recorded for option in step.inputs):
+        return False
+    # A step may record more than its wired inputs, for example the raw files a reader read.
+    return all(entry["sha256"] == fingerprint(getattr(step.config, option)) for option, entry in recorded.items())
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    """Defaults of the options of a script, so that an option added since a step ran does not make it run again."""
+    made = {}
+    for one in dataclasses.fields(cls):
+        if one.default_factory is not dataclasses.MISSING:
+            made[one.name] = one.default_factory()
+        elif one.default is not dataclasses.MISSING:
+            made[one.name] = one.default
+    return made
+
+
+def launch_command(script: Script, options: dict[str, Any], words: Sequence[str]) -> list[str]:
+    """The command line of a script with the options `words`: `accelerate launch`, or plain Python for one that runs alone."""
+    if script.alone:
+        return [sys.executable, "-m", script.module, *words]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    for key, value in options.items():
+        launch += [f"--{key}"] if value is True else [f"--{key}", str(value)]
+    return [*launch, "-m", script.module, *words]
+
+
+def run_step(step: Step, options: dict[str, Any]) -> None:
+    """Starts one step and waits for it. Raises SidtuneError with the step's own sentence when it fails."""
+    with tempfile.TemporaryDirectory() as scratch:
+        config_file, error_file = Path(scratch) / "config.yaml", Path(scratch) / "error.txt"
+        config_file.write_text(yaml.safe_dump(as_dict(step.config), allow_unicode=True, sort_keys=False), "utf-8")
+        inherited = {k: v for k, v in os.environ.items() if k not in _LAUNCHER and not k.startswith(_LAUNCHERS)}
+        environment = {**inherited, ERROR_FILE_VARIABLE: str(error_file)}
+        words = launch_command(step.script, options, ["--config", str(config_file)])
+        # An own session, so that a stop reaches the workers of the launcher too.
+        process = subprocess.Popen(words, env=environment, start_new_session=True)
+        try:
+            code = process.wait()
+        except BaseException:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
+            raise
+        if code:
+            reason = (
+                error_file.read_text("utf-8") if error_file.exists() else f"it ended with exit code {code}, see above"
+            )
+            raise SidtuneError(f"The step '{step.name}' failed: {reason}")
+    if not (step.folder / RUN_FILE).exists():
+        raise SidtuneError(f"The step '{step.name}' ended but left no {step.folder / RUN_FILE}; run it again.")
+
+
+def run_pipeline(arguments: RunArguments) -> None:
+    """Runs the steps that are not done, and prints one line for each."""
+    steps = resolve(arguments)
+    started = time.time()
+    for number, step in enumerate(steps, 1):
+        title = f"[{number}/{len(steps)}] {step.name}"
+        if step.name not in arguments.force and is_done(step):
+            print(f"{title}: unchanged, skipped", flush=True)
+        else:
+            print(f"{title}: started", flush=True)
+            begin = time.time()
+            run_step(step, launch_options(arguments.launch))
+            print(f"{title}: done in {time.time() - begin:.0f} s", flush=True)
+        if step.name == arguments.until:
+            break
+    print(f"{arguments.name}: finished in {time.time() - started:.0f} s, results in {arguments.output_dir}", flush=True)
+
+
+def launch_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Options of `accelerate launch`; a `config_file` that does not exist here is looked for by name in `accelerate_configs/`."""
+    options = dict(given)
+    file = options.get("config_file")
+    if file is not None and not Path(file).exists():
+        packaged = CONFIGS / Path(file).name
+        if not packaged.exists():
+            raise ConfigError(f"launch.config_file {file} does not exist; use a file of accelerate_configs/.")
+        options["config_file"] = str(packaged)
+    return options

@@ -1,0 +1,81 @@
+"""What a person can run: the scripts of `recipes/`, found by name. There is no list to keep.
+
+A script is a file of `recipes/` or of a folder in it with a dataclass `Arguments`, a function `main(arguments)`, and a last line
+that hands both to `core.config.command`. It is looked for by reading text, never by importing, so that listing is instant.
+Steps are called by their file's name (`sft`), a system's own scripts by system and file (`crs.reason`). A script whose work does
+not divide into processes says `LAUNCH = "alone"`. Our choice.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from sidtune.core.errors import ConfigError, nearest
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+
+
+@dataclass(frozen=True)
+class Script:
+    """One script.
+
+    Attributes:
+        name: `sft`, or `crs.reason` for the script of a system.
+        module: importable name.
+        alone: runs as one process, whatever a launcher is told.
+        summary: first line of its docstring.
+    """
+
+    name: str
+    module: str
+    alone: bool
+    summary: str
+
+    @property
+    def command(self) -> str:
+        """Its name after `sidtune` on a command line, with dashes."""
+        return self.name.replace("_", "-")
+
+
+@functools.lru_cache
+def scripts(folder: Path = RECIPES) -> dict[str, Script]:
+    """All scripts below `folder` by name: first the one of `recipes/` itself, then the steps, then those of the systems."""
+    found = {}
+    files = [*sorted(folder.glob("*.py")), *sorted(folder.glob("steps/*.py")), *sorted(folder.glob("*/*.py"))]
+    for file in dict.fromkeys(files):
+        text = file.read_text("utf-8")
+        if '\nif __name__ == "__main__":' not in text:
+            continue
+        parts = file.relative_to(folder).with_suffix("").parts
+        name = ".".join(parts[1:] if parts[0] == "steps" else parts)
+        summary = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+        alone = re.search(r'^LAUNCH = "alone"', text, re.MULTILINE) is not None
+        found[name] = Script(name, ".".join(("sidtune", "recipes", *parts)), alone, summary)
+    return found
+
+
+def find_script(name: str) -> Script:
+    """The script called `name`; `-` and `_` are the same.
+
+    Beside the full name, `steps.sft`, the file's name alone where only one script has it (`reason`), and the name of a system with
+    one script are understood. Raises ConfigError that names the nearest one.
+
+    >>> find_script("build-data").module
+    'sidtune.recipes.steps.build_data'
+    """
+    known, wanted = scripts(), name.replace("-", "_").removeprefix("steps.")
+    if wanted in known:
+        return known[wanted]
+    for part in (-1, 0):  # the file's name, then the system's
+        same = [script for script in known.values() if script.name.split(".")[part] == wanted]
+        if len(same) == 1:
+            return same[0]
+        if same:
+            names = ", ".join(script.name for script in same)
+            raise ConfigError(f"'{name}' may be any of {names}; write one of these names.")
+    short = {script.name.split(".")[-1]: script for script in known.values()}
+    raise ConfigError(f"there is no script '{name}': {nearest(wanted, [*known, *short])}")
