@@ -13,7 +13,7 @@ saying of what, so every choice is an option here, and results under different o
 MAP counts what `binary` counts: relevance of at least `threshold`; its denominator is min(k, relevant), as in
 `ranking.average_precision`. A list in which nothing is relevant scores 0 in that metric (`empty="zero"`) or is left out
 of every metric (`empty="exclude"`). The target order is falling relevance, equals in incoming order
-(`data_builders.post_rank_targets`): with `best_one` and `target_rank` ties therefore favour the incoming order, which
+(`data_builders/post_ranking/targets.py`): with `best_one` and `target_rank` ties therefore favour the incoming order, which
 `any_best`, `rating` and `binary` do not.
 
 The random anchors are exact, list by list: each of the n! orders is equally likely.
@@ -34,6 +34,10 @@ from sidtune.metrics.ranking import RankingResult
 from sidtune.metrics.statistics.compare import SystemRow, compare_systems
 
 RANDOM, BEST = "random order (anchor)", "best order (bound)"
+SORTED, CLICKS = (
+    "sorted by click probability",
+    "expected clicks",
+)  # a bound and a metric where a simulator knows the clicks
 NAMES = ("ndcg", "mrr", "map")
 
 

@@ -18,6 +18,7 @@ from sidtune.metrics.ranking import RankingResult
 from sidtune.metrics.statistics.bootstrap import bootstrap_interval, holm, paired_bootstrap
 
 Kind = Literal["model", "baseline", "bound", "anchor"]
+MODEL = "sidtune"  # name of the evaluated model in every table
 
 
 @dataclass(frozen=True)

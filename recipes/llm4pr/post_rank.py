@@ -29,18 +29,29 @@ import pyarrow.parquet as pq
 from sidtune.core.config import as_dict, build, command
 from sidtune.core.errors import ConfigError, nearest
 from sidtune.core.folders import RUN_FILE, read_json, write_json, write_run
-from sidtune.metrics.list_ranking import BEST, RANDOM, ListMetrics, evaluate_lists, list_table, random_anchor
+from sidtune.metrics.list_ranking import (
+    BEST,
+    CLICKS,
+    RANDOM,
+    SORTED,
+    ListMetrics,
+    evaluate_lists,
+    list_table,
+    random_anchor,
+)
 from sidtune.metrics.ranking import RankingResult
+from sidtune.metrics.report.readme_table import check_readme, replace_table
 from sidtune.metrics.statistics.bootstrap import holm, paired_bootstrap
 from sidtune.metrics.statistics.compare import compare_systems
 from sidtune.models.registry import RERANKERS
 from sidtune.recipes.llm4pr.generator import FOLDERS, with_folders
 from sidtune.recipes.llm4pr.sources import Source, load_source, parse_source
 from sidtune.recipes.llm4pr.systems import VARIANTS, Training
-from sidtune.recipes.steps.seeds import check_readme, replace_table
+
+LAUNCH = "alone"
 
 logger = logging.getLogger(__name__)
-MAIN, SORTED, CLICKS = "llm4pr", "sorted by click probability", "expected clicks"
+MAIN = "llm4pr"
 METHODS = ("greedy", "beam", "single_forward", "unconstrained")
 
 
@@ -157,7 +168,7 @@ class _Data:
 def main(arguments: Arguments) -> None:
     """Trains and compares all systems; prints the table."""
     for readme in arguments.readme:
-        check_readme(Path(readme))
+        check_readme(readme)
     started, output = time.time(), Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     (output / RUN_FILE).unlink(missing_ok=True)  # the folder is complete again when the record is back
@@ -198,7 +209,7 @@ def main(arguments: Arguments) -> None:
     inputs = {name: folder for name, folder in arguments.folders().items() if folder is not None}
     write_run(output, step="post_rank", config=as_dict(arguments), inputs=inputs, metrics=short, started=started)
     for readme in arguments.readme:
-        replace_table(Path(readme), table)
+        replace_table(readme, table)
     print(table)
 
 

@@ -13,7 +13,6 @@ so an interrupted comparison goes on where it was. Choose settings on `split: va
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,9 +24,11 @@ import pyarrow.parquet as pq
 from sidtune.core.config import as_dict, command, load_yaml
 from sidtune.core.errors import ConfigError, DataError, nearest
 from sidtune.core.folders import versions
+from sidtune.core.pipeline import RunArguments, resolve, run_pipeline
+from sidtune.metrics.report.readme_table import check_readme, publish
 from sidtune.metrics.statistics.bootstrap import holm, paired_bootstrap
-from sidtune.recipes import run
-from sidtune.recipes.steps.seeds import check_readme, publish
+
+LAUNCH = "alone"
 
 START = "start"
 
@@ -93,7 +94,7 @@ class Arguments:
             if options.get("against", START) not in (START, *names):
                 raise ConfigError(f"models.{name}.against: {nearest(str(options['against']), names)}")
 
-    def pipeline_of(self, seed: int) -> run.RunArguments:
+    def pipeline_of(self, seed: int) -> RunArguments:
         """The pipeline of one seed: its own steps up to the start, then each variant and its evaluation."""
         root = Path(self.root or ".")
         file = root / self.pipeline
@@ -118,7 +119,7 @@ class Arguments:
             steps.append(self._evaluation(name, options["model"], data, options.get("args")))
         folder = Path(self.output_dir) / f"seed_{seed}"
         launch = base.get("launch", {})
-        return run.RunArguments(steps, str(folder), name=f"seed {seed}", launch=launch, seed=seed, root=str(root))
+        return RunArguments(steps, str(folder), name=f"seed {seed}", launch=launch, seed=seed, root=str(root))
 
     def _evaluation(
         self, name: str, model: str, data: dict[str, str], args: dict[str, Any] | None = None
@@ -135,13 +136,13 @@ class Arguments:
 def main(arguments: Arguments) -> None:
     """Runs all seeds and writes results and table."""
     for readme in arguments.readme:
-        check_readme(Path(readme))
+        check_readme(readme)
     pipelines = {seed: arguments.pipeline_of(seed) for seed in arguments.seeds}
     for pipeline in pipelines.values():
-        run.resolve(pipeline)
+        resolve(pipeline)
     started = time.time()
     for pipeline in pipelines.values():
-        run.main(pipeline)
+        run_pipeline(pipeline)
     record = compare(arguments)
     record["seconds"] = round(time.time() - started)
     publish(record, markdown(record), arguments.results, arguments.readme)
@@ -247,4 +248,4 @@ def _pair_cells(pair: dict[str, Any] | None) -> list[str]:
 
 
 if __name__ == "__main__":
-    command(main, Arguments, run.with_root(sys.argv[1:]))
+    command(main, Arguments)

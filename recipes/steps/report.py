@@ -15,6 +15,8 @@ from typing import Any
 from sidtune.core.config import as_dict, command
 from sidtune.core.folders import read_json, write_folder, write_run
 
+LAUNCH = "alone"
+
 _INPUTS = ("data_dir", "sids_dir", "model_dir", "eval_dir", "grpo_dir", "post_rank_dir")
 
 
@@ -57,6 +59,7 @@ def main(arguments: Arguments) -> None:
 
 def report_data(arguments: Arguments) -> Any:
     """Collects `ReportData` from the step folders."""
+    from sidtune.metrics.report.curves import grpo_curves, quantizer_curves, stage_curves
     from sidtune.metrics.report.data import ReportData, SampleItem, SampleRequest
     from sidtune.metrics.statistics.compare import SystemRow
     from sidtune.metrics.statistics.slices import SliceRow
@@ -104,9 +107,9 @@ def report_data(arguments: Arguments) -> Any:
         slice_metric=metrics["primary"],
         sid_quality=quality,
         curves=[
-            *_quantizer_curves(Path(arguments.sids_dir) / "quantizer"),
-            *_curves(Path(arguments.model_dir), stages),
-            *_grpo_curves(arguments.grpo_dir),
+            *quantizer_curves(Path(arguments.sids_dir) / "quantizer"),
+            *stage_curves(Path(arguments.model_dir), stages),
+            *grpo_curves(arguments.grpo_dir),
         ],
         **_post_rank(arguments.post_rank_dir),
         samples=[
@@ -138,56 +141,6 @@ def _notes(metrics: dict[str, Any]) -> list[str]:
     ]
 
 
-def _curves(folder: Path, stages: list[dict[str, Any]]) -> list[Any]:
-    from sidtune.metrics.report.data import StageCurve
-
-    return [
-        StageCurve.from_log_history(stage["name"], read_json(folder / stage["name"] / "log_history.json"))
-        for stage in stages
-        if (folder / stage["name"] / "log_history.json").exists()
-    ]
-
-
-def _quantizer_curves(folder: Path) -> list[Any]:
-    """Losses and codes in use per epoch of a quantizer that is a network; nothing for k-means and its kin."""
-    from sidtune.metrics.report.data import PanelCurves
-    from sidtune.tokenizers.quantizers.base import CONFIG_FILE, CURVE_FILE
-    from sidtune.tokenizers.sids.semantic_ids import LETTERS
-
-    if not (folder / CURVE_FILE).exists():
-        return []
-    curves, used = read_json(folder / CURVE_FILE), "codes in use, level "
-    log = [
-        {**epoch, "step": epoch["epoch"], **{used + LETTERS[n]: share for n, share in enumerate(epoch["used"])}}
-        for epoch in curves
-    ]
-    other = sorted({key for epoch in curves for key in epoch} - {"epoch", "loss", "reconstruction", "used", "revived"})
-    panels = {
-        "reconstruction error": {"error": "reconstruction"},
-        "other losses": {key: key for key in other},
-        "codes in use": {f"level {LETTERS[n]}": used + LETTERS[n] for n in range(len(curves[0]["used"]))},
-        "codes moved": {"codes": "revived"} if any(epoch.get("revived") for epoch in curves) else {},
-    }
-    name = f"semantic IDs, {read_json(folder / CONFIG_FILE)['quantizer']}"
-    return [PanelCurves.from_log_history(name, log, panels, unit="epoch")]
-
-
-def _grpo_curves(folder: str | None) -> list[Any]:
-    """Reward, hits by level and distance to the start of a GRPO run."""
-    from sidtune.metrics.report.data import PanelCurves
-
-    if folder is None or not (Path(folder) / "log_history.json").exists():
-        return []
-    log = read_json(Path(folder) / "log_history.json")
-    levels = sorted({key for entry in log for key in entry if key.startswith("hit/level_")})
-    panels = {
-        "reward": {"reward": "reward"},
-        "right codes among the samples": {key.removeprefix("hit/").replace("_", " "): key for key in levels},
-        "KL to the start": {"KL": "kl"},
-    }
-    return [PanelCurves.from_log_history("grpo", log, panels)]
-
-
 def _grpo_line(run: dict[str, Any]) -> dict[str, Any]:
     metrics, config = run["metrics"], run["config"]
     return {
@@ -203,9 +156,8 @@ def _post_rank(folder: str | None) -> dict[str, Any]:
     """The table of a post-ranking step as fields of `ReportData`."""
     from dataclasses import replace
 
-    from sidtune.metrics.list_ranking import BEST, RANDOM
+    from sidtune.metrics.list_ranking import BEST, CLICKS, RANDOM, SORTED
     from sidtune.metrics.statistics.compare import SystemRow
-    from sidtune.recipes.llm4pr.post_rank import CLICKS, SORTED
 
     if folder is None:
         return {}

@@ -10,24 +10,24 @@ Each seed has its own folder below output_dir, so finished seeds are skipped lik
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sidtune.core.config import command
-from sidtune.core.errors import ConfigError, DataError
-from sidtune.core.folders import read_json, versions, write_json
-from sidtune.recipes import run
-from sidtune.recipes.steps.evaluate import MODEL
+from sidtune.core.errors import ConfigError
+from sidtune.core.folders import read_json, versions
+from sidtune.core.pipeline import RunArguments, run_pipeline
+from sidtune.metrics.report.readme_table import check_readme, publish
+from sidtune.metrics.statistics.compare import MODEL
 
-BEGIN, END = "<!-- results -->", "<!-- /results -->"
+LAUNCH = "alone"
 
 
 @dataclass
-class SeedsArguments(run.RunArguments):
-    """Options of the pipeline (see `run.RunArguments`) and:
+class Arguments(RunArguments):
+    """Options of the pipeline (see `RunArguments`) and:
 
     Attributes:
         seeds: seeds to run, at least two different ones.
@@ -44,31 +44,22 @@ class SeedsArguments(run.RunArguments):
     readme: list[str] = field(default_factory=list)
 
 
-def main(arguments: SeedsArguments) -> None:
+def main(arguments: Arguments) -> None:
     """Runs all seeds and writes results and table."""
     if len(set(arguments.seeds)) != len(arguments.seeds) or len(arguments.seeds) < 2:
         raise ConfigError(f"seeds must be at least two different integers, got {arguments.seeds}.")
     for readme in arguments.readme:
-        check_readme(Path(readme))
+        check_readme(readme)
     started = time.time()
     found = {}
     for seed in arguments.seeds:
-        fields = {name: getattr(arguments, name) for name in run.RunArguments.__dataclass_fields__}
+        fields = {name: getattr(arguments, name) for name in RunArguments.__dataclass_fields__}
         folder = Path(arguments.output_dir) / f"seed_{seed}"
-        run.main(run.RunArguments(**{**fields, "seed": seed, "output_dir": str(folder)}))
+        run_pipeline(RunArguments(**{**fields, "seed": seed, "output_dir": str(folder)}))
         found[seed] = read_json(folder / arguments.eval_step / "metrics.json")
     record = summarise(found, arguments.metrics)
     record["seconds"] = round(time.time() - started)
     publish(record, markdown(record), arguments.results, arguments.readme)
-
-
-def publish(record: dict[str, Any], table: str, results: str | None, readmes: list[str]) -> None:
-    """Writes all figures to `results`, the table into the READMEs, and prints it."""
-    if results is not None:
-        write_json(results, record)
-    for readme in readmes:
-        replace_table(Path(readme), table)
-    print(table)
 
 
 def summarise(found: dict[int, dict[str, Any]], metrics: list[str]) -> dict[str, Any]:
@@ -140,24 +131,5 @@ def _place(name: str, kind: str) -> tuple[int, bool]:
     return ("baseline", "model", "bound").index(kind), name == MODEL
 
 
-def check_readme(readme: Path) -> tuple[str, str]:
-    """The text before and after the table of a README. Raises DataError when there is no place for one."""
-    try:
-        text = readme.read_text("utf-8")
-    except FileNotFoundError:
-        raise DataError(f"The README {readme} does not exist; check the path.") from None
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise DataError(f"{readme} has no lines '{BEGIN}' and '{END}'; add them where the table belongs.")
-    return before, after
-
-
-def replace_table(readme: Path, table: str) -> None:
-    """Writes a table between the marks of a README."""
-    before, after = check_readme(readme)
-    readme.write_text(f"{before}{BEGIN}\n{table}{END}{after}", "utf-8")
-
-
 if __name__ == "__main__":
-    command(main, SeedsArguments, run.with_root(sys.argv[1:]))
+    command(main, Arguments)

@@ -295,15 +295,15 @@ def test_format_value(value, text):
 
 
 def test_a_quantizer_that_is_a_network_shows_its_curves(tmp_path):
-    from sidtune.recipes.steps.report import _quantizer_curves
-    from sidtune.tokenizers.registry import make_quantizer
+    from sidtune.metrics.report.curves import quantizer_curves
+    from sidtune.tokenizers.quantizers.base import make_quantizer
 
     vectors = np.random.default_rng(0).normal(size=(60, 6)).astype(np.float32)
     options = {"level_sizes": [64, 8], "hidden": [8], "latent_dims": 4, "epochs": 7, "batch_size": 20, "revive": False}
     options |= {"kmeans_start": False, "diversity_weight": 0.1, "diversity_clusters": 2}
     quantizer = make_quantizer("rq_vae", options).fit(vectors)
     quantizer.save_pretrained(tmp_path / "rq_vae")
-    (curves,) = _quantizer_curves(tmp_path / "rq_vae")
+    (curves,) = quantizer_curves(tmp_path / "rq_vae")
     assert curves.name == "semantic IDs, rq_vae" and curves.unit == "epoch"
     steps = [float(n) for n in range(1, 8)]
     errors = [epoch["reconstruction"] for epoch in quantizer.curves]
@@ -317,4 +317,4 @@ def test_a_quantizer_that_is_a_network_shows_its_curves(tmp_path):
     assert all(text in page for text in ("semantic IDs, rq_vae", ">epoch<", "reconstruction error", "commitment"))
     assert ">step<" not in page
     make_quantizer("residual_kmeans", {"level_sizes": [4, 4]}).fit(vectors).save_pretrained(tmp_path / "kmeans")
-    assert _quantizer_curves(tmp_path / "kmeans") == []
+    assert quantizer_curves(tmp_path / "kmeans") == []

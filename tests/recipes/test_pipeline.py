@@ -15,10 +15,11 @@ import yaml
 from tiny_pipeline import run_in_process, write_pipeline
 from tiny_pipeline import whole_pipeline as pipeline
 
+from sidtune.core import pipeline as run
 from sidtune.core.config import parse
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import read_json
-from sidtune.recipes import run
+from sidtune.metrics.report.readme_table import replace_table
 from sidtune.recipes.steps import evaluate, report, seeds
 
 STEPS = ("data", "sids", "model", "sft", "grpo", "eval", "post_rank", "bundle", "report")
@@ -182,7 +183,7 @@ def test_only_steps_that_divide_are_launched_in_many_processes(tmp_path):
     launched = {
         step.name
         for step in steps
-        if "accelerate.commands.launch" in run.launch_command(step, {"num_processes": 8}, tmp_path)
+        if "accelerate.commands.launch" in run.launch_command(step.script, {"num_processes": 8}, [])
     }
     assert launched == {"sft", "grpo", "eval"}
 
@@ -217,7 +218,7 @@ def test_every_config_is_checked_before_the_first_step(tmp_path, change, words):
     values = pipeline()
     change(values)
     with pytest.raises(ConfigError) as caught:
-        run.main(run.RunArguments(steps=values["steps"], output_dir=str(tmp_path)))
+        run.run_pipeline(run.RunArguments(steps=values["steps"], output_dir=str(tmp_path)))
     assert words in str(caught.value), str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -228,12 +229,12 @@ def test_one_value_of_a_step_s_config_file_can_be_changed(tmp_path):
     values["steps"][3] = {**values["steps"][3], "config": "sft.yaml", "args": {}}
     file = write_pipeline(tmp_path / "p.yaml", values)
     argv = ["--config", str(file), "--output_dir", "out", "--steps.3.args.stages.1.args.max_steps", "5"]
-    steps = run.resolve(parse(run.RunArguments, run.with_root(argv)))
+    steps = run.resolve(parse(run.RunArguments, argv))
     stages = steps[3].config.stages
     assert stages[1]["args"] == {**pipeline()["steps"][3]["args"]["stages"][1]["args"], "max_steps": 5}
     assert stages[0] == pipeline()["steps"][3]["args"]["stages"][0] and steps[3].config.max_length == 256
     with pytest.raises(ConfigError, match="element 7 of a list of 2"):
-        run.resolve(parse(run.RunArguments, run.with_root([*argv, "--steps.3.args.stages.7.name", "x"])))
+        run.resolve(parse(run.RunArguments, [*argv, "--steps.3.args.stages.7.name", "x"]))
 
 
 def test_seeds_are_summarised_as_mean_and_spread(finished, tmp_path):
@@ -247,8 +248,8 @@ def test_seeds_are_summarised_as_mean_and_spread(finished, tmp_path):
     base = next(s for s in record["systems"] if s["name"] == "bm25")["metrics"]["ndcg@10"]["value"]
     assert one["mean"] == pytest.approx(base + 0.01) and one["std"] == pytest.approx(0.02 / 2**0.5)
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{seeds.BEGIN}\nold\n{seeds.END}\nafter\n")
-    seeds.replace_table(readme, seeds.markdown(summary))
+    readme.write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
+    replace_table(readme, seeds.markdown(summary))
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and "**sidtune**" in text
     names = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
