@@ -30,8 +30,8 @@ from sidtune.models.next_item.network import NextItemConfig, make_network
 from sidtune.recipes.next_item.members import fit_baseline
 from sidtune.recipes.next_item.train import read_source
 from sidtune.recipes.steps import build_data, evaluate, init_model, learn_sids, sft
-from sidtune.tokenizers.encoders.base import Encoder
-from sidtune.tokenizers.registry import load_encoder, load_quantizer
+from sidtune.tokenizers.encoders.base import Encoder, load_encoder
+from sidtune.tokenizers.quantizers.base import load_quantizer
 from sidtune.tokenizers.sids.quality import SidQuality, sid_quality
 from sidtune.tokenizers.sids.query_recall import QueryItemRecall, query_item_recall, query_targets
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds

@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Iterator
 from typing import Any
 
+from sidtune.core.config import build
 from sidtune.core.errors import ConfigError, nearest
 
 
@@ -44,6 +45,15 @@ class Registry:
             module, _, attribute = target.partition(":")
             target = getattr(importlib.import_module(module), attribute)
         return target
+
+    def make(self, name: str, options: dict[str, Any] | None = None) -> Any:
+        """A new object of the class registered as `name`, which has a `config_class` dataclass and takes one of it.
+
+        Raises:
+            ConfigError: an unknown name, or an option that is no field of the config or has a wrong value.
+        """
+        cls = self.get(name)
+        return cls(build(cls.config_class, dict(options or {}), f"Options of the {self.kind} '{name}'"))
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries

@@ -85,7 +85,8 @@ class System:
 
     def check(self, where: str) -> None:
         """Raises ConfigError for a wrong option anywhere in this system, before any work."""
-        from sidtune.tokenizers.registry import QUANTIZERS, make_quantizer
+        from sidtune.tokenizers.quantizers.base import make_quantizer
+        from sidtune.tokenizers.registry import QUANTIZERS
 
         name = self.sids.get("name")
         if name != PUBLISHED:
@@ -223,7 +224,8 @@ def make_sids(spec: dict, source: dict, sequences: ItemSequences) -> Any:
     Raises:
         DataError: the folder lacks the one file that is needed, or items lack a SID or a vector.
     """
-    from sidtune.tokenizers.registry import make_collisions, make_quantizer
+    from sidtune.tokenizers.quantizers.base import make_quantizer
+    from sidtune.tokenizers.sids.collisions import make_collisions
     from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 
     if spec["name"] == PUBLISHED:
@@ -277,9 +279,9 @@ def fit(arguments: Arguments, name: str, seed: int, sequences: ItemSequences) ->
     """Trains one system with one seed and writes its folder, unless it is there already."""
     import torch
 
+    from sidtune.core.processes import on_main
     from sidtune.decoding.next_item.ranking import HistoryRanker, SidCatalogue
     from sidtune.models.next_item.network import make_network
-    from sidtune.core.processes import on_main
     from sidtune.trainers.next_item.data import NextItemRows
     from sidtune.trainers.next_item.trainer import train_next_item
 
@@ -356,8 +358,8 @@ def _work_folder(folder: Path, config: dict, on_main: Any) -> Path:
 
 def main(arguments: Arguments) -> None:
     """Trains, measures, and prints the table."""
-    from sidtune.recipes.next_item.table import Rankings, report
     from sidtune.core.processes import on_main
+    from sidtune.recipes.next_item.table import Rankings, report
 
     for readme in arguments.readme:
         check_readme(Path(readme))

@@ -164,7 +164,8 @@ def _source(arguments: Arguments, data: DataFolder) -> AlignmentSource:
 
 def _base(arguments: Arguments, texts: list[str]) -> Any:
     """The fitted base encoder."""
-    from sidtune.tokenizers.registry import ENCODERS, make_encoder
+    from sidtune.tokenizers.encoders.base import make_encoder
+    from sidtune.tokenizers.registry import ENCODERS
 
     spec = {"name": "tfidf_svd", **arguments.base}
     options = {key: value for key, value in spec.items() if key != "name"}
@@ -257,7 +258,7 @@ def _report(arguments: Arguments, folders: dict[str, Path]) -> tuple[list[dict[s
     """Recall of held-out pairs by the base encoder, the start model and the aligned one, as the saved folders encode."""
     from sidtune.metrics.baselines.tables import training_events
     from sidtune.metrics.pair_recall import compare_recall, pair_hits
-    from sidtune.tokenizers.registry import make_encoder
+    from sidtune.tokenizers.encoders.base import make_encoder
 
     data = load_folder(arguments.data_dir)
     texts, ids = texts_of(data.items), data.items["item_id"].to_pylist()

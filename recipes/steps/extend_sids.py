@@ -25,9 +25,8 @@ from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import read_json, write_folder, write_json, write_run
 from sidtune.data_builders.tables.store import load_folder
 from sidtune.recipes.steps.learn_sids import COLLISION_FILE, VECTOR_FILE, collisions_of, popularity_of, texts_of
-from sidtune.tokenizers.encoders.base import Encoder, warn_empty
-from sidtune.tokenizers.quantizers.base import Quantizer, load_tensors
-from sidtune.tokenizers.registry import load_encoder, load_quantizer, make_encoder
+from sidtune.tokenizers.encoders.base import Encoder, load_encoder, make_encoder, warn_empty
+from sidtune.tokenizers.quantizers.base import Quantizer, load_quantizer
 from sidtune.tokenizers.sids.catalogue_updates import (
     Drift,
     DriftLimits,
@@ -39,6 +38,7 @@ from sidtune.tokenizers.sids.catalogue_updates import (
 from sidtune.tokenizers.sids.quality import sid_quality
 from sidtune.tokenizers.sids.query_codes import QUERY_FILE
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
+from sidtune.tokenizers.vectors import load_tensors
 
 BATCH_FILE = "batches.safetensors"
 _CHECKED = 256  # items that have a SID and are encoded again, to see that the encoder is the same

@@ -60,10 +60,10 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     """Builds or loads the model, extends it and saves it."""
-    from sidtune.tokenizers.base_models.from_scratch import add_plain_tokens, build_model, train_lm_tokenizer
+    from sidtune.tokenizers.base_models.from_scratch import build_model, train_lm_tokenizer
     from sidtune.tokenizers.base_models.loading import load_plain, load_tokenizer
-    from sidtune.tokenizers.registry import load_quantizer
-    from sidtune.tokenizers.vocabulary.extension import extend_vocabulary
+    from sidtune.tokenizers.quantizers.base import load_quantizer
+    from sidtune.tokenizers.vocabulary.extension import add_plain_tokens, extend_vocabulary
 
     started = time.time()
     data = load_folder(arguments.data_dir)

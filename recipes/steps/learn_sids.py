@@ -31,20 +31,13 @@ from sidtune.core.folders import write_folder, write_json, write_run
 from sidtune.core.registry import Registry
 from sidtune.data_builders.mining.query_pairs import distinct_queries
 from sidtune.data_builders.tables.store import DataFolder, load_folder
-from sidtune.tokenizers.encoders.base import Encoder, item_texts, warn_empty
+from sidtune.tokenizers.encoders.base import Encoder, item_texts, make_encoder, warn_empty
 from sidtune.tokenizers.keywords.fusion import MINED, KeywordFusionEncoder
 from sidtune.tokenizers.keywords.mining import mine_pool
-from sidtune.tokenizers.quantizers.base import Quantizer
-from sidtune.tokenizers.registry import (
-    COLLISIONS,
-    ENCODERS,
-    QUANTIZERS,
-    make_collisions,
-    make_encoder,
-    make_quantizer,
-)
+from sidtune.tokenizers.quantizers.base import Quantizer, make_quantizer
+from sidtune.tokenizers.registry import COLLISIONS, ENCODERS, QUANTIZERS
 from sidtune.tokenizers.sids.collision_cost import CollisionCost, collision_cost, compare_collisions, costs_to_markdown
-from sidtune.tokenizers.sids.collisions import CollisionMethod
+from sidtune.tokenizers.sids.collisions import CollisionMethod, make_collisions
 from sidtune.tokenizers.sids.quality import SidQuality, sid_quality
 from sidtune.tokenizers.sids.query_codes import QUERY_FILE, QueryCoder, check_text_encoder, write_query_codes
 from sidtune.tokenizers.sids.query_recall import QueryItemRecall, query_item_recall, query_targets

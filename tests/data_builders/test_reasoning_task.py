@@ -15,9 +15,9 @@ from sidtune.core.folders import fingerprint
 from sidtune.data_builders.prompts.encoding import IGNORE, encode_examples, encode_prompts
 from sidtune.data_builders.prompts.serializer import Serializer
 from sidtune.data_builders.tasks.reasoning import END, THINK, leaks, mark_ids, reason_to_sid, templated
-from sidtune.tokenizers.base_models.from_scratch import add_plain_tokens, build_model, train_lm_tokenizer
+from sidtune.tokenizers.base_models.from_scratch import build_model, train_lm_tokenizer
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
-from sidtune.tokenizers.vocabulary.extension import extend_vocabulary
+from sidtune.tokenizers.vocabulary.extension import add_plain_tokens, extend_vocabulary
 
 WORLD = make_world(11)
 EOS = "<|endoftext|>"

@@ -19,9 +19,9 @@ from sidtune.data_builders.shop_world.world import ShopWorld
 from sidtune.data_builders.tables.store import load_folder
 from sidtune.metrics.pair_recall import compare_recall, pair_hits, recall_to_markdown
 from sidtune.recipes.steps import align_encoder, build_data, learn_sids
+from sidtune.tokenizers.encoders.base import make_encoder
 from sidtune.tokenizers.encoders.pooling import saved_pooling
 from sidtune.tokenizers.encoders.scratch import scratch_encoder
-from sidtune.tokenizers.registry import make_encoder
 from sidtune.trainers.contrastive.losses import AlignedLossConfig
 from sidtune.trainers.contrastive.trainer import (
     AlignedExamples,

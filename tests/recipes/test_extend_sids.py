@@ -23,7 +23,8 @@ from sidtune.decoding.trie import SidTrie
 from sidtune.recipes import run
 from sidtune.recipes.steps import build_data, extend_sids, init_model, learn_sids
 from sidtune.recipes.steps.learn_sids import texts_of
-from sidtune.tokenizers.registry import load_encoder, load_quantizer
+from sidtune.tokenizers.encoders.base import load_encoder
+from sidtune.tokenizers.quantizers.base import load_quantizer
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 
 LEARN = {"encoder": {"dims": 16}, "quantizer": {"level_sizes": [8, 8, 8]}}

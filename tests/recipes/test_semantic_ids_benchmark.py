@@ -13,7 +13,8 @@ from next_item_worlds import chain_folder
 from sidtune.benchmarks import semantic_ids as benchmark
 from sidtune.benchmarks import semantic_ids_downstream as downstream
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.tokenizers.registry import QUANTIZERS, make_quantizer
+from sidtune.tokenizers.quantizers.base import make_quantizer
+from sidtune.tokenizers.registry import QUANTIZERS
 from sidtune.tokenizers.sids.quality import sid_quality
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 

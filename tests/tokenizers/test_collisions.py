@@ -16,7 +16,7 @@ from sidtune.core.errors import ConfigError, DataError
 from sidtune.decoding.beam_search import BeamOutput
 from sidtune.decoding.items import rank_items
 from sidtune.tokenizers.quantizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig
-from sidtune.tokenizers.registry import COLLISIONS, make_collisions
+from sidtune.tokenizers.registry import COLLISIONS
 from sidtune.tokenizers.sids import collisions
 from sidtune.tokenizers.sids.collision_cost import collision_cost, compare_collisions, costs_to_markdown, places
 from sidtune.tokenizers.sids.collisions import (
@@ -29,6 +29,7 @@ from sidtune.tokenizers.sids.collisions import (
     SuffixConfig,
     deferred_acceptance,
     last_level_costs,
+    make_collisions,
     places_needed,
 )
 from sidtune.tokenizers.sids.quality import sid_quality

@@ -13,10 +13,11 @@ from safetensors.numpy import save_file
 
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.data_builders.tables.schema import table_from_rows
-from sidtune.tokenizers.encoders.base import Encoder, TfidfSvdConfig, TfidfSvdEncoder, item_texts, warn_empty
+from sidtune.tokenizers.encoders.base import Encoder, item_texts, load_encoder, make_encoder, warn_empty
 from sidtune.tokenizers.encoders.precomputed import PrecomputedConfig, PrecomputedEncoder
 from sidtune.tokenizers.encoders.text import TransformersConfig, TransformersEncoder
-from sidtune.tokenizers.registry import ENCODERS, load_encoder, make_encoder
+from sidtune.tokenizers.encoders.tfidf import TfidfSvdConfig, TfidfSvdEncoder
+from sidtune.tokenizers.registry import ENCODERS
 
 WORDS = ["red", "blue", "green", "tall", "short", "wide", "pen", "pencil", "paper", "stapler", "folder", "lamp", "desk"]
 WORDS += ["chair", "cable", "mouse", "board", "tape"]

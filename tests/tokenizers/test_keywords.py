@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.data_builders.tables.schema import table_from_rows
 from sidtune.data_builders.tables.store import DataFolder
-from sidtune.tokenizers.encoders.base import TfidfSvdConfig, TfidfSvdEncoder, item_texts
+from sidtune.tokenizers.encoders.base import item_texts, load_encoder, make_encoder
+from sidtune.tokenizers.encoders.tfidf import TfidfSvdConfig, TfidfSvdEncoder
 from sidtune.tokenizers.keywords.fusion import KeywordFusionConfig, KeywordFusionEncoder, fuse
 from sidtune.tokenizers.keywords.matcher import KeywordMatcher, normal_form
 from sidtune.tokenizers.keywords.mining import PoolConfig, candidates, mine_pool
 from sidtune.tokenizers.keywords.pool import KEYWORD_TYPES, KeywordPool
-from sidtune.tokenizers.registry import load_encoder, make_encoder
 
 
 def is_spaced_letter(char: str) -> bool:
@@ -293,7 +293,7 @@ def test_encoder_says_the_same_in_another_process(pool_file, tmp_path):
     encoder = make_encoder("keyword_fusion", {**OPTIONS, "pool": pool_file}).fit(TEXTS)
     encoder.save_pretrained(tmp_path / "saved")
     code = (
-        "import sys, numpy as np\nfrom sidtune.tokenizers.registry import load_encoder\n"
+        "import sys, numpy as np\nfrom sidtune.tokenizers.encoders.base import load_encoder\n"
         "np.save(sys.argv[2], load_encoder(sys.argv[1]).encode(sys.argv[3:]))"
     )
     texts = ["red desk", "purple oak thing", "nothing known", "RED  Desk"]

@@ -20,9 +20,9 @@ from sidtune.decoding.retrieval.retriever import check_levels
 from sidtune.decoding.trie import SidTrie
 from sidtune.recipes.steps import build_data, extend_sids, learn_sids
 from sidtune.tokenizers.letters import SidLetters
+from sidtune.tokenizers.quantizers.base import load_quantizer
 from sidtune.tokenizers.quantizers.rq_opq import RqOpq, RqOpqConfig
-from sidtune.tokenizers.registry import load_quantizer, make_collisions
-from sidtune.tokenizers.sids.collisions import CollisionMethod
+from sidtune.tokenizers.sids.collisions import CollisionMethod, make_collisions
 from sidtune.tokenizers.sids.quality import sid_quality
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 from sidtune.tokenizers.vocabulary.extension import Vocabulary, extend_vocabulary

@@ -12,8 +12,8 @@ from quantizer_data import clusters, relative_error
 from safetensors.numpy import save_file
 
 from sidtune.core.errors import DataError
-from sidtune.tokenizers.quantizers.base import Quantizer
-from sidtune.tokenizers.registry import QUANTIZERS, load_quantizer, make_quantizer
+from sidtune.tokenizers.quantizers.base import Quantizer, load_quantizer, make_quantizer
+from sidtune.tokenizers.registry import QUANTIZERS
 from sidtune.tokenizers.sids.quality import sid_quality
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 from sidtune.tokenizers.vocabulary.embedding_init import check_codebooks
@@ -112,7 +112,7 @@ _ENCODE = """
 import sys
 import numpy as np
 from safetensors.numpy import load_file, save_file
-from sidtune.tokenizers.registry import load_quantizer
+from sidtune.tokenizers.quantizers.base import load_quantizer
 from pathlib import Path
 vectors = load_file(sys.argv[1])["vectors"]
 found = {}

@@ -17,10 +17,10 @@ from sklearn.cluster import KMeans
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.tokenizers.quantizers import nearest_centroids as module
 from sidtune.tokenizers.quantizers import residual_kmeans
-from sidtune.tokenizers.quantizers.base import Quantizer
+from sidtune.tokenizers.quantizers.base import Quantizer, load_quantizer, make_quantizer
 from sidtune.tokenizers.quantizers.nearest_centroids import nearest_centroids
 from sidtune.tokenizers.quantizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig
-from sidtune.tokenizers.registry import QUANTIZERS, load_quantizer, make_quantizer
+from sidtune.tokenizers.registry import QUANTIZERS
 
 
 def clustered(count: int = 3000, dims: int = 24, seed: int = 0) -> np.ndarray:

@@ -11,11 +11,11 @@ from quantizer_data import clusters, nearest_by_hand, relative_error
 
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.tokenizers.quantizers import training as quantizer_training
+from sidtune.tokenizers.quantizers.base import load_quantizer
 from sidtune.tokenizers.quantizers.fsq import Fsq, FsqConfig
 from sidtune.tokenizers.quantizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig
 from sidtune.tokenizers.quantizers.rq_kmeans_plus import RqKMeansPlus, RqKMeansPlusConfig
 from sidtune.tokenizers.quantizers.rq_vae import RqVae, RqVaeConfig
-from sidtune.tokenizers.registry import load_quantizer
 
 SMALL = {"level_sizes": (16, 8, 8), "batch_size": 256, "epochs": 6, "hidden": (32,), "device": "cpu"}
 

@@ -15,7 +15,8 @@ from scipy.stats import entropy
 
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.data_builders.tables.schema import table_from_rows
-from sidtune.tokenizers.encoders.base import TfidfSvdConfig, TfidfSvdEncoder, item_texts
+from sidtune.tokenizers.encoders.base import item_texts
+from sidtune.tokenizers.encoders.tfidf import TfidfSvdConfig, TfidfSvdEncoder
 from sidtune.tokenizers.quantizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig
 from sidtune.tokenizers.sids.neighbours import nearest_rows, neighbour_overlap, shared_levels
 from sidtune.tokenizers.sids.quality import SidThresholds, gini, known_bad, sid_quality

@@ -8,12 +8,11 @@ Our choice; no paper is involved. For real use replace both by a pretrained mode
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -26,9 +25,6 @@ from transformers import (
 
 from sidtune.core.config import check_keys
 from sidtune.core.errors import ConfigError, DataError, nearest
-from sidtune.data_builders.prompts.encoding import is_sid
-from sidtune.tokenizers.vocabulary.embedding_init import OldRows, noisy
-from sidtune.tokenizers.vocabulary.token_matrices import grow, vocab_matrices
 
 PAD, END_OF_TEXT, TURN_START, TURN_END = "<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
@@ -116,44 +112,6 @@ def train_lm_tokenizer(
         clean_up_tokenization_spaces=False,
         padding_side="right",
     )
-
-
-def add_plain_tokens(
-    tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], model: PreTrainedModel | None = None, seed: int = 0
-) -> list[int]:
-    """Adds words such as `</think>` as ordinary tokens, before the vocabulary grows by semantic IDs; known ones stay.
-
-    Ordinary and not special, because TRL leaves special tokens out of the texts it decodes. Given a model, its token matrices
-    grow where they must, and the rows of new tokens get the mean row with a little noise.
-
-    Args:
-        tokenizer: changed in place.
-        tokens: the words; no white space, no semantic-ID tokens.
-        model: the model of this tokenizer, changed in place; None when it is built afterwards.
-        seed: of the noise.
-
-    Returns:
-        The token id of each word.
-
-    Raises:
-        ConfigError: a word that can be no token of its own.
-    """
-    for token in tokens:
-        if not isinstance(token, str) or not token or any(c.isspace() for c in token) or is_sid(token):
-            raise ConfigError(
-                f"An extra token must be a word without white space that is no semantic ID, got {token!r}."
-            )
-    known, base = tokenizer.get_vocab(), len(tokenizer)
-    new = [token for token in dict.fromkeys(tokens) if token not in known]
-    tokenizer.add_tokens([AddedToken(t, single_word=False, lstrip=False, rstrip=False, normalized=False) for t in new])
-    if model is not None and new:
-        grow(model, len(tokenizer))
-        for number, matrix in enumerate(vocab_matrices(model)):
-            old = OldRows(matrix.parameter[:base])
-            rows = noisy(np.tile(old.mean, (len(new), 1)), old, 0.02, seed + number)
-            with torch.no_grad():
-                matrix.parameter[base : len(tokenizer)] = rows.to(matrix.parameter)
-    return tokenizer.convert_tokens_to_ids(list(tokens))
 
 
 def _checked_texts(texts: Iterable[str]) -> list[str]:

@@ -16,8 +16,8 @@ import numpy as np
 
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import read_json, write_json
-from sidtune.tokenizers.encoders.base import TENSOR_FILE, Encoder, unit_rows
-from sidtune.tokenizers.quantizers.base import check_vectors, load_tensors
+from sidtune.tokenizers.encoders.base import TENSOR_FILE, Encoder
+from sidtune.tokenizers.vectors import check_vectors, load_tensors, unit_rows
 
 
 @dataclass

@@ -15,8 +15,8 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.tokenizers.encoders.base import Encoder, check_texts, unit_rows
-from sidtune.tokenizers.quantizers.base import check_vectors
+from sidtune.tokenizers.encoders.base import Encoder, check_texts
+from sidtune.tokenizers.vectors import check_vectors, unit_rows
 
 POOLINGS = ("auto", "mean", "cls", "last")
 

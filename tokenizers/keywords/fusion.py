@@ -24,11 +24,11 @@ import numpy as np
 
 from sidtune.core.config import build
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.tokenizers.encoders.base import TENSOR_FILE, Encoder, check_texts, unit_rows
+from sidtune.tokenizers.encoders.base import TENSOR_FILE, Encoder, check_texts
 from sidtune.tokenizers.keywords.matcher import KeywordMatcher, Matches
 from sidtune.tokenizers.keywords.mining import PoolConfig
 from sidtune.tokenizers.keywords.pool import KeywordPool, read_pool
-from sidtune.tokenizers.quantizers.base import load_tensors
+from sidtune.tokenizers.vectors import load_tensors, unit_rows
 
 MINED = "mined"
 BASE_FOLDER = "base"
@@ -93,7 +93,8 @@ class KeywordFusionConfig:
 
     def new_base(self) -> Encoder:
         """The base encoder, unfitted; raises ConfigError on a wrong name or option."""
-        from sidtune.tokenizers.registry import ENCODERS, make_encoder
+        from sidtune.tokenizers.encoders.base import make_encoder
+        from sidtune.tokenizers.registry import ENCODERS
 
         options = {key: value for key, value in self.base.items() if key != "name"}
         if "seed" in {known.name for known in dataclasses.fields(ENCODERS.get(self.base["name"]).config_class)}:

@@ -18,38 +18,12 @@ from sidtune.core.config import as_dict, build
 from sidtune.core.errors import DataError
 from sidtune.core.folders import read_json, write_folder, write_json
 from sidtune.core.hub import push_saved, resolve_folder
+from sidtune.tokenizers.registry import QUANTIZERS
+from sidtune.tokenizers.vectors import load_tensors
 
 CONFIG_FILE = "quantizer_config.json"
 TENSOR_FILE = "codebooks.safetensors"
 CURVE_FILE = "curves.json"
-# Squared float32 distances overflow beyond this.
-_LARGEST = 1e18
-
-
-def check_vectors(vectors: Any, dims: int | None = None, what: str = "item vectors") -> np.ndarray:
-    """Returns `vectors` as a contiguous float32 array (n, d).
-
-    Raises:
-        DataError: not two-dimensional and numeric, empty, another width than `dims`, or NaN, infinite or huge entries.
-    """
-    array = np.asarray(vectors)
-    if array.ndim != 2 or array.dtype.kind not in "fiu":
-        raise DataError(f"Expected {what} as numbers of shape (n, d), got {array.dtype} of shape {array.shape}.")
-    if array.shape[0] == 0 or array.shape[1] == 0:
-        raise DataError(f"The {what} are empty (shape {array.shape}); at least one row and one column are needed.")
-    if dims is not None and array.shape[1] != dims:
-        raise DataError(
-            f"The {what} have {array.shape[1]} dimensions, but the codebooks were trained on {dims}; "
-            "use the encoder they were trained with."
-        )
-    # Two passes and no copy of a matrix that may fill half the memory; NaN compares false, so it is caught here too.
-    if not (array.max() < _LARGEST and array.min() > -_LARGEST):
-        bad = np.flatnonzero(~(np.abs(array).max(axis=1) < _LARGEST))
-        raise DataError(
-            f"{len(bad)} of {len(array)} {what} hold NaN, infinite or huge values (first: row {bad[0]}); "
-            "repair or drop these rows before quantizing."
-        )
-    return np.ascontiguousarray(array, dtype=np.float32)
 
 
 def check_codes(codes: Any, level_sizes: Sequence[int]) -> np.ndarray:
@@ -101,7 +75,7 @@ class Quantizer(abc.ABC):
         return len(self.level_sizes)
 
     def level_letters(self) -> str | None:
-        """Letters of the SID tokens, one per level; None, as in most quantizers, is a, b, c, ... See `sid_letters.py`."""
+        """Letters of the SID tokens, one per level; None, as in most quantizers, is a, b, c, ... See `tokenizers/letters.py`."""
         return None
 
     @property
@@ -183,8 +157,6 @@ class Quantizer(abc.ABC):
 
 
 def _class_of(cls: type, name: str, folder: Path) -> Any:
-    from sidtune.tokenizers.registry import QUANTIZERS
-
     if cls is Quantizer:
         return QUANTIZERS.get(name)
     if name != cls.name:
@@ -192,14 +164,11 @@ def _class_of(cls: type, name: str, folder: Path) -> Any:
     return cls
 
 
-def load_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Tensors of a safetensors file; a missing or damaged one is a DataError that names it."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+def make_quantizer(name: str, options: dict[str, Any] | None = None) -> Quantizer:
+    """A new quantizer by name. Options are its config's fields; an unknown name or option is a ConfigError."""
+    return QUANTIZERS.make(name, options)
 
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise DataError(f"The file {path} does not exist; run the step that writes it first.") from None
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise DataError(f"The file {path} is not a readable safetensors file ({error}); write it again.") from None
+
+def load_quantizer(folder_or_repo: str | Path, **hub: Any) -> Quantizer:
+    """The quantizer saved in a folder or hub repository, whatever its class (`hub`: options of `resolve_folder`)."""
+    return Quantizer.from_pretrained(folder_or_repo, **hub)

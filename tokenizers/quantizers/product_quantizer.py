@@ -22,9 +22,10 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.tokenizers.quantizers.base import Quantizer, check_codes, check_vectors
+from sidtune.tokenizers.quantizers.base import Quantizer, check_codes
 from sidtune.tokenizers.quantizers.nearest_centroids import nearest_centroids, row_lengths
 from sidtune.tokenizers.quantizers.residual_kmeans import train_centroids, training_rows
+from sidtune.tokenizers.vectors import check_vectors
 
 _TURNED = 32  # rows of one product in float64
 

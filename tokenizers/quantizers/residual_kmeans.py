@@ -24,8 +24,9 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.tokenizers.quantizers.base import Quantizer, check_codes, check_vectors
+from sidtune.tokenizers.quantizers.base import Quantizer, check_codes
 from sidtune.tokenizers.quantizers.nearest_centroids import nearest_centroids
+from sidtune.tokenizers.vectors import check_vectors
 
 _COLUMNS = 3  # first columns that sort distinct rows
 _ROWS = 2048  # rows hashed, compared or subtracted at once

@@ -27,9 +27,10 @@ import numpy as np
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.tokenizers.letters import LETTERS
 from sidtune.tokenizers.quantizers.balanced_kmeans import BalancedKMeans, BalancedKMeansConfig
-from sidtune.tokenizers.quantizers.base import Quantizer, check_codes, check_vectors
+from sidtune.tokenizers.quantizers.base import Quantizer, check_codes
 from sidtune.tokenizers.quantizers.product_quantizer import ProductQuantizer, ProductQuantizerConfig
 from sidtune.tokenizers.quantizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig
+from sidtune.tokenizers.vectors import check_vectors
 
 
 @dataclass

@@ -33,12 +33,12 @@ from torch.nn import functional as F
 
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.tokenizers.quantizers.balanced_kmeans import equal_size_kmeans
-from sidtune.tokenizers.quantizers.base import check_vectors
 from sidtune.tokenizers.quantizers.code_losses import contrastive, diversity, rotation_trick, sinkhorn, straight_through
 from sidtune.tokenizers.quantizers.linear_start import check_widths, start_as_pca
 from sidtune.tokenizers.quantizers.nearest_centroids import nearest_centroids
 from sidtune.tokenizers.quantizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig
 from sidtune.tokenizers.quantizers.training import CodeModule, NeuralQuantizer, TrainingConfig, mlp
+from sidtune.tokenizers.vectors import check_vectors
 
 
 @dataclass

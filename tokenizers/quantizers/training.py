@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from sidtune.core.config import as_dict
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import read_json, write_folder, write_json
-from sidtune.tokenizers.quantizers.base import Quantizer, check_codes, check_vectors, load_tensors
+from sidtune.tokenizers.quantizers.base import Quantizer, check_codes
+from sidtune.tokenizers.vectors import check_vectors, load_tensors
 
 STATE_FILE, PROGRESS_FILE = "state.safetensors", "training.json"
 _ROWS = 8192  # rows encoded at once

@@ -25,11 +25,12 @@ from typing import Any
 import numpy as np
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.tokenizers.quantizers.base import Quantizer, check_vectors
+from sidtune.tokenizers.quantizers.base import Quantizer
 from sidtune.tokenizers.sids.collision_cost import deviation, relative, squared_errors
 from sidtune.tokenizers.sids.collisions import CollisionMethod, check_quantizer
 from sidtune.tokenizers.sids.quality import entropy_bits
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
+from sidtune.tokenizers.vectors import check_vectors
 
 _SAME = 0.01  # relative distance at which two vectors of one text count as equal
 

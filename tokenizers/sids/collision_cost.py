@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from sidtune.core.errors import DataError
-from sidtune.tokenizers.quantizers.base import Quantizer, check_vectors
+from sidtune.tokenizers.quantizers.base import Quantizer
 from sidtune.tokenizers.sids.collisions import CollisionMethod, check_quantizer
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
+from sidtune.tokenizers.vectors import check_vectors
 
 _BLOCK = 65_536
 

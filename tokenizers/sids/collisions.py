@@ -31,8 +31,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.tokenizers.quantizers.base import Quantizer, check_vectors
+from sidtune.tokenizers.quantizers.base import Quantizer
+from sidtune.tokenizers.registry import COLLISIONS
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
+from sidtune.tokenizers.vectors import check_vectors
 
 _BLOCK_PAIRS = 1 << 22  # (item, code) costs held at once
 _BLOCK_ENTRIES = 1 << 24  # float64 entries of candidate vectors held at once: 128 MiB
@@ -120,6 +122,11 @@ class CollisionMethod(abc.ABC):
         Raises:
             ConfigError: the method cannot be applied to these semantic IDs. DataError: vectors that do not fit.
         """
+
+
+def make_collisions(name: str, options: dict[str, Any] | None = None) -> CollisionMethod:
+    """A treatment of collisions by name. Options are its config's fields; an unknown name or option is a ConfigError."""
+    return COLLISIONS.make(name, options)
 
 
 class Expand(CollisionMethod):

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.tokenizers.quantizers.base import Quantizer, check_vectors
+from sidtune.tokenizers.quantizers.base import Quantizer
 from sidtune.tokenizers.sids.neighbours import nearest_rows, neighbour_overlap, shared_levels
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
+from sidtune.tokenizers.vectors import check_vectors
 
 _BLOCK = 65_536  # rows held in float64 at once
 

@@ -23,9 +23,8 @@ from sidtune.core.errors import DataError
 from sidtune.core.folders import write_folder
 from sidtune.core.hub import push_saved, resolve_folder
 from sidtune.data_builders.mining.query_pairs import squeezed
-from sidtune.tokenizers.encoders.base import Encoder
-from sidtune.tokenizers.quantizers.base import Quantizer, check_codes
-from sidtune.tokenizers.registry import load_encoder, load_quantizer
+from sidtune.tokenizers.encoders.base import Encoder, load_encoder
+from sidtune.tokenizers.quantizers.base import Quantizer, check_codes, load_quantizer
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 
 QUERY_FILE = "queries.parquet"

@@ -23,8 +23,8 @@ import pyarrow as pa
 
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.data_builders.mining.query_pairs import query_item_pairs
-from sidtune.tokenizers.encoders.base import unit_rows
-from sidtune.tokenizers.quantizers.base import Quantizer, check_codes, check_vectors
+from sidtune.tokenizers.quantizers.base import Quantizer, check_codes
+from sidtune.tokenizers.vectors import check_vectors, unit_rows
 
 _CELLS = 1 << 24  # similarities held at once
 _TIE = 1e-6  # cosines closer than this are equal: float32 sums differ by as much

@@ -25,8 +25,8 @@ from sidtune.core.folders import read_json, write_folder, write_json
 from sidtune.core.hub import push_saved, resolve_folder
 from sidtune.tokenizers.letters import LETTERS as LETTERS
 from sidtune.tokenizers.letters import SidLetters
-from sidtune.tokenizers.quantizers.base import load_tensors
 from sidtune.tokenizers.sids.published import read_index_json
+from sidtune.tokenizers.vectors import load_tensors
 
 CONFIG_FILE = "sid_config.json"
 CODE_FILE = "codes.safetensors"

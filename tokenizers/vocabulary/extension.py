@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sidtune.core.errors import ConfigError, DataError, nearest
 from sidtune.core.folders import read_json, write_json
-from sidtune.tokenizers.base_models.loading import load_base as load_base
+from sidtune.data_builders.prompts.encoding import is_sid
 from sidtune.tokenizers.letters import SidLetters
 from sidtune.tokenizers.vocabulary.embedding_init import (
     INITS,
@@ -248,6 +248,44 @@ def extend_vocabulary(
         embedding_rows=vocab_matrices(model)[0].parameter.shape[0],
         letters=sids.letters,
     )
+
+
+def add_plain_tokens(
+    tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], model: PreTrainedModel | None = None, seed: int = 0
+) -> list[int]:
+    """Adds words such as `</think>` as ordinary tokens, before the vocabulary grows by semantic IDs; known ones stay.
+
+    Ordinary and not special, because TRL leaves special tokens out of the texts it decodes. Given a model, its token matrices
+    grow where they must, and the rows of new tokens get the mean row with a little noise.
+
+    Args:
+        tokenizer: changed in place.
+        tokens: the words; no white space, no semantic-ID tokens.
+        model: the model of this tokenizer, changed in place; None when it is built afterwards.
+        seed: of the noise.
+
+    Returns:
+        The token id of each word.
+
+    Raises:
+        ConfigError: a word that can be no token of its own.
+    """
+    for token in tokens:
+        if not isinstance(token, str) or not token or any(c.isspace() for c in token) or is_sid(token):
+            raise ConfigError(
+                f"An extra token must be a word without white space that is no semantic ID, got {token!r}."
+            )
+    known, base = tokenizer.get_vocab(), len(tokenizer)
+    new = [token for token in dict.fromkeys(tokens) if token not in known]
+    tokenizer.add_tokens(_added(new))
+    if model is not None and new:
+        grow(model, len(tokenizer))
+        for number, matrix in enumerate(vocab_matrices(model)):
+            old = OldRows(matrix.parameter[:base])
+            rows = noisy(np.tile(old.mean, (len(new), 1)), old, 0.02, seed + number)
+            with torch.no_grad():
+                matrix.parameter[base : len(tokenizer)] = rows.to(matrix.parameter)
+    return tokenizer.convert_tokens_to_ids(list(tokens))
 
 
 @torch.no_grad()
