@@ -39,7 +39,7 @@ $(VENV)/.lint: $(BIN)/python pyproject.toml constraints.txt
 	@touch $@
 
 quickstart: $(VENV)/.base
-	$(BIN)/python -m sidtune.recipes.run --config recipes/quickstart/pipeline.yaml --output_dir $(OUT)
+	$(BIN)/sidtune run --config recipes/quickstart/pipeline.yaml --output_dir $(OUT)
 
 # The tests' models are tiny: a second thread only costs time.
 test: export OMP_NUM_THREADS = 1
