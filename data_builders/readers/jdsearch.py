@@ -28,8 +28,9 @@ import pyarrow.compute as pc
 from sidtune.core.config import build
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.data_builders.readers.raw_files import first_rows, lists_of, read_lines, source_folder
+from sidtune.data_builders.tables.history import FOREVER
 from sidtune.data_builders.tables.schema import Tables, table_from_columns
-from sidtune.data_builders.tables.splits import FOREVER, candidate_lists, leave_one_out
+from sidtune.data_builders.tables.splits import candidate_lists, leave_one_out
 
 _LINE = ("query", "candidates", "labels", "history_queries", "history_items", "history_types", "history_gaps")
 _ACTIONS = {"ORD": "order", "CART": "cart", "CLICK": "click", "FLW": "like"}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -18,12 +17,10 @@ import pyarrow.compute as pc
 
 from sidtune.core.errors import ConfigError, DataError, nearest
 
-if TYPE_CHECKING:
-    from sidtune.data_builders.tables.splits import TimeCut
-
 ACTIONS = ("order", "like", "click", "cart", "follow", "share", "dwell", "view")
 STRENGTH = {"order": 0, "like": 1, "click": 2}
 _OTHER = 3
+FOREVER = int(np.iinfo(np.int64).max)
 Ids = Sequence[str] | pa.Array | pa.ChunkedArray
 
 
@@ -52,6 +49,27 @@ class Ragged:
     def lengths(self) -> np.ndarray:
         """(n,) int64 length of each list."""
         return np.diff(self.offsets)
+
+
+@dataclass(frozen=True)
+class TimeCut:
+    """The first moment training must not see: one for all, or one per user.
+
+    Attributes:
+        default: the cut of every user that is not listed.
+        user_ids, times: users with an own cut.
+    """
+
+    default: int = FOREVER
+    user_ids: pa.Array | None = None
+    times: np.ndarray | None = None
+
+    def of(self, user_ids: Ids) -> np.ndarray:
+        """(n,) int64: the cut of each user."""
+        if self.user_ids is None or self.times is None or not len(self.user_ids):
+            return np.full(len(user_ids), self.default, dtype=np.int64)
+        place = pc.fill_null(pc.index_in(_as_array(user_ids), value_set=self.user_ids), -1).to_numpy()
+        return np.where(place >= 0, self.times[place], self.default).astype(np.int64)
 
 
 class History:
@@ -147,7 +165,7 @@ class History:
         """
         users = self.user_ids if user_ids is None else user_ids
         if until is None:
-            limits = np.full(len(users), np.iinfo(np.int64).max)
+            limits = np.full(len(users), FOREVER)
         elif isinstance(until, (int, np.integer)):
             limits = np.full(len(users), until, dtype=np.int64)
         else:

@@ -14,7 +14,6 @@ checks it each time.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,35 +21,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sidtune.core.errors import ConfigError, DataError, nearest
-from sidtune.data_builders.tables.history import Ids, action_strength, encode
+from sidtune.data_builders.tables.history import FOREVER, TimeCut, action_strength, encode
 from sidtune.data_builders.tables.schema import SCHEMAS, Tables
 from sidtune.data_builders.tables.store import split_names
 
 KINDS = ("global_time", "leave_one_out", "source")
-FOREVER = int(np.iinfo(np.int64).max)
 FEEDBACK = ("click", "like", "order")
-
-
-@dataclass(frozen=True)
-class TimeCut:
-    """The first moment training must not see: one for all, or one per user.
-
-    Attributes:
-        default: the cut of every user that is not listed.
-        user_ids, times: users with an own cut.
-    """
-
-    default: int = FOREVER
-    user_ids: pa.Array | None = None
-    times: np.ndarray | None = None
-
-    def of(self, user_ids: Ids) -> np.ndarray:
-        """(n,) int64: the cut of each user."""
-        if self.user_ids is None or self.times is None or not len(self.user_ids):
-            return np.full(len(user_ids), self.default, dtype=np.int64)
-        asked = user_ids if isinstance(user_ids, (pa.Array, pa.ChunkedArray)) else pa.array(user_ids, type=pa.string())
-        place = pc.fill_null(pc.index_in(asked, value_set=self.user_ids), -1).to_numpy()
-        return np.where(place >= 0, self.times[place], self.default).astype(np.int64)
 
 
 def global_time_split(

@@ -22,8 +22,7 @@ import pyarrow.compute as pc
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.data_builders.prompts.encoding import SID_TEXT
 from sidtune.data_builders.prompts.serializer import Serializer
-from sidtune.data_builders.tables.history import History, action_strength
-from sidtune.data_builders.tables.splits import TimeCut
+from sidtune.data_builders.tables.history import History, TimeCut, action_strength
 from sidtune.data_builders.tables.store import DataFolder
 
 logger = logging.getLogger(__name__)

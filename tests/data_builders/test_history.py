@@ -11,11 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.data_builders.tables.history import ACTIONS, History, Ragged, assert_before
+from sidtune.data_builders.tables.history import ACTIONS, FOREVER, History, Ragged, TimeCut, assert_before
 from sidtune.data_builders.tables.schema import Tables, table_from_columns, table_from_rows
 from sidtune.data_builders.tables.splits import (
-    FOREVER,
-    TimeCut,
     apply_split,
     assert_no_leak,
     global_time_split,

@@ -10,8 +10,8 @@ from whole_history_oracle import make_world, pieces_of, positives, turns_before,
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.data_builders.prompts.encoding import IGNORE, encode_examples, encode_pieces, encode_prompt, encode_prompts
 from sidtune.data_builders.prompts.serializer import Serializer
+from sidtune.data_builders.tables.history import TimeCut
 from sidtune.data_builders.tables.schema import table_from_rows
-from sidtune.data_builders.tables.splits import TimeCut
 from sidtune.data_builders.tasks.behaviour import history_to_sid, prompt_for_requests, request_to_sid, whole_history
 
 MANY = 10_000
