@@ -41,8 +41,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import LogitsProcessorList, Qwen3Config, Qwen3ForCausalLM
 
-from sidtune.decoding.beam_search import BeamOutput, sid_beam_search
+from sidtune.decoding.beam_search import sid_beam_search
 from sidtune.decoding.engine.prompt_cache import PackedBeams
+from sidtune.decoding.items import BeamOutput
 from sidtune.decoding.logits_processor import SidLogitsProcessor
 from sidtune.decoding.trie import SidTrie
 

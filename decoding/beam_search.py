@@ -14,8 +14,7 @@ is the matter of `sidtune.decoding.items`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,25 +22,11 @@ from torch import Tensor, nn
 
 from sidtune.core.errors import ConfigError, SidtuneError
 from sidtune.decoding.engine.search import NOT_NUMBERS, GenerateCall, Search, check_limits
+from sidtune.decoding.filters import RequestFilter
+from sidtune.decoding.items import BeamOutput
 from sidtune.decoding.trie import SidTrie
 
-if TYPE_CHECKING:
-    from sidtune.decoding.filters import RequestFilter
-
 _NEVER = float("-inf")
-
-
-@dataclass(frozen=True)
-class BeamOutput:
-    """The best leaves of each prompt.
-
-    Attributes:
-        leaves: (B, K) int64, leaf numbers of the trie, best first, distinct; -1 where there are fewer than K leaves.
-        scores: (B, K) float32 log-probabilities (natural logarithm), falling; -inf where the leaf is -1.
-    """
-
-    leaves: Tensor
-    scores: Tensor
 
 
 @torch.no_grad()

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from sidtune.core.errors import DataError
-from sidtune.decoding.beam_search import BeamOutput
-from sidtune.decoding.items import LeafItems, rank_items
+from sidtune.decoding.items import BeamOutput, LeafItems, rank_items
 from sidtune.decoding.trie import SidTrie
 
 LeafLists = Sequence["np.ndarray | Tensor | Sequence[int] | None"]

@@ -1,4 +1,4 @@
-"""Beams to ranked items.
+"""What a search returns, and how it becomes ranked items.
 
 Order of the result, our choice and the same everywhere: leaves by score, falling, and equal scores by leaf number (the
 lexicographic rank of their codes); items that share a leaf have equal scores and follow `SemanticIds.paths()`:
@@ -16,12 +16,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import Tensor
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.decoding.beam_search import BeamOutput
 
 if TYPE_CHECKING:
     from sidtune.tokenizers.sids.semantic_ids import SemanticIds
+
+
+@dataclass(frozen=True)
+class BeamOutput:
+    """The best leaves of each prompt.
+
+    Attributes:
+        leaves: (B, K) int64, leaf numbers of the trie, best first, distinct; -1 where there are fewer than K leaves.
+        scores: (B, K) float32 log-probabilities (natural logarithm), falling; -inf where the leaf is -1.
+    """
+
+    leaves: Tensor
+    scores: Tensor
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.decoding.beam_search import BeamOutput, sid_beam_search
+from sidtune.decoding.beam_search import sid_beam_search
 from sidtune.decoding.engine.generation_settings import SidGenerationConfig, explicit_config
 from sidtune.decoding.engine.model_steps import evaluating
+from sidtune.decoding.items import BeamOutput
 from sidtune.decoding.trie import SidTrie
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,10 +27,8 @@ from torch import Tensor, nn
 
 from sidtune.core.errors import ConfigError, SidtuneError
 from sidtune.decoding.engine.search import NOT_NUMBERS, GenerateCall, Search, check_limits
+from sidtune.decoding.filters import RequestFilter
 from sidtune.decoding.trie import SidTrie
-
-if TYPE_CHECKING:
-    from sidtune.decoding.filters import RequestFilter
 
 _NEVER = float("-inf")
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from sidtune.core.errors import ConfigError
 from sidtune.decoding.engine.head import LevelHead
 from sidtune.decoding.engine.prompt_cache import CopiedBeams, Layout
-from sidtune.decoding.engine.sharing import layout_for
 
 
 @contextlib.contextmanager
@@ -57,12 +56,11 @@ class ModelSteps:
         self._width = 1
         self.use(CopiedBeams)
 
-    def share_prompts(self, longest: int) -> None:
-        """Shares each prompt's cache between its beams where the model can; `longest` counts prompt and SID tokens."""
-        self.use(layout_for(self, longest))
-
     def use(self, layout: type[Layout]) -> None:
-        """Fixes the layout of the cache for the prompts read from now on; the default copies it for every beam."""
+        """Fixes the layout of the cache for the prompts read from now on; the default copies it for every beam.
+
+        `layout_for` says which one the model can do.
+        """
         self._layout = layout(self.model, self._forward, self.start_token)
 
     def read_prompt(self, input_ids: Tensor, attention_mask: Tensor, encoded: Tensor | None = None) -> None:

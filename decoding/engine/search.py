@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +19,9 @@ from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateBeamE
 
 from sidtune.core.errors import ConfigError, DataError, nearest
 from sidtune.decoding.engine.model_steps import ModelSteps, evaluating
+from sidtune.decoding.engine.sharing import layout_for
+from sidtune.decoding.filters import RequestFilter
 from sidtune.decoding.trie import SidTrie
-
-if TYPE_CHECKING:
-    from sidtune.decoding.filters import RequestFilter
-
 
 NOT_NUMBERS = (
     "The model's scores are not numbers (NaN), so no ranking exists; check the checkpoint for NaN weights, or use "
@@ -163,7 +161,7 @@ class Search:
             size = max(1, min(size, memory_budget // self.bytes_per_prompt(width)))
         longest = int(self._mask.sum(dim=1).max()) + self.trie.depth
         with evaluating(self.steps.model):
-            self.steps.share_prompts(longest)
+            self.steps.use(layout_for(self.steps, longest))
             for first in range(0, self.prompts, size):
                 part = slice(first, min(first + size, self.prompts))
                 self.rows = part.stop - part.start

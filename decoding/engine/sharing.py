@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import logging
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sidtune.core.errors import ConfigError
+from sidtune.decoding.engine.model_steps import ModelSteps
 from sidtune.decoding.engine.prompt_cache import CopiedBeams, Layout, PackedBeams, SharedEncoder, windows_of
-
-if TYPE_CHECKING:
-    from sidtune.decoding.engine.model_steps import ModelSteps
 
 logger = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ import torch
 
 from sidtune.core.errors import DataError
 from sidtune.data_builders.prompts.serializer import Serializer
-from sidtune.decoding.beam_search import BeamOutput, sid_beam_search
+from sidtune.decoding.beam_search import sid_beam_search
 from sidtune.decoding.filters import RequestFilter
-from sidtune.decoding.items import rank_items
+from sidtune.decoding.items import BeamOutput, rank_items
 from sidtune.decoding.retrieval.catalogue import Catalogue, Narrowing, Scope, Target
 from sidtune.decoding.retrieval.prompter import (
     SERIALIZER_FILE,

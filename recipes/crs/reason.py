@@ -131,8 +131,7 @@ def _write(
 ) -> None:
     import torch
 
-    from sidtune.decoding.beam_search import BeamOutput
-    from sidtune.decoding.items import rank_items
+    from sidtune.decoding.items import BeamOutput, rank_items
     from sidtune.decoding.retrieval.reasoner import is_hard, ranks_of
 
     ranks = ranks_of(leaves, found.leaf)

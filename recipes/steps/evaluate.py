@@ -204,8 +204,7 @@ def _choose(data: DataFolder, arguments: Arguments) -> pa.Table:
 def _rank_with_model(arguments: Arguments, model_dir: str, data: DataFolder, requests: pa.Table, state: Any):
     from accelerate.utils import gather_object
 
-    from sidtune.decoding.beam_search import BeamOutput
-    from sidtune.decoding.items import rank_items
+    from sidtune.decoding.items import BeamOutput, rank_items
     from sidtune.decoding.retrieval.loading import final_model, load_retriever, prompts_of
 
     retriever = load_retriever(final_model(model_dir), arguments.sids_dir)

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.decoding.beam_search import BeamOutput
-from sidtune.decoding.items import LeafItems, rank_items
+from sidtune.decoding.items import BeamOutput, LeafItems, rank_items
 from sidtune.decoding.trie import SidTrie
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 

@@ -37,7 +37,7 @@ LAYOUTS = {
 
 def steps_of(model, longest=20):
     steps = ModelSteps(model, list(torch.from_numpy(TOKENS).split(LEVEL_SIZES)))
-    steps.share_prompts(longest)
+    steps.use(sharing.layout_for(steps, longest))
     return steps
 
 

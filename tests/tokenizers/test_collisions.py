@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.decoding.beam_search import BeamOutput
-from sidtune.decoding.items import rank_items
+from sidtune.decoding.items import BeamOutput, rank_items
 from sidtune.tokenizers.quantizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig
 from sidtune.tokenizers.registry import COLLISIONS
 from sidtune.tokenizers.sids import collisions
