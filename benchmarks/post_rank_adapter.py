@@ -22,9 +22,9 @@ import torch
 from sidtune.core.config import load_yaml
 from sidtune.data_builders.post_ranking.personal_queries import personal_queries
 from sidtune.data_builders.post_ranking.schema import PostRankBatch, PostRankTable
+from sidtune.data_builders.post_ranking.sources import load_source
 from sidtune.metrics.list_ranking import ListMetrics, evaluate_lists
 from sidtune.models.post_ranking.adapter import build_adapter
-from sidtune.recipes.llm4pr.sources import load_source
 from sidtune.trainers.post_ranking.data import field_specs
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "llm4pr"

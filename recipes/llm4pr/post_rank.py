@@ -1,6 +1,7 @@
 """Post-ranking: trains LLM4PR, its ablations and the baselines on one set of requests, and compares them on the test split.
 
-    python -m sidtune.recipes.llm4pr.post_rank --config recipes/llm4pr/movielens.yaml --source.path <folder> --output_dir runs/post_rank
+    python -m sidtune.recipes.llm4pr.post_rank --config recipes/llm4pr/movielens.yaml --source.path <folder> \\
+        --output_dir runs/post_rank
 
 The output folder holds `metrics.json` (all systems with intervals, paired tests, costs), `per_request.parquet`, `table.md`,
 `run.json`, and for each seed and system a folder with its orders and, where `save` names it, its model. A finished system is
@@ -29,6 +30,8 @@ import pyarrow.parquet as pq
 from sidtune.core.config import as_dict, build, command
 from sidtune.core.errors import ConfigError, nearest
 from sidtune.core.folders import RUN_FILE, read_json, write_json, write_run
+from sidtune.data_builders.post_ranking.sources import Source, load_source, parse_source
+from sidtune.decoding.serving.generator_source import FOLDERS, KINDS, with_folders
 from sidtune.metrics.list_ranking import (
     BEST,
     CLICKS,
@@ -44,9 +47,7 @@ from sidtune.metrics.report.readme_table import check_readme, replace_table
 from sidtune.metrics.statistics.bootstrap import holm, paired_bootstrap
 from sidtune.metrics.statistics.compare import compare_systems
 from sidtune.models.registry import RERANKERS
-from sidtune.recipes.llm4pr.generator import FOLDERS, with_folders
-from sidtune.recipes.llm4pr.sources import Source, load_source, parse_source
-from sidtune.recipes.llm4pr.systems import VARIANTS, Training
+from sidtune.recipes.llm4pr.systems import VARIANTS, Training, cost_table
 
 LAUNCH = "alone"
 
@@ -60,12 +61,12 @@ class Arguments:
     """Options of post_rank.
 
     Attributes:
-        source: `kind` (movielens, shop, generator, passages, table) and its options, see `recipes.post_rank_sources`.
+        source: `kind` (movielens, shop, generator, passages, table) and its options, see `data_builders/post_ranking/sources.py`.
         output_dir: folder to write.
         data_dir, sids_dir, model_dir: folders of the source `generator`, for a pipeline; or they stand in `source`.
         baselines: names in `models.registry.RERANKERS`. reranker: options of `RerankerConfig` but the seed.
-        variants: names in `recipes.post_rank_systems.VARIANTS`.
-        training: options of `recipes.post_rank_systems.Training`.
+        variants: names in `systems.VARIANTS`.
+        training: options of `systems.Training`.
         methods: how `llm4pr` answers; the first is that of all variants (greedy, beam, single_forward, unconstrained).
         shuffles: adds `llm4pr` with the mean order over so many shuffles of the incoming list; 0 for none.
         metrics: options of `ListMetrics` (ks, relevance, gain, ...).
@@ -103,7 +104,7 @@ class Arguments:
     readme: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        parse_source(self.whole_source())
+        parse_source(self.whole_source(), KINDS)
         for name in self.baselines:
             RERANKERS.get(name)
         for what, names, known in (
@@ -199,7 +200,7 @@ def main(arguments: Arguments) -> None:
         "told": told,
         "notes": data.source.table.notes,
     }
-    table = "\n".join([list_table(rows, arguments.list_metrics()), _differences(record), _costs(told)])
+    table = "\n".join([list_table(rows, arguments.list_metrics()), _differences(record), cost_table(told)])
     (output / "table.md").write_text(table, "utf-8")
     write_json(output / "metrics.json", record)
     columns = {f"{n}/{m}": v for n, result in results.items() for m, v in result.per_request.items()}
@@ -216,7 +217,7 @@ def main(arguments: Arguments) -> None:
 def _load(arguments: Arguments) -> _Data:
     from sidtune.trainers.post_ranking.data import judged_rows
 
-    source = load_source(arguments.whole_source(), Path(arguments.output_dir) / "lists")
+    source = load_source(arguments.whole_source(), Path(arguments.output_dir) / "lists", KINDS)
     parts = {}
     for split, most in (("train", arguments.max_train), ("valid", arguments.max_test), ("test", arguments.max_test)):
         rows = judged_rows(source.table, source.table.rows_of(split))
@@ -382,22 +383,6 @@ def _differences(record: dict[str, Any]) -> str:
         lines.append(f"| {name} | {pair['difference']:+.4f} | {interval} | {pair['adjusted_p_value']:.3f} | {seeds} |")
     note = "Paired over requests (means of the seeds), users resampled; the last column is seed by seed."
     return "\n".join([*lines, "", note, ""])
-
-
-def _costs(told: dict[str, Any]) -> str:
-    """Prompt tokens, latency and valid rate of each variant, means over the seeds."""
-    if not told:
-        return ""
-    methods = list(next(iter(told.values()))[0]["cost"]["milliseconds"])
-    head = ["prompt tokens", *[f"ms ({method})" for method in methods], "valid, unconstrained"]
-    lines = ["", "| variant | " + " | ".join(head) + " |", "|---|" + "---:|" * len(head)]
-    for name, seeds in told.items():
-        costs = [one["cost"] for one in seeds]
-        tokens = np.mean([cost["prompt_tokens"] for cost in costs])
-        times = [np.mean([cost["milliseconds"][method] for cost in costs]) for method in methods]
-        valid = np.mean([cost["valid_rate"] for cost in costs])
-        lines.append(f"| {name} | {tokens:.1f} | " + " | ".join(f"{t:.1f}" for t in times) + f" | {valid:.3f} |")
-    return "\n".join([*lines, "", "One request at a time; latency is the median of a request.", ""])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Trains and runs one system of `recipes.post_rank`: a variant of LLM4PR from a backbone to orders, and what it costs.
+"""Trains and runs one system of `post_rank`: a variant of LLM4PR from a backbone to orders, and what it costs.
 
 | variant | adapter | feature adaptation | auxiliary task |
 |---|---|---|---|
@@ -60,14 +60,14 @@ class Training:
     Attributes:
         backbone: model folder or hub id; None builds one from `scratch` with a BPE of `vocab_size` tokens.
         scratch: `model_type` and fields of its config. drill: for a backbone from scratch, arguments of
-            `recipes.post_rank_drill` as for the steps below (`max_steps`, ...); empty for none.
+            `trainers.post_ranking.drill` as for the steps below (`max_steps`, ...); empty for none.
         train: `lora` (the paper) or `all`, in the second step. adaptation_trains: `adapters` (the paper) or `all`.
         lora: `r`, `alpha`, `dropout`, `targets` of `add_lora`.
-        adaptation, post_rank: arguments of each step over `trainers.post_rank.paper_arguments`.
+        adaptation, post_rank: arguments of each step over `trainers.post_ranking.trainer.paper_arguments`.
         ptpr: arguments over `post_rank` for the text-only prompt, whose steps cost many times as much.
         adapter_learning_rate: peak rate of the adapters in the second step; None = that of the step.
         query: what the adapters' query vector holds, `request` (as the source gives it) or `personal` (with user and history, see
-            `data_builders.post_rank_personal`).
+            `data_builders/post_ranking/personal_queries.py`).
         aux_weight, main_loss, label_sum, shuffle, ties, max_candidates, max_history, d_h: as in the trainer, the processor
             and the model's config.
 
@@ -149,10 +149,10 @@ def start_model(
 
     from sidtune.models.post_ranking.model import PostRankForCausalLM
     from sidtune.models.post_ranking.processor import build_config
-    from sidtune.recipes.llm4pr.drill import drilled, start_on_the_line
     from sidtune.tokenizers.base_models.from_scratch import build_model, train_lm_tokenizer
     from sidtune.tokenizers.base_models.loading import load_plain, load_tokenizer
     from sidtune.trainers.post_ranking.data import field_specs
+    from sidtune.trainers.post_ranking.drill import drilled, start_on_the_line
 
     line = None
     if training.backbone is None:
@@ -285,6 +285,22 @@ def measure_cost(model: Any, processor: Any, requests: Sequence[PostRankRequest]
     ranker = PostRanker(model, processor)
     ranker.rank(requests, "unconstrained")
     return Cost(statistics.fmean(tokens), times, ranker.counts.valid_rate)
+
+
+def cost_table(told: dict[str, Any]) -> str:
+    """Prompt tokens, latency and valid rate of each variant, means over the seeds."""
+    if not told:
+        return ""
+    methods = list(next(iter(told.values()))[0]["cost"]["milliseconds"])
+    head = ["prompt tokens", *[f"ms ({method})" for method in methods], "valid, unconstrained"]
+    lines = ["", "| variant | " + " | ".join(head) + " |", "|---|" + "---:|" * len(head)]
+    for name, seeds in told.items():
+        costs = [one["cost"] for one in seeds]
+        tokens = np.mean([cost["prompt_tokens"] for cost in costs])
+        times = [np.mean([cost["milliseconds"][method] for cost in costs]) for method in methods]
+        valid = np.mean([cost["valid_rate"] for cost in costs])
+        lines.append(f"| {name} | {tokens:.1f} | " + " | ".join(f"{t:.1f}" for t in times) + f" | {valid:.3f} |")
+    return "\n".join([*lines, "", "One request at a time; latency is the median of a request.", ""])
 
 
 def requests_of(table: PostRankTable, rows: np.ndarray, max_history: int) -> list[PostRankRequest]:

@@ -1,4 +1,4 @@
-"""Personal query vectors: what they hold, counted by hand, and which variants see them."""
+"""Personal query vectors: what they hold, counted by hand."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,6 @@ from sidtune.data_builders.post_ranking.movielens_segments import SegmentConfig,
 from sidtune.data_builders.post_ranking.personal_queries import personal_queries
 from sidtune.data_builders.post_ranking.text import request_of
 from sidtune.data_builders.readers.movielens import read_ratings
-from sidtune.recipes.llm4pr.systems import VARIANTS, Training, table_for
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +54,3 @@ def test_a_personal_query_is_query_user_and_mean_of_the_history(table, most):
     for other in (table.batch(train, 3), found.batch(train, 3)):  # nothing else changes
         assert np.array_equal(other.item_rows, table.batch(train, 3).item_rows)
         assert np.array_equal(other.relevance, table.batch(train, 3).relevance, equal_nan=True)
-
-
-def test_only_variants_that_ask_for_it_see_the_personal_query(table):
-    train = table.rows_of("train")
-    personal, plain = (
-        Training(train="all", adaptation_trains="all", query="personal"),
-        Training(train="all", adaptation_trains="all"),
-    )
-    assert table_for(VARIANTS["llm4pr"], personal, table, train).d_q > table.d_q
-    assert table_for(VARIANTS["query_alone"], personal, table, train) is table
-    assert table_for(VARIANTS["llm4pr"], plain, table, train) is table

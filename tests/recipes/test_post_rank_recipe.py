@@ -1,11 +1,11 @@
 """The post-ranking recipe: sources, refused options, and a tiny run from ratings to the table."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 from post_rank_sources import rating_rows, recbole
 from post_rank_stand_ins import tiny_training
 from safetensors.torch import load_file
@@ -13,20 +13,14 @@ from safetensors.torch import load_file
 from sidtune.core.config import build, parse
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import read_json
-from sidtune.data_builders.post_ranking.store import save_post_rank
-from sidtune.data_builders.post_ranking.text import request_of
+from sidtune.data_builders.post_ranking.sources import load_source, parse_source
+from sidtune.decoding.serving.generator_source import KINDS
 from sidtune.metrics.list_ranking import BEST, RANDOM
-from sidtune.models.post_ranking.model import PostRankForCausalLM
-from sidtune.models.post_ranking.processor import PostRankProcessor, build_config
 from sidtune.models.post_ranking.ranker import PostRanker
 from sidtune.recipes.llm4pr import post_rank
-from sidtune.recipes.llm4pr.drill import drilled, number_lists, start_on_the_line
 from sidtune.recipes.llm4pr.post_rank import Arguments, main
-from sidtune.recipes.llm4pr.sources import load_source, parse_source
-from sidtune.recipes.llm4pr.systems import VARIANTS, Training, requests_of, start_model, train_variant
-from sidtune.tokenizers.base_models.from_scratch import build_model, train_lm_tokenizer
+from sidtune.recipes.llm4pr.systems import VARIANTS, Training, requests_of, start_model, table_for, train_variant
 from sidtune.trainers.post_ranking import trainer as post_rank_steps
-from sidtune.trainers.post_ranking.data import field_specs
 
 STEPS, TRAINING = tiny_training(3)
 
@@ -151,52 +145,6 @@ def test_an_interrupted_system_ends_as_an_uninterrupted_one(ratings, tmp_path, m
     assert all((weights[0][key] == weights[1][key]).all() for key in weights[0])
 
 
-def test_a_new_backbone_learns_to_sort_in_the_drill(tmp_path):
-    """The relevance of a number is its place; a drilled backbone sorts lists it has not seen far better than chance."""
-    table = number_lists(500, 4, seed=1)
-    for row in range(5):
-        one = request_of(table, row, 0)
-        values = [float(c["value"][0]) for c in one.candidates]
-        assert 3 <= len(values) <= 4 and np.argsort(values).tolist() == np.argsort(one.relevance).tolist()
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 12}
-    scratch = {"model_type": "qwen3", "hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 96, **heads}
-    tokenizer = train_lm_tokenizer(
-        ["Query: Candidates: Rank all candidates, best first:", " A B C D"] * 50, vocab_size=320
-    )
-    language_model = build_model(scratch, tokenizer, seed=0)
-    steps = {"max_steps": 700, "learning_rate": 4e-3, "per_device_train_batch_size": 16}
-    quiet = {"save_strategy": "no", "disable_tqdm": True, "logging_steps": 100}
-    told = drilled(language_model, tokenizer, 4, tmp_path / "work", 0, **steps, **quiet)
-    chance = np.mean([sum(np.log(k) for k in range(2, n + 1)) / (n + 1) for n in (3, 4)])
-    assert told["steps"] == 700 and told["main_loss"] < 0.5 * chance  # a model that cannot sort stays at chance
-    _check_new_adapters_are_read(language_model, tokenizer, table, told)
-    with pytest.raises(ConfigError, match="drill is for a backbone built from scratch"):
-        Training(backbone="x", drill={"max_steps": 1})
-
-
-def _check_new_adapters_are_read(language_model, tokenizer, table, told):
-    """Adapters that start on the line say one number per item, and the drilled model sorts by that number."""
-    rows = np.arange(len(table))
-    config = build_config(language_model, tokenizer, field_specs(table, rows), table.d_q, d_h=8, adapter="mlp")
-    model = PostRankForCausalLM.from_base(language_model, config).eval()
-    start_on_the_line(model, told["direction"], told["bias"])
-    direction, bias = torch.tensor(told["direction"]), torch.tensor(told["bias"])
-    hidden = torch.randn(50, 8)
-    soft = model.qia_item.out(hidden).detach() - bias
-    numbers = soft @ direction / (direction @ direction)
-    assert torch.allclose(soft, numbers[:, None] * direction, atol=1e-5) and numbers.std() > 0
-    requests = [request_of(table, int(row), 0) for row in rows[:200]]
-    with torch.no_grad():  # an adapter whose number is the value itself, up to the bend of its GELU
-        model.qia_item.hidden_bias.fill_(10.0)
-        weight = model.qia_item.field_heads[0].weight
-        weight.fill_(table.statistics(rows)["item", "value"][1][0])
-        model.qia_item.out.weight.copy_(direction[:, None].expand(-1, 8) / 8)
-        model.qia_item.out.bias.copy_(bias - 10 * direction)
-    found = PostRanker(model, PostRankProcessor(tokenizer, config, max_history=0)).rank(requests, "greedy")
-    right = [np.argmax(r.relevance) == order[0] for r, order in zip(requests, found, strict=True)]
-    assert np.mean(right) > 0.8
-
-
 def test_variants_of_one_adapter_share_their_adaptation(ratings, tmp_path, monkeypatch):
     real, made = post_rank_steps.adapt_features, []
     monkeypatch.setattr(
@@ -229,6 +177,16 @@ def test_a_variant_changes_only_what_it_names(ratings):
     assert models[2].config.adapter == "mlp"
 
 
+def test_only_variants_that_ask_for_it_see_the_personal_query(ratings):
+    table = load_source(movielens(ratings)).table
+    train = table.rows_of("train")
+    plain = Training(train="all", adaptation_trains="all")
+    personal = replace(plain, query="personal")
+    assert table_for(VARIANTS["llm4pr"], personal, table, train).d_q > table.d_q
+    assert table_for(VARIANTS["query_alone"], personal, table, train) is table
+    assert table_for(VARIANTS["llm4pr"], plain, table, train) is table
+
+
 def test_sessions_have_their_expected_clicks_and_the_best_list_is_the_ceiling(tmp_path):
     shop = {"n_items": 200, "n_users": 40, "n_requests": 400, "days": 10}
     source = {"kind": "shop", "world": shop, "count": 60, "candidates": 4}
@@ -239,23 +197,6 @@ def test_sessions_have_their_expected_clicks_and_the_best_list_is_the_ceiling(tm
     assert max(clicks.values()) == clicks[BEST] > clicks["initial"] and clicks[BEST] > clicks[RANDOM]
     splits = load_source(source).table.requests["split"].to_pylist()
     assert splits == ["train"] * 42 + ["valid"] * 6 + ["test"] * 12
-
-
-def test_passages_and_saved_tables_are_sources(tmp_path, ratings):
-    (tmp_path / "q.tsv").write_text("q1\tred pen\nq2\tblue lamp\n")
-    (tmp_path / "p.tsv").write_text("p1\ta red pen\np2\ta lamp\np3\ta chair\n")
-    (tmp_path / "run.tsv").write_text("q1 p2 3\nq1 p1 2\nq1 p3 1\nq2 p2 2\nq2 p1 1\n")
-    (tmp_path / "rel.tsv").write_text("q1\tp1\t1\nq2\tp2\t1\n")
-    files = {n: str(tmp_path / f) for n, f in (("queries", "q.tsv"), ("passages", "p.tsv"), ("run", "run.tsv"))}
-    part = {**files, "qrels": str(tmp_path / "rel.tsv"), "width": 8}
-    table = load_source({"kind": "passages", "train": part, "test": part}).table
-    assert table.requests["split"].to_pylist() == ["train", "train", "test", "test"]
-    assert table.relevance.tolist() == [0, 1, 0, 1, 0] * 2
-    assert dict(requests_of(table, [0], 0)[0].item_texts[1])["text"] == "a red pen"
-    known = load_source(movielens(ratings)).table
-    (tmp_path / "t").mkdir()
-    save_post_rank(known, tmp_path / "t")
-    assert load_source({"kind": "table", "path": str(tmp_path / "t")}).table.requests.equals(known.requests)
 
 
 @pytest.mark.parametrize(
@@ -271,6 +212,10 @@ def test_passages_and_saved_tables_are_sources(tmp_path, ratings):
         ({"save": ["no_adaptation"]}, "save"),
         ({"methods": ["gredy"]}, "greedy"),
         ({"training": {**TRAINING, "train": "lora"}}, "name a backbone"),
+        (
+            {"training": {**TRAINING, "backbone": "x", "drill": {"max_steps": 1}}},
+            "drill is for a backbone built from scratch",
+        ),
         ({"training": {**TRAINING, "epoch": 1}}, "unknown key 'epoch'"),
         ({"training": {**TRAINING, "lora": {"rank": 2}}}, "training.lora"),
         ({"metrics": {"gains": "exp2"}}, "gain"),
@@ -286,4 +231,4 @@ def test_wrong_options_are_refused_before_anything_starts(tmp_path, changes, mes
 
 def test_the_sources_of_the_shipped_configs_are_known(repo_root, tmp_path):
     for file in sorted((repo_root / "recipes" / "llm4pr").glob("*.yaml")):
-        assert parse_source(parse(Arguments, ["--config", str(file), "--output_dir", str(tmp_path)]).source)
+        assert parse_source(parse(Arguments, ["--config", str(file), "--output_dir", str(tmp_path)]).source, KINDS)

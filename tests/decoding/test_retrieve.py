@@ -18,6 +18,7 @@ from sidtune.core.errors import ConfigError, DataError, SidtuneError
 from sidtune.core.folders import read_json
 from sidtune.decoding.retrieval.retriever import SidRetriever
 from sidtune.decoding.retrieval.search_request import parse_request
+from sidtune.decoding.serving import batch
 from sidtune.recipes.steps import retrieve
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -88,7 +89,7 @@ def whole(shop, lines, tmp_path_factory):
 def test_rows_are_the_answers_of_search_in_the_order_of_the_input(whole, lines, retriever):
     rows = result(whole / "out").to_pylist()
     assert [row["request_id"] for row in rows] == [line["request_id"] for line in lines]
-    assert result(whole / "out").schema.equals(retrieve.SCHEMA)
+    assert result(whole / "out").schema.equals(batch.SCHEMA)
     short = 0
     for row, line in zip(rows, lines, strict=True):
         body = {key: value for key, value in line.items() if key != "request_id"}
@@ -196,7 +197,7 @@ def test_an_interrupted_run_goes_on_where_it_was(whole, shop, tmp_path, monkeypa
 
 def test_restart_throws_the_old_shards_away(whole, shop, tmp_path, monkeypatch):
     run = options(shop, tmp_path, requests=whole / "requests.jsonl", k=5)
-    monkeypatch.setattr(retrieve, "_join", lambda *rest: None)
+    monkeypatch.setattr(batch, "_join", lambda *rest: None)
     retrieve.main(run)
     monkeypatch.undo()
     retrieve.main(dataclasses.replace(run, k=9, restart=True))
@@ -256,12 +257,12 @@ def test_a_killed_run_loses_at_most_one_shard(whole, shop, tmp_path):
     before = {p.name: p.stat().st_mtime_ns for p in shards.glob("*.parquet")}
     assert 3 <= len(before) < 17 and not (tmp_path / "out").exists(), "the kill came too late to show anything"
     seen = {}
-    original = retrieve.Shards.write
+    original = batch.Shards.write
     try:
-        retrieve.Shards.write = lambda self, n, table: (seen.setdefault(n, 1), original(self, n, table))
+        batch.Shards.write = lambda self, n, table: (seen.setdefault(n, 1), original(self, n, table))
         retrieve.main(run)
     finally:
-        retrieve.Shards.write = original
+        batch.Shards.write = original
     assert sorted(seen) == sorted(set(range(17)) - {int(name[:6]) for name in before})
     retrieve.main(
         options(shop, tmp_path, requests=whole / "requests.jsonl", shard_size=3, output_dir=str(tmp_path / "b"))

@@ -1,12 +1,12 @@
 """Our own generator as the upstream of post-ranking: its top-K lists, its log-probabilities, its semantic IDs.
 
-`kind: generator` of `recipes.post_rank_sources`. The lists are those of `recipes.retrieve`, nothing excluded, so they are the
-ones that evaluation and serving give. Each split has a folder of its own, and an interrupted retrieval goes on after its last
+`kind: generator` of a source (`data_builders.post_ranking.sources`). The lists are those of `batch`, nothing excluded, so they are
+the ones that evaluation and serving give. Each split has a folder of its own, and an interrupted retrieval goes on after its last
 finished shard. A list with fewer items than asked for is left out, and counted.
 
 | label | relevance of a candidate | where |
 |---|---|---|
-| `best`, `clicks`, `none` | of the simulated session, see `data_builders.shop_post_rank` | data of the reader shop_world |
+| `best`, `clicks`, `none` | of the simulated session, see `post_ranking/shop_lists.py` | data of the reader shop_world |
 | `logged` | 1 if the log holds a click, like or order of it for this request, else 0 | any data |
 | `auto` | `best` in a simulated shop, else `logged` | |
 
@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,11 +31,11 @@ from sidtune.core.errors import ConfigError, DataError, nearest
 from sidtune.data_builders.post_ranking.generated_lists import GeneratedLists, generator_fields, logged_table, shop_of
 from sidtune.data_builders.post_ranking.schema import PostRankTable
 from sidtune.data_builders.post_ranking.shop_lists import LABELS, session_table
+from sidtune.data_builders.post_ranking.sources import SOURCES, Source
 from sidtune.data_builders.shop_world.sessions import SessionConfig, ShopSessions
 from sidtune.data_builders.tables.store import DataFolder, load_folder
-
-if TYPE_CHECKING:
-    from sidtune.tokenizers.sids.semantic_ids import SemanticIds
+from sidtune.metrics.baselines.relevance import relevance_of
+from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 
 FOLDERS = ("data_dir", "sids_dir", "model_dir")
 SHOP = "shop_world"
@@ -90,6 +90,13 @@ class GeneratorSource:
             )
         build(SessionConfig, self.sessions, "source.sessions")
 
+    def load(self, folder: Path) -> Source:
+        """The lists, kept in `folder`, as a table."""
+        return Source(*generator_table(self, folder))
+
+
+KINDS = {**SOURCES, "generator": GeneratorSource}
+
 
 def with_folders(source: dict[str, Any], folders: dict[str, str | None]) -> dict[str, Any]:
     """The source with folders that a pipeline gives beside it.
@@ -117,8 +124,6 @@ def generator_table(options: GeneratorSource, folder: Path) -> tuple[PostRankTab
     Raises:
         ConfigError, DataError: a folder is damaged or belongs to another run, or no list is left.
     """
-    from sidtune.tokenizers.sids.semantic_ids import SemanticIds
-
     data = load_folder(options.data_dir)
     simulated = data.meta.get("reader") == SHOP
     label = ("best" if simulated else "logged") if options.label == "auto" else options.label
@@ -164,10 +169,10 @@ def generated_lists(options: GeneratorSource, data: DataFolder, folder: Path) ->
 def _lists_of(
     options: GeneratorSource, data: DataFolder, split: str, count: int, folder: Path
 ) -> tuple[GeneratedLists, int]:
-    from sidtune.recipes.steps import retrieve
+    from sidtune.decoding.serving.batch import RESULT_FILE, BatchOptions, answer_requests
 
-    retrieve.main(
-        retrieve.Arguments(
+    answer_requests(
+        BatchOptions(
             **{name: getattr(options, name) for name in (*FOLDERS, "num_beams", "batch_size", "shard_size", "seed")},
             output_dir=str(folder),
             split=split,
@@ -176,7 +181,7 @@ def _lists_of(
             restart=True,
         )
     )
-    found = pq.read_table(folder / retrieve.RESULT_FILE)
+    found = pq.read_table(folder / RESULT_FILE)
     full = pc.equal(pc.list_value_length(found["items"]), options.candidates)
     short = found.num_rows - int(pc.sum(full).as_py() or 0)
     found = found.filter(full)
@@ -196,8 +201,6 @@ def _lists_of(
 def _logged(
     options: GeneratorSource, data: DataFolder, sids: SemanticIds, lists: GeneratedLists, notes: list[str]
 ) -> PostRankTable:
-    from sidtune.metrics.baselines.relevance import relevance_of
-
     known = relevance_of(lists.requests, data.items)
     count, step = len(lists.splits), data.items.num_rows
     pairs = np.repeat(np.arange(count), np.diff(known.offsets)) * step + known.rows

@@ -1,0 +1,253 @@
+"""Batch retrieval: requests in, the top K items of each out, as parquet in the order of the input.
+
+The requests are cut into shards of `shard_size`, whatever the number of processes; the batches, and with them every bit of the
+result, do not depend on that number. A process waits for no other until the end, where the first one joins the shards.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from tqdm.auto import tqdm
+
+from sidtune.core.config import as_dict, build
+from sidtune.core.errors import ConfigError, DataError, Problem
+from sidtune.core.folders import fingerprint, versions, write_folder, write_run
+from sidtune.core.processes import on_all, on_main
+from sidtune.data_builders.tables.store import load_folder
+from sidtune.decoding.retrieval.prompter import Prompter
+from sidtune.decoding.retrieval.retriever import SidRetriever
+from sidtune.decoding.retrieval.search_request import RequestLimits
+from sidtune.decoding.serving.request_files import FileRequests, Requests, Rules, SplitRequests, check_policy
+from sidtune.decoding.serving.shards import Shards, digest, settle
+from sidtune.decoding.serving.stock import load_prompter, read_item_ids
+
+SCHEMA = pa.schema(
+    {
+        "request_id": pa.string(),
+        "items": pa.list_(pa.string()),
+        "scores": pa.list_(pa.float32()),
+        "sids": pa.list_(pa.string()),
+    }
+)
+RESULT_FILE = "results.parquet"
+_PATHS = ("model_dir", "sids_dir", "requests", "data_dir", "in_stock")
+_PACKAGES = ("sidtune", "torch", "transformers")
+_NOT_IN_PLAN = (*_PATHS, "output_dir", "restart")
+
+
+@dataclass
+class BatchOptions:
+    """Options of retrieve.
+
+    Attributes:
+        model_dir: a bundle of publish; or, with sids_dir, a model folder or the folder of sft.
+        output_dir: folder to write.
+        requests: a .parquet or .jsonl file of requests, or a folder of such files.
+        data_dir: data folder whose requests are asked, instead of `requests`.
+        split: which requests of data_dir: train, valid or test.
+        max_requests: ask a random part of the split (null = all).
+        sids_dir: folder of learn_sids.
+        k: items per request.
+        num_beams: beams per request; default k, at least 10.
+        batch_size: requests decoded together.
+        shard_size: requests that are written together, and lost together when a process is killed.
+        unknown_items: error, or ignore for item ids that the catalogue lacks (in histories, filters, stock list).
+        extra_columns: error, or ignore for columns of `requests` that are no part of a request.
+        exclude_seen: never find an item of the user's history.
+        only_categories: find items of these categories only, for requests that name none themselves.
+        in_stock: file of the item ids that may be found, one a line or parquet with `item_id`.
+        limits: of a request in a file; keys as in serve.
+        seed: of the random part.
+        restart: throw away the finished shards of an interrupted run with other options or inputs.
+    """
+
+    model_dir: str
+    output_dir: str
+    requests: str | None = None
+    data_dir: str | None = None
+    split: str = "test"
+    max_requests: int | None = None
+    sids_dir: str | None = None
+    k: int = 100
+    num_beams: int | None = None
+    batch_size: int = 64
+    shard_size: int = 1024
+    unknown_items: str = "error"
+    extra_columns: str = "error"
+    exclude_seen: bool = False
+    only_categories: list[str] = field(default_factory=list)
+    in_stock: str | None = None
+    limits: dict = field(default_factory=dict)
+    seed: int = 0
+    restart: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.requests is None) == (self.data_dir is None):
+            raise ConfigError(
+                "Give either requests (a file) or data_dir (a data folder and its split), not both or none."
+            )
+        if self.split not in ("train", "valid", "test"):
+            raise ConfigError(f"split must be train, valid or test, got '{self.split}'.")
+        if self.max_requests is not None and self.data_dir is None:
+            raise ConfigError("max_requests draws from a data folder; give data_dir, or shorten the file of requests.")
+        for name in ("k", "num_beams", "batch_size", "shard_size", "max_requests"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}.")
+        check_policy("unknown_items", self.unknown_items)
+        check_policy("extra_columns", self.extra_columns)
+
+
+def answer_requests(options: BatchOptions) -> None:
+    """Answers the requests. Every input is checked before the model is loaded."""
+    import torch
+    from accelerate import PartialState
+
+    # Several CPU processes form a group only when told that the CPU is meant.
+    started, state = time.time(), PartialState(cpu=not torch.accelerator.is_available())
+    prompter, model_folder, requests = on_all(lambda: _inputs(options))
+    plan = on_main(lambda: _settled(options, len(requests.ids)))
+    if plan is None:
+        if state.is_main_process:
+            print(f"{options.output_dir}: complete already, nothing to do")
+        return
+    shards = Shards(options.output_dir, options.shard_size, requests.ids, SCHEMA)
+    mine = [n for n in range(len(shards)) if n % state.num_processes == state.process_index]
+    todo = [n for n in mine if not shards.is_done(n)]
+    on_all(lambda: _check(prompter, requests, shards, todo))
+    if todo:
+        _decode(options, state, prompter, model_folder, requests, shards, mine, todo)
+    if state.is_main_process:
+        _join(options, shards, plan, started)
+
+
+def _inputs(options: BatchOptions) -> tuple[Prompter, Path, Requests]:
+    """All but the model, read and checked."""
+    limits = build(RequestLimits, options.limits, "limits")
+    data = None if options.data_dir is None else load_folder(options.data_dir)
+    items = None if data is None else data.items
+    prompter, folder = load_prompter(options.model_dir, options.sids_dir, items)
+    catalogue, unknown = prompter.catalogue, options.unknown_items
+    if options.in_stock is not None:
+        catalogue.set_stock(read_item_ids(options.in_stock), unknown)
+    rules = Rules(
+        options.k,
+        max(options.k, 10) if options.num_beams is None else options.num_beams,
+        unknown,
+        options.exclude_seen,
+        tuple(options.only_categories),
+        options.in_stock is not None,
+        limits,
+    )
+    catalogue.scope(rules.only_categories, rules.in_stock)  # names an unknown category
+    if data is not None:
+        part = (options.max_requests, options.seed)
+        return prompter, folder, SplitRequests(data, options.split, prompter, rules, *part)
+    assert options.requests is not None
+    return prompter, folder, FileRequests(options.requests, prompter, rules, options.extra_columns)
+
+
+def _given(options: BatchOptions) -> dict[str, str]:
+    return {name: getattr(options, name) for name in _PATHS if getattr(options, name) is not None}
+
+
+def _settled(options: BatchOptions, count: int) -> dict[str, Any] | None:
+    """The plan of this run: what the result depends on. None when the output is complete already."""
+    config = {key: value for key, value in as_dict(options).items() if key not in _NOT_IN_PLAN}
+    inputs = {f"contents of {name}": fingerprint(path) for name, path in _given(options).items()}
+    numbers = {f"version of {name}": version for name, version in versions().items() if name in _PACKAGES}
+    plan = {"requests": count, **config, **inputs, **numbers}
+    return plan if settle(options.output_dir, plan, options.restart) else None
+
+
+def _check(prompter: Prompter, requests: Requests, shards: Shards, todo: list[int]) -> None:
+    """Reads every request of these shards once, so that a wrong one shows before the model is loaded."""
+    problems: list[Problem] = []
+    for number in todo:
+        rows = shards.rows(number)
+        try:
+            prompts, _ = requests.read(rows)
+        except DataError as error:
+            if not error.problems:
+                raise
+            problems += error.problems
+            continue
+        problems += _too_long(prompter, requests, prompts, rows)
+    if problems:
+        raise DataError(problems)
+
+
+def _too_long(prompter: Prompter, requests: Requests, prompts: list[list[str]], rows: range) -> list[Problem]:
+    try:
+        prompter.encode(prompts)
+        return []
+    except DataError:
+        pass
+    found = []
+    for row, pieces in zip(rows, prompts, strict=True):
+        try:
+            prompter.check_length(pieces)
+        except DataError as error:
+            what = f"the request '{requests.ids[row][:60]}' is too long: {str(error).rstrip('.')}"
+            found.append(Problem("requests", row, None, what, "correct or remove it"))
+    return found
+
+
+def _decode(
+    options: BatchOptions,
+    state: Any,
+    prompter: Prompter,
+    model_folder: Path,
+    requests: Requests,
+    shards: Shards,
+    mine: list[int],
+    todo: list[int],
+) -> None:
+    retriever = SidRetriever.from_prompter(prompter, model_folder, state.device)
+    total, left = (sum(len(shards.rows(n)) for n in some) for some in (mine, todo))
+    label = "retrieving" if state.num_processes == 1 else f"retrieving (process 1 of {state.num_processes})"
+    hide = not state.is_main_process
+    with tqdm(total=total, initial=total - left, desc=label, unit="request", disable=hide) as bar:
+        for number in todo:
+            prompts, targets = requests.read(shards.rows(number))
+            found = retriever.rank_targets(prompts, targets, options.batch_size, bar.update)
+            ids = [requests.ids[row] for row in shards.rows(number)]
+            shards.write(number, _table(retriever, ids, found))
+
+
+def _table(retriever: SidRetriever, ids: list[str], found: list[tuple[np.ndarray, np.ndarray]]) -> pa.Table:
+    rows = np.concatenate([one for one, _ in found]).tolist()
+    items = [retriever.sids.item_ids[row] for row in rows]
+    texts = retriever.catalogue.texts
+    offsets = pa.array(np.cumsum([0, *(len(one) for one, _ in found)]), pa.int32())
+    scores = np.concatenate([one for _, one in found]).astype(np.float32)
+    columns = (items, scores, [texts[item] for item in items])
+    lists = [
+        pa.ListArray.from_arrays(offsets, pa.array(values, field.type.value_type))
+        for values, field in zip(columns, list(SCHEMA)[1:], strict=True)
+    ]
+    return pa.table([pa.array(ids, pa.string()), *lists], schema=SCHEMA)
+
+
+def _join(options: BatchOptions, shards: Shards, plan: dict[str, Any], started: float) -> None:
+    """Puts all shards into the output folder."""
+    tables, short = shards.joined(), 0
+    with write_folder(options.output_dir) as scratch:
+        with pq.ParquetWriter(scratch / RESULT_FILE, SCHEMA, compression="zstd") as writer:
+            for table in tables:
+                short += int((np.asarray(pc.list_value_length(table["items"])) < options.k).sum())
+                writer.write_table(table)
+        metrics = {"requests": plan["requests"], "short_lists": short, "shards": len(shards), "plan": digest(plan)}
+        config, inputs = as_dict(options), _given(options)
+        write_run(scratch, step="retrieve", config=config, inputs=inputs, metrics=metrics, started=started)
+    shutil.rmtree(shards.folder)
+    print(f"{options.output_dir}: {plan['requests']} requests answered, {short} with fewer than {options.k} items")
