@@ -25,10 +25,10 @@ import numpy as np
 from sidtune.data_builders.mining.query_pairs import distinct_queries
 from sidtune.data_builders.tables.store import load_folder
 from sidtune.recipes.steps import build_data
-from sidtune.recipes.steps.learn_sids import texts_of
 from sidtune.tokenizers.encoders.base import make_encoder
 from sidtune.tokenizers.keywords.mining import mine_pool
 from sidtune.tokenizers.quantizers.base import make_quantizer
+from sidtune.tokenizers.sids.learned import texts_of
 from sidtune.tokenizers.sids.quality import sid_quality
 from sidtune.tokenizers.sids.query_recall import query_item_recall, query_targets
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds

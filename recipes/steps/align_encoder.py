@@ -5,10 +5,10 @@
     python -m sidtune.recipes.steps.learn_sids --data_dir runs/onesearch/data --output_dir runs/onesearch/sids \\
         --encoder '{name: transformers, model: runs/onesearch/encoder}'
 
-Pairs are mined from the log before the split and filtered by a base encoder; five terms are learned (`trainers/contrastive/losses.py`).
-The output folder is a plain transformers model with its pooling, `report.json` (recall of held-out pairs, before and after) and
-`run.json`.
-An interrupted run goes on from its last checkpoint, in `.work_<name>` beside the output folder.
+Pairs are mined from the log before the split and filtered by a base encoder; five terms are learned, see
+`trainers/contrastive/losses.py`. The output folder is a plain transformers model with its pooling, `report.json` (recall of
+held-out pairs, before and after) and `run.json`. An interrupted run goes on from its last checkpoint, in `.work_<name>` beside
+the output folder.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from sidtune.core.folders import fingerprint, read_json, write_folder, write_jso
 from sidtune.data_builders.mining.alignment_pairs import MiningConfig, held_out_pairs
 from sidtune.data_builders.tables.splits import training_cut
 from sidtune.data_builders.tables.store import DataFolder, load_folder
-from sidtune.recipes.steps.learn_sids import texts_of
+from sidtune.tokenizers.sids.learned import made_by, texts_of
 from sidtune.trainers.contrastive.sources import (
     AlignmentSource,
     RelevanceConfig,
@@ -164,14 +164,9 @@ def _source(arguments: Arguments, data: DataFolder) -> AlignmentSource:
 
 def _base(arguments: Arguments, texts: list[str]) -> Any:
     """The fitted base encoder."""
-    from sidtune.tokenizers.encoders.base import make_encoder
     from sidtune.tokenizers.registry import ENCODERS
 
-    spec = {"name": "tfidf_svd", **arguments.base}
-    options = {key: value for key, value in spec.items() if key != "name"}
-    if "seed" in ENCODERS.get(spec["name"]).config_class.__dataclass_fields__:
-        options.setdefault("seed", arguments.seed)
-    return make_encoder(spec["name"], options).fit(texts)
+    return made_by(ENCODERS, {"name": "tfidf_svd", **arguments.base}, arguments.seed).fit(texts)
 
 
 def _load_source(work: Path) -> AlignmentSource:

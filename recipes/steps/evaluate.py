@@ -31,10 +31,8 @@ from sidtune.metrics.baselines.tables import training_events
 from sidtune.metrics.ranking import RankingResult, evaluate_ranking
 from sidtune.metrics.registry import BASELINES
 from sidtune.metrics.statistics.bootstrap import paired_bootstrap
-from sidtune.metrics.statistics.compare import SystemRow, compare_systems
+from sidtune.metrics.statistics.compare import MODEL, SystemRow, compare_systems
 from sidtune.metrics.statistics.slices import build_slices, slice_rows
-
-MODEL = "sidtune"
 
 
 @dataclass

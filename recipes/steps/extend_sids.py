@@ -22,11 +22,10 @@ import safetensors.numpy
 
 from sidtune.core.config import as_dict, build, command
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.core.folders import read_json, write_folder, write_json, write_run
+from sidtune.core.folders import write_folder, write_json, write_run
 from sidtune.data_builders.tables.store import load_folder
-from sidtune.recipes.steps.learn_sids import COLLISION_FILE, VECTOR_FILE, collisions_of, popularity_of, texts_of
-from sidtune.tokenizers.encoders.base import Encoder, load_encoder, make_encoder, warn_empty
-from sidtune.tokenizers.quantizers.base import Quantizer, load_quantizer
+from sidtune.tokenizers.encoders.base import Encoder, make_encoder, warn_empty
+from sidtune.tokenizers.registry import COLLISIONS
 from sidtune.tokenizers.sids.catalogue_updates import (
     Drift,
     DriftLimits,
@@ -35,12 +34,21 @@ from sidtune.tokenizers.sids.catalogue_updates import (
     held_out_error,
     measure_drift,
 )
+from sidtune.tokenizers.sids.learned import (
+    BATCH_FILE,
+    COLLISION_FILE,
+    VECTOR_FILE,
+    LearnedSids,
+    made_by,
+    popularity_of,
+    texts_of,
+)
 from sidtune.tokenizers.sids.quality import sid_quality
 from sidtune.tokenizers.sids.query_codes import QUERY_FILE
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
-from sidtune.tokenizers.vectors import load_tensors
 
-BATCH_FILE = "batches.safetensors"
+LAUNCH = "alone"
+
 _CHECKED = 256  # items that have a SID and are encoded again, to see that the encoder is the same
 
 
@@ -87,42 +95,11 @@ class Arguments:
             )
 
 
-@dataclass
-class Learned:
-    """A folder of learn_sids or extend_sids, loaded."""
-
-    sids: SemanticIds
-    quantizer: Quantizer
-    encoder: Encoder
-    vectors: np.ndarray
-    batch: np.ndarray
-    collisions: dict
-
-    @classmethod
-    def load(cls, folder: str | Path) -> Learned:
-        """Raises DataError when a part is missing, damaged, or of another run."""
-        folder = Path(folder)
-        sids = SemanticIds.from_pretrained(folder / "sids")
-        vectors = load_tensors(folder / VECTOR_FILE).get("vectors")
-        batch = np.zeros(len(sids), dtype=np.int32)
-        if (folder / BATCH_FILE).exists():
-            batch = load_tensors(folder / BATCH_FILE).get("batch")
-        if vectors is None or batch is None or len(vectors) != len(sids) or batch.shape != (len(sids),):
-            raise DataError(
-                f"The vectors or batches in {folder} are not those of its {len(sids)} items; write the folder again."
-            )
-        collisions = {"name": "suffix"} if sids.suffix_level else {"name": "expand"}
-        if (folder / COLLISION_FILE).exists():
-            collisions = read_json(folder / COLLISION_FILE)["method"]
-        quantizer, encoder = load_quantizer(folder / "quantizer"), load_encoder(folder / "encoder")
-        return cls(sids, quantizer, encoder, vectors, batch, collisions)
-
-
 def main(arguments: Arguments) -> None:
     """Extends the folder; prints the drift report and the recommendation."""
     started = time.time()
-    old, items = Learned.load(arguments.sids_dir), load_folder(arguments.data_dir).items
-    method = collisions_of({"name": "expand", **(arguments.collisions or old.collisions)})
+    old, items = LearnedSids.load(arguments.sids_dir), load_folder(arguments.data_dir).items
+    method = made_by(COLLISIONS, {"name": "expand", **(arguments.collisions or old.collisions)})
     encoder = _encoder(arguments, old)
     token_ids = _token_ids(arguments, old.sids)
     new, known = _split(items, old.sids, arguments)
@@ -132,7 +109,7 @@ def main(arguments: Arguments) -> None:
     fresh = encoder.encode(texts, ids)
     warn_empty(encoder, len(texts))
     sids = extend_catalogue(old.sids, old.quantizer, ids, fresh, popularity_of(new_items), method)
-    made = Learned(
+    made = LearnedSids(
         sids=sids,
         quantizer=old.quantizer,
         encoder=old.encoder,
@@ -151,7 +128,7 @@ def main(arguments: Arguments) -> None:
     print(drift.to_markdown())
 
 
-def _encoder(arguments: Arguments, old: Learned) -> Encoder:
+def _encoder(arguments: Arguments, old: LearnedSids) -> Encoder:
     """The frozen encoder, or new vectors of a catalogue that was learned from precomputed ones."""
     if not arguments.encoder:
         return old.encoder
@@ -197,7 +174,7 @@ def _split(items: pa.Table, sids: SemanticIds, arguments: Arguments) -> tuple[np
     return new, known
 
 
-def _check_encoder(encoder: Encoder, items: pa.Table, known: np.ndarray, old: Learned, seed: int) -> None:
+def _check_encoder(encoder: Encoder, items: pa.Table, known: np.ndarray, old: LearnedSids, seed: int) -> None:
     if not len(known):
         return
     chosen = np.random.default_rng(seed).choice(known, size=min(_CHECKED, len(known)), replace=False)
@@ -221,7 +198,7 @@ def _has_vector(encoder: Encoder, item_id: str) -> bool:
     return True
 
 
-def _in_order_of(items: pa.Table, made: Learned) -> Learned:
+def _in_order_of(items: pa.Table, made: LearnedSids) -> LearnedSids:
     """Rows in the order of the data folder where it holds the whole catalogue, which later steps compare; else as they are."""
     rows = made.sids.rows_of_ids(items["item_id"].to_pylist())
     if len(rows) != len(made.sids):
@@ -235,12 +212,12 @@ def _in_order_of(items: pa.Table, made: Learned) -> Learned:
         sids.suffix_level,
         sids.letters,
     )
-    return Learned(ordered, made.quantizer, made.encoder, made.vectors[rows], made.batch[rows], made.collisions)
+    return LearnedSids(ordered, made.quantizer, made.encoder, made.vectors[rows], made.batch[rows], made.collisions)
 
 
 def _write(
     arguments: Arguments,
-    made: Learned,
+    made: LearnedSids,
     drift: Drift,
     token_ids: np.ndarray | None,
     notes: list[str],

@@ -14,12 +14,9 @@ validation split find their items. `tokenizers/sids/query_codes.py` codes any qu
 
 from __future__ import annotations
 
-import dataclasses
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,23 +25,23 @@ import safetensors.numpy
 from sidtune.core.config import as_dict, command
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import write_folder, write_json, write_run
-from sidtune.core.registry import Registry
 from sidtune.data_builders.mining.query_pairs import distinct_queries
 from sidtune.data_builders.tables.store import DataFolder, load_folder
-from sidtune.tokenizers.encoders.base import Encoder, item_texts, make_encoder, warn_empty
+from sidtune.tokenizers.encoders.base import Encoder, warn_empty
 from sidtune.tokenizers.keywords.fusion import MINED, KeywordFusionEncoder
 from sidtune.tokenizers.keywords.mining import mine_pool
-from sidtune.tokenizers.quantizers.base import Quantizer, make_quantizer
+from sidtune.tokenizers.quantizers.base import Quantizer
 from sidtune.tokenizers.registry import COLLISIONS, ENCODERS, QUANTIZERS
 from sidtune.tokenizers.sids.collision_cost import CollisionCost, collision_cost, compare_collisions, costs_to_markdown
 from sidtune.tokenizers.sids.collisions import CollisionMethod, make_collisions
+from sidtune.tokenizers.sids.learned import COLLISION_FILE, VECTOR_FILE, made_by, popularity_of, texts_of
 from sidtune.tokenizers.sids.quality import SidQuality, sid_quality
 from sidtune.tokenizers.sids.query_codes import QUERY_FILE, QueryCoder, check_text_encoder, write_query_codes
 from sidtune.tokenizers.sids.query_recall import QueryItemRecall, query_item_recall, query_targets
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 
-VECTOR_FILE = "vectors.safetensors"
-COLLISION_FILE = "collisions.json"
+LAUNCH = "alone"
+
 RECALL_FILE = "query_recall.json"
 _RECALL_PAIRS = 2_000  # more say the same to a tenth of a percent
 
@@ -101,10 +98,10 @@ class Arguments:
 def main(arguments: Arguments) -> None:
     """Learns the SIDs; prints the quality table and its warnings."""
     started = time.time()
-    encoder = _make(make_encoder, ENCODERS, arguments.encoder_spec(), arguments.seed)
-    quantizer = _make(make_quantizer, QUANTIZERS, {"name": "residual_kmeans", **arguments.quantizer}, arguments.seed)
+    encoder = made_by(ENCODERS, arguments.encoder_spec(), arguments.seed)
+    quantizer = made_by(QUANTIZERS, {"name": "residual_kmeans", **arguments.quantizer}, arguments.seed)
     spec = {"name": "suffix"} if arguments.suffix else {"name": "expand", **arguments.collisions}
-    method, data = collisions_of(spec), load_folder(arguments.data_dir)
+    method, data = made_by(COLLISIONS, spec), load_folder(arguments.data_dir)
     queries = _queries(data, encoder, quantizer) if arguments.queries else []
     items = _learned(data.items, arguments)
     _mine_keywords(encoder, data)
@@ -139,22 +136,6 @@ def main(arguments: Arguments) -> None:
             started=started,
         )
     _show(quality, costs, recall)
-
-
-def texts_of(items: pa.Table) -> list[str]:
-    """The encoder's input for each item. The title says most in the fewest words, so it counts twice."""
-    return item_texts(items, repeats={"title": 2})
-
-
-def popularity_of(items: pa.Table) -> np.ndarray:
-    """(N,) float64 clicks before the split, 0 where unknown: the order of the items of one code."""
-    return np.nan_to_num(items.column("clicks").to_numpy(zero_copy_only=False).astype(np.float64))
-
-
-def collisions_of(spec: dict) -> CollisionMethod:
-    """The treatment of collisions that `{name: ..., option: ...}` names."""
-    options = {key: value for key, value in spec.items() if key != "name"}
-    return make_collisions(spec["name"], options)
 
 
 def _queries(data: DataFolder, encoder: Encoder, quantizer: Quantizer) -> list[str]:
@@ -246,13 +227,6 @@ def _learned(items: pa.Table, arguments: Arguments) -> pa.Table:
         return items
     chosen = np.random.default_rng(arguments.seed).choice(items.num_rows, size=count, replace=False)
     return items.take(np.sort(chosen))
-
-
-def _make(make: Callable[..., Any], registry: Registry, spec: dict, seed: int) -> Any:
-    options = {key: value for key, value in spec.items() if key != "name"}
-    if "seed" in {field.name for field in dataclasses.fields(registry.get(spec["name"]).config_class)}:
-        options.setdefault("seed", seed)
-    return make(spec["name"], options)
 
 
 if __name__ == "__main__":

@@ -14,17 +14,17 @@ from commands import refused
 from safetensors.numpy import load_file, save_file
 from tiny_pipeline import SHOP, TINY
 
+from sidtune.core import pipeline as run
 from sidtune.core.config import parse
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import fingerprint, read_json
 from sidtune.data_builders.tables.store import load_folder
 from sidtune.decoding.retrieval.loading import load_retriever
 from sidtune.decoding.trie import SidTrie
-from sidtune.recipes import run
 from sidtune.recipes.steps import build_data, extend_sids, init_model, learn_sids
-from sidtune.recipes.steps.learn_sids import texts_of
 from sidtune.tokenizers.encoders.base import load_encoder
 from sidtune.tokenizers.quantizers.base import load_quantizer
+from sidtune.tokenizers.sids.learned import texts_of
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 
 LEARN = {"encoder": {"dims": 16}, "quantizer": {"level_sizes": [8, 8, 8]}}
@@ -260,7 +260,7 @@ def test_the_quickstart_example_is_a_valid_pipeline(repo_root, tmp_path):
     steps = run.resolve(run.RunArguments(**values, root=str(file.parent)))
     assert [step.module.rpartition(".")[2] for step in steps] == ["build_data", "learn_sids", "extend_sids"]
     assert steps[2].config.existing == "skip" and steps[1].config.learn_share == 0.8
-    words = run.launch_command(steps[2], {"num_processes": 8}, tmp_path / "c.yaml")
+    words = run.launch_command(steps[2].script, {"num_processes": 8}, [])
     assert "accelerate.commands.launch" not in words
     assert (
         parse(extend_sids.Arguments, ["--sids_dir", "a", "--data_dir", "b", "--output_dir", "c"]).existing == "refuse"

@@ -15,10 +15,10 @@ from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import read_json
 from sidtune.data_builders.tables.store import load_folder
 from sidtune.recipes.steps import build_data, extend_sids, learn_sids
-from sidtune.recipes.steps.learn_sids import texts_of
 from sidtune.tokenizers.encoders.base import load_encoder, make_encoder
 from sidtune.tokenizers.keywords.mining import PoolConfig, mine_pool
 from sidtune.tokenizers.quantizers.base import load_quantizer, make_quantizer
+from sidtune.tokenizers.sids.learned import texts_of
 from sidtune.tokenizers.sids.query_codes import (
     CODER_FOLDER,
     QUERY_FILE,
