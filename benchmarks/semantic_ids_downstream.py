@@ -23,15 +23,17 @@ import torch
 
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import read_json
+from sidtune.data_builders.sequences.source import SequenceSource
 from sidtune.data_builders.tables.store import load_folder
+from sidtune.decoding.next_item.ensembles import fit_baseline
 from sidtune.decoding.next_item.ranking import HistoryRanker, SidCatalogue
 from sidtune.metrics.statistics.bootstrap import PairedResult, paired_bootstrap
+from sidtune.metrics.statistics.compare import MODEL as OURS
 from sidtune.models.next_item.network import NextItemConfig, make_network
-from sidtune.recipes.next_item.members import fit_baseline
-from sidtune.recipes.next_item.train import read_source
 from sidtune.recipes.steps import build_data, evaluate, init_model, learn_sids, sft
 from sidtune.tokenizers.encoders.base import Encoder, load_encoder
 from sidtune.tokenizers.quantizers.base import load_quantizer
+from sidtune.tokenizers.sids.learned import VECTOR_FILE
 from sidtune.tokenizers.sids.quality import SidQuality, sid_quality
 from sidtune.tokenizers.sids.query_recall import QueryItemRecall, query_item_recall, query_targets
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
@@ -133,7 +135,7 @@ def shuffle(learned: Path, folder: Path, seed: int) -> None:
 def quality(source: Source, data: Path, folder: Path, seed: int) -> tuple[SidQuality, QueryItemRecall | None]:
     """Quality of a SID folder, and recall of items through the codes of test queries where there are queries."""
     sids, quantizer = SemanticIds.from_pretrained(folder / "sids"), load_quantizer(folder / "quantizer")
-    vectors = safetensors.numpy.load_file(folder / learn_sids.VECTOR_FILE)["vectors"]
+    vectors = safetensors.numpy.load_file(folder / VECTOR_FILE)["vectors"]
     report = sid_quality(sids, vectors=vectors, quantizer=quantizer, seed=seed)
     if not source.queries:
         return report, None
@@ -156,7 +158,7 @@ def train_and_score(
 
 def items_model(source: Source, folder: Path, work: Path, seed: int, baselines: list[str]) -> dict[str, Any]:
     """The same with a network of `recipes/next_item`; no item of the user's history is recommended, by no system."""
-    tables, sequences = read_source({"path": source.path, "reader": source.reader, "options": source.options})
+    tables, sequences = SequenceSource(source.path, source.reader, source.options).read()
     catalogue = SidCatalogue.of(SemanticIds.from_pretrained(folder / "sids"), sequences)
     sizes = catalogue.sids.level_sizes
     rows = NextItemRows(sequences, sequences.whole_examples(source.max_length), catalogue.codes, sizes)
@@ -180,7 +182,7 @@ def items_model(source: Source, folder: Path, work: Path, seed: int, baselines: 
     ranked = ranker.rank(network, examples.cut(source.max_length), 10)[0]
     result = measure_targets(ranked, sequences, examples)
     users = [sequences.user_ids[user] for user in examples.users]
-    values = {f"{evaluate.MODEL}/{METRIC}": result.per_request[METRIC]}
+    values = {f"{OURS}/{METRIC}": result.per_request[METRIC]}
     (work / "test").mkdir()
     pq.write_table(pa.table({"request_id": users, "user_id": users, **values}), work / "test" / "per_request.parquet")
     scored = {"requests": len(examples), METRIC: result.means()[METRIC], "eval_s": round(time.time() - started, 1)}
@@ -242,7 +244,7 @@ def score(source: Source, data: Path, sids: Path, folder: Path, split: str, base
     evaluate.main(arguments)
     record = read_json(folder / split / "metrics.json")
     values = {row["name"]: {m: one["value"] for m, one in row["metrics"].items()} for row in record["systems"]}
-    found = {"requests": record["requests"], **values.pop(evaluate.MODEL), "eval_s": round(time.time() - started, 1)}
+    found = {"requests": record["requests"], **values.pop(OURS), "eval_s": round(time.time() - started, 1)}
     return found | ({"baselines": values} if values else {})
 
 
@@ -258,6 +260,6 @@ def paired(folders: list[Path], others: list[Path]) -> PairedResult | None:
     requests = tables[0][0]["request_id"]
     if any(table["request_id"] != requests for side in tables for table in side):
         raise ConfigError("Two evaluations hold different requests; remove the working folder and start again.")
-    column = f"{evaluate.MODEL}/{METRIC}"
+    column = f"{OURS}/{METRIC}"
     ours, theirs = (np.mean([table[column].to_numpy() for table in side], axis=0) for side in tables)
     return paired_bootstrap(ours, theirs, clusters=tables[0][0]["user_id"].to_pylist())

@@ -34,9 +34,10 @@ import numpy as np
 import torch
 
 from sidtune.data_builders.sequences.item_sequences import ItemSequences, SequenceExamples
+from sidtune.data_builders.sequences.source import SequenceSource
 from sidtune.decoding.next_item.ranking import HistoryRanker, SidCatalogue
 from sidtune.models.next_item.network import NextItemConfig, make_network
-from sidtune.recipes.next_item.train import make_sids, read_source
+from sidtune.tokenizers.sids.sequence_sids import make_sids
 from sidtune.trainers.next_item.data import NextItemRows
 from sidtune.trainers.next_item.loss import LossConfig, NextItemLoss
 from sidtune.trainers.next_item.trainer import FitSettings, train_next_item
@@ -100,8 +101,9 @@ def chain(folder: Path, users: int, items: int, seed: int = 0) -> str:
 
 def make_setup(quick: bool, path: str, epochs: float, whole_epochs: float) -> Setup:
     """The data of `path` with its published SIDs, a network of 0.1 (quick) or about 1 million parameters."""
-    _, sequences = read_source({"path": path})
-    catalogue = SidCatalogue.of(make_sids({"name": "published"}, {"path": path}, sequences), sequences)
+    source = SequenceSource(path)
+    _, sequences = source.read()
+    catalogue = SidCatalogue.of(make_sids({"name": "published"}, source, sequences), sequences)
     if quick:
         decoder = {"network": "tokens", "width": 48, "layers": 2, "heads": 2, "feed_forward": 96, "dropout": 0.1}
         t5 = {

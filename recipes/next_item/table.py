@@ -10,7 +10,7 @@ from __future__ import annotations
 import platform
 import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -18,20 +18,18 @@ from sidtune.core.config import as_dict
 from sidtune.core.folders import RUN_FILE, fingerprint, read_json, versions, write_folder, write_json, write_run
 from sidtune.data_builders.sequences.item_sequences import ItemSequences, SequenceExamples
 from sidtune.data_builders.tables.schema import Tables
-from sidtune.metrics.report.readme_table import publish
-from sidtune.metrics.statistics.bootstrap import holm, paired_bootstrap
-from sidtune.recipes.next_item.members import (
+from sidtune.decoding.next_item.ensembles import (
     Member,
     NetworkMember,
     fit_baseline,
     rank_together,
     weights_of,
 )
-from sidtune.recipes.next_item.slices import markdown_slices, mean_slices, slices
+from sidtune.metrics.report.readme_table import publish
+from sidtune.metrics.statistics.bootstrap import holm, paired_bootstrap
+from sidtune.metrics.statistics.sequence_slices import markdown_slices, mean_slices, slices
+from sidtune.recipes.next_item.config import Arguments
 from sidtune.trainers.next_item.trainer import FitSettings, draw_users, measure_targets
-
-if TYPE_CHECKING:
-    from sidtune.recipes.next_item.train import Arguments
 
 PLACES = 20
 SHOWN = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")
@@ -225,7 +223,7 @@ def where(
     sequences: ItemSequences,
     examples: SequenceExamples,
 ) -> dict[str, Any]:
-    """Figures of each row by slices of the users, with the SIDs of the first trained system; see `next_item_slices`."""
+    """Figures of each row by slices of the users, with the SIDs of the first trained system; see `sequence_slices`."""
     from sidtune.decoding.next_item.ranking import SidCatalogue
     from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 

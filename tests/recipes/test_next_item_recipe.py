@@ -10,9 +10,9 @@ from next_item_worlds import chain_folder
 
 from sidtune.core.config import parse
 from sidtune.core.errors import ConfigError, DataError
+from sidtune.decoding.next_item.ensembles import fit_baseline, rank_together, weights_of
 from sidtune.recipes.next_item import table as next_item_table
 from sidtune.recipes.next_item import train as next_item
-from sidtune.recipes.next_item.members import fit_baseline, rank_together, weights_of
 
 TINY = {
     "seeds": [0, 1],
@@ -86,7 +86,7 @@ def test_the_columns_with_a_star_leave_out_what_the_user_has(finished):
     from safetensors.numpy import load_file
 
     given, _ = finished
-    _, sequences = next_item.read_source(given.source)
+    _, sequences = given.data().read()
     examples = sequences.held_out("test")
     for name in ("items", "both"):
         ranked = load_file(Path(given.output_dir) / "seed_0" / "test" / name / "ranked.safetensors")
@@ -145,7 +145,7 @@ def test_ranked_items_are_the_models_and_the_figures_those_of_the_items(finished
 
 def test_baselines_see_the_training_parts_only(finished):
     given, _ = finished
-    tables, sequences = next_item.read_source(given.source)
+    tables, sequences = given.data().read()
     counts = sequences.training_counts()
     examples = sequences.held_out("test")
     ranked = fit_baseline("popularity", tables, sequences).rank_both(examples, 20)[False]
@@ -164,7 +164,7 @@ def members_of(given, seed):
     from dataclasses import replace
 
     wide = replace(given, num_beams=60)
-    tables, sequences = next_item.read_source(given.source)
+    tables, sequences = given.data().read()
     members = [next_item_table.load_member(wide, name, seed, sequences) for name in ("items", "own")]
     return [*members, fit_baseline("item_knn", tables, sequences)], sequences
 
@@ -253,7 +253,7 @@ def test_weights_of_nested_ensembles():
 
 def test_an_ensemble_has_a_validation_figure(finished):
     given, folder = finished
-    _, sequences = next_item.read_source(given.source)
+    _, sequences = given.data().read()
     examples = sequences.held_out("valid")
     values = json.loads((folder / "figures.json").read_text())["systems"]["both"]["valid_ndcg@10"]["values"]
     for seed, value in enumerate(values):
@@ -267,7 +267,7 @@ def test_an_ensemble_has_a_validation_figure(finished):
 
 def test_a_baseline_has_a_validation_figure_and_counts_its_numbers(finished):
     given, folder = finished
-    tables, sequences = next_item.read_source(given.source)
+    tables, sequences = given.data().read()
     rows = json.loads((folder / "figures.json").read_text())["systems"]
     member = fit_baseline("item_knn", tables, sequences)
     examples = sequences.held_out("valid")
@@ -281,7 +281,7 @@ def test_a_baseline_has_a_validation_figure_and_counts_its_numbers(finished):
 
 
 def test_the_yaml_of_the_recipe_is_valid_and_takes_another_folder_by_one_option(repo_root, tmp_path, monkeypatch):
-    file = repo_root / "recipes" / "amazon_instruments" / "next_item.yaml"
+    file = repo_root / "recipes" / "next_item" / "instruments" / "next_item.yaml"
     monkeypatch.setenv("SIDTUNE_DATA", str(tmp_path))
     parsed = parse(next_item.Arguments, ["--config", str(file), "--source.path", str(tmp_path / "other")])
     assert parsed.source["path"] == str(tmp_path / "other")
@@ -384,9 +384,9 @@ def test_a_faulty_source_is_refused_before_any_training(tmp_path, monkeypatch, f
 
 
 def test_the_grpo_pipeline_of_the_recipe_is_valid(repo_root, tmp_path, monkeypatch):
-    from sidtune.recipes import run
+    from sidtune.core import pipeline as run
 
     monkeypatch.setenv("SIDTUNE_DATA", str(tmp_path))
-    file = repo_root / "recipes" / "amazon_instruments" / "grpo_pipeline.yaml"
+    file = repo_root / "recipes" / "next_item" / "instruments" / "grpo_pipeline.yaml"
     steps = run.resolve(run.RunArguments(**yaml.safe_load(file.read_text()), root=str(file.parent)))
     assert [step.name for step in steps] == ["data", "sids", "model", "sft", "grpo", "eval"]

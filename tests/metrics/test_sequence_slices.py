@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 from next_item_worlds import random_catalogue, random_sequences
 
-from sidtune.recipes.next_item.slices import HISTORY, PREFIX, TARGET, labels, markdown_slices, mean_slices, slices
+from sidtune.metrics.statistics.sequence_slices import (
+    HISTORY,
+    PREFIX,
+    TARGET,
+    labels,
+    markdown_slices,
+    mean_slices,
+    slices,
+)
 from sidtune.trainers.next_item.trainer import measure_targets
 
 SEQUENCES = random_sequences(users=60, items=30, seed=2)

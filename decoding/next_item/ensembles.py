@@ -1,4 +1,4 @@
-"""Who ranks in `next_item`: a trained network or a baseline, alone or several that propose and score together.
+"""Who ranks next items: a trained network or a baseline, alone or several that propose and score together.
 
 A member ranks items and gives the probability of any item. A network's probability is that of the item's SID; a baseline's is the
 item's share of all its scores (`Baseline.shares`). So an ensemble may hold both, as kNN language models mix a network with a
@@ -16,6 +16,7 @@ from sidtune.core.errors import ConfigError, nearest
 from sidtune.data_builders.sequences.item_sequences import ItemSequences, SequenceExamples
 from sidtune.data_builders.tables.history import encode
 from sidtune.data_builders.tables.schema import Tables
+from sidtune.decoding.next_item.search import mean_probability
 from sidtune.metrics.baselines.base import Baseline, BaselineRequests
 from sidtune.metrics.ranking import Relevance
 from sidtune.metrics.registry import BASELINES
@@ -125,8 +126,6 @@ def rank_together(
     Returns:
         Seen items ranked (False) and left out (True), of the same candidates.
     """
-    from sidtune.decoding.next_item.search import mean_probability
-
     proposed = np.sort(proposed, axis=1)
     proposed[:, 1:][proposed[:, 1:] == proposed[:, :-1]] = -1
     proposed = -np.sort(-proposed, axis=1)  # the empty places last
