@@ -76,7 +76,7 @@ def main(arguments: Arguments) -> None:
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
-    from sidtune.recipes.crs.reasoning_requests import drawn, load_requests, shared
+    from sidtune.decoding.retrieval.reasoning_requests import drawn, load_requests, shared
 
     # Several CPU processes form a group only when told that the CPU is meant.
     started, state = time.time(), PartialState(cpu=not torch.accelerator.is_available())

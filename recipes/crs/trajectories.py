@@ -39,7 +39,7 @@ class Arguments:
         source: `templated` (from the request's own features), `file` (a teacher's), or `sampled` (the model's own).
         file: the teacher's JSON lines, for source `file`.
         hard_set: parquet with a column `request_id`: sample for these train requests only.
-        aspects: what templated reasonings may name, of `data_builders.reasoning.ASPECTS`; null for all.
+        aspects: what templated reasonings may name, of `data_builders.tasks.reasoning.ASPECTS`; null for all.
         max_requests: at most so many requests, drawn at random; null for all.
         samples, keep, temperature: reasonings sampled per request, how many correct ones stay at most, and how they are sampled.
         top_k: keep a seed only when its target is then among the first `top_k` places; null keeps all.
@@ -90,7 +90,7 @@ def main(arguments: Arguments) -> None:
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
-    from sidtune.recipes.crs.reasoning_requests import load_requests
+    from sidtune.decoding.retrieval.reasoning_requests import load_requests
 
     started, state = time.time(), PartialState(cpu=not torch.accelerator.is_available())
     found = load_requests(
@@ -117,7 +117,7 @@ def _sampled(arguments: Arguments, found: Any, state: Any) -> tuple[list[tuple[i
     from tqdm.auto import tqdm
 
     from sidtune.decoding.retrieval.reasoner import sample_trajectories
-    from sidtune.recipes.crs.reasoning_requests import drawn, shared
+    from sidtune.decoding.retrieval.reasoning_requests import drawn, shared
 
     if arguments.hard_set is not None:
         found = found.take(hard_rows(arguments.hard_set, found.requests["request_id"]))
@@ -170,7 +170,7 @@ def _given(arguments: Arguments, found: Any, state: Any) -> tuple[list[tuple[int
     """Templated or a teacher's reasonings; made by the main process alone, because they are few."""
     from sidtune.data_builders.tasks.reasoning import ASPECTS, read_reasonings, templated
     from sidtune.decoding.retrieval.reasoner import accept
-    from sidtune.recipes.crs.reasoning_requests import drawn
+    from sidtune.decoding.retrieval.reasoning_requests import drawn
 
     if not state.is_main_process:
         return [], {}

@@ -14,8 +14,8 @@ from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import read_json
 from sidtune.decoding.retrieval.loading import final_model
 from sidtune.decoding.retrieval.reasoner import few, is_hard, ranks_of, sample_trajectories
+from sidtune.decoding.retrieval.reasoning_requests import load_requests
 from sidtune.recipes.crs import reason, self_evolve, trajectories
-from sidtune.recipes.crs.reasoning_requests import load_requests
 from sidtune.recipes.crs.self_evolve import Arguments, Loop
 
 NAMES = [

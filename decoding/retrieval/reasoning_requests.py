@@ -1,4 +1,4 @@
-"""What the scripts of the self-evolving loop load: requests with their targets, and a model that reasons, shared by processes."""
+"""Requests with their targets and a model that reasons about them: what evaluation and rejection sampling load."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from sidtune.data_builders.tables.store import DataFolder, load_folder
 from sidtune.data_builders.tasks.behaviour import prompt_for_requests
 from sidtune.data_builders.tasks.input import TaskInput, rows_of
 from sidtune.data_builders.tasks.reasoning import strongest_targets
+from sidtune.decoding.retrieval.loading import final_model, load_retriever
+from sidtune.decoding.retrieval.reasoner import Reasoner
 
 
 @dataclass
@@ -23,7 +25,7 @@ class ReasoningRequests:
     Attributes:
         data: the data folder.
         source: what prompts are made from.
-        reasoner: `trainers.reasoner.Reasoner`.
+        reasoner: `Reasoner`.
         requests: R requests.
         item: (R,) rows of the targets in `source.sid_ids`.
         leaf: (R,) their leaves.
@@ -31,7 +33,7 @@ class ReasoningRequests:
 
     data: DataFolder
     source: TaskInput
-    reasoner: Any
+    reasoner: Reasoner
     requests: pa.Table
     item: np.ndarray
     leaf: np.ndarray
@@ -79,9 +81,6 @@ def load_requests(
     Raises:
         DataError: no request of the split has a positive, or folders that do not fit together.
     """
-    from sidtune.decoding.retrieval.loading import final_model, load_retriever
-    from sidtune.decoding.retrieval.reasoner import Reasoner
-
     data, retriever = load_folder(data_dir), load_retriever(final_model(model_dir), sids_dir)
     reasoner = Reasoner(retriever, **reasoning)
     source = TaskInput.of_split(
