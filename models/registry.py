@@ -16,3 +16,12 @@ RERANKERS = Registry(
         "prs": "sidtune.models.rerankers.sequential:PrsEvaluator",
     },
 )
+
+NETWORKS = Registry(
+    "next-item network",
+    {
+        "tokens": "sidtune.models.next_item.decoders:TokenDecoder",
+        "items": "sidtune.models.next_item.decoders:ItemDecoder",
+        "t5": "sidtune.models.next_item.t5:NextItemT5",
+    },
+)

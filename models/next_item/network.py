@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from sidtune.core.config import as_dict, build
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import read_json, write_json
+from sidtune.models.registry import NETWORKS
 
 CONFIG_FILE, WEIGHT_FILE = "config.json", "model.safetensors"
 
@@ -204,13 +205,7 @@ def item_mask(segments: Tensor) -> Tensor:
 
 def make_network(config: NextItemConfig) -> NextItemNetwork:
     """A fresh network of this shape, weights drawn from torch's generator."""
-    from sidtune.models.next_item.decoders import ItemDecoder, TokenDecoder
-
-    if config.network == "t5":
-        from sidtune.models.next_item.t5 import NextItemT5
-
-        return NextItemT5(config)
-    return TokenDecoder(config) if config.network == "tokens" else ItemDecoder(config)
+    return NETWORKS.get(config.network)(config)
 
 
 def load_network(folder: str | Path) -> NextItemNetwork:

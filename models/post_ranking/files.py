@@ -29,7 +29,6 @@ from transformers import PreTrainedModel
 
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.models.post_ranking.config import PostRankConfig
-from sidtune.models.post_ranking.model import PostRankForCausalLM
 
 QIA_FILE = "qia.safetensors"
 LORA_FILE = "adapter_config.json"
@@ -54,7 +53,7 @@ def lora_targets(language_model: nn.Module) -> tuple[str, ...]:
 
 
 def add_lora(
-    model: PostRankForCausalLM,
+    model: Any,
     layout: str = "A",
     *,
     r: int = 32,
@@ -92,9 +91,14 @@ def add_lora(
     return model
 
 
-def merge_post_rank(model: Any) -> PostRankForCausalLM:
+def merge_post_rank(model: Any) -> Any:
     """The plain model of either layout with LoRA merged into the weights; it is saved whole."""
-    return model.merge() if isinstance(model, PostRankForCausalLM) else model.merge_and_unload()
+    return model.merge_and_unload() if _is_layout_a(model) else model.merge()
+
+
+def _is_layout_a(model: Any) -> bool:
+    """Whether the model is a PEFT model around the post-ranking model."""
+    return hasattr(model, "get_base_model")
 
 
 def forget_layout(folder: str | Path) -> None:
@@ -103,7 +107,7 @@ def forget_layout(folder: str | Path) -> None:
         (Path(folder) / name).unlink(missing_ok=True)
 
 
-def save_adapters(model: PostRankForCausalLM, folder: str | Path, *, state_dict: dict | None = None) -> None:
+def save_adapters(model: Any, folder: str | Path, *, state_dict: dict | None = None) -> None:
     """Writes layout B: config, adapters, and LoRA if there is any; no weight of the language model.
 
     Args:
@@ -129,12 +133,12 @@ def save_adapters(model: PostRankForCausalLM, folder: str | Path, *, state_dict:
 def save_post_rank(model: Any, folder: str | Path, processor: Any = None) -> None:
     """Writes a model of any layout, and its processor, into one folder."""
     folder = Path(folder)
-    if isinstance(model, PostRankForCausalLM):
-        model.save_pretrained(folder)
-    else:
+    if _is_layout_a(model):
         forget_layout(folder)
         model.save_pretrained(folder, save_embedding_layers=False)
         model.get_base_model().config.save_pretrained(folder)
+    else:
+        model.save_pretrained(folder)
     if processor is not None:
         processor.save_pretrained(folder)
 
@@ -166,6 +170,7 @@ def push_post_rank(model: Any, repo_id: str, processor: Any = None, **options: A
 
 
 def load_post_rank(
+    kind: Any,
     folder_or_repo: str | Path,
     *,
     base: PreTrainedModel | str | Path | None = None,
@@ -175,9 +180,10 @@ def load_post_rank(
     cache_dir: str | Path | None = None,
     **options: Any,
 ) -> Any:
-    """Loads a folder or hub repository of any layout.
+    """Loads a folder or hub repository of any layout; it is `PostRankForCausalLM.from_pretrained`.
 
     Args:
+        kind: the class of the model.
         folder_or_repo: folder or hub id.
         base: the language model of layouts A and B, or where it is; default the one the config names.
         is_trainable: leave LoRA and adapters trainable.
@@ -195,8 +201,8 @@ def load_post_rank(
     options.pop("config", None)
     with _one_sentence("post-ranking model", folder):
         if not lora and not adapters:
-            return PostRankForCausalLM.load_whole(folder, **options)
-        model = _around_base(PostRankConfig.from_pretrained(folder), base, folder, options)
+            return kind.load_whole(folder, **options)
+        model = _around_base(kind, PostRankConfig.from_pretrained(folder), base, folder, options)
         if not adapters:
             from peft import PeftModel
 
@@ -211,7 +217,7 @@ def load_post_rank(
     return model.eval()
 
 
-def _around_base(config: PostRankConfig, base: Any, folder: Path, options: dict[str, Any]) -> PostRankForCausalLM:
+def _around_base(kind: Any, config: PostRankConfig, base: Any, folder: Path, options: dict[str, Any]) -> Any:
     base = config.base_model_name_or_path if base is None else base
     if base is None:
         raise DataError(
@@ -219,10 +225,10 @@ def _around_base(config: PostRankConfig, base: Any, folder: Path, options: dict[
         )
     if not isinstance(base, PreTrainedModel) and config.base_model_revision:
         options = {"revision": config.base_model_revision, **options}
-    return PostRankForCausalLM.from_base(base, config, **({} if isinstance(base, PreTrainedModel) else options))
+    return kind.from_base(base, config, **({} if isinstance(base, PreTrainedModel) else options))
 
 
-def _load_adapters(model: PostRankForCausalLM, folder: Path) -> None:
+def _load_adapters(model: Any, folder: Path) -> None:
     weights = load_file(folder / QIA_FILE)
     wanted = {key: value.shape for key, value in model.state_dict().items() if key.split(".")[0] in SIDES}
     found = {key: value.shape for key, value in weights.items()}

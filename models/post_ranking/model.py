@@ -4,11 +4,8 @@
 history share the latter). Placeholder ids in the prompt lie outside the vocabulary; their embeddings are replaced by the adapters'
 outputs, so the vocabulary is never resized and no text can produce a placeholder.
 
-Loss: the token mean over main-task answers plus `aux_weight` times the token mean over auxiliary answers. The paper gives no
-weight and no normalisation; one mean over both would weigh the main task about (n + 1) / 2 times as much. Means are those of
-the batch at hand (`accepts_loss_kwargs = False`, so that transformers' Trainer divides by the accumulation steps).
-
-How LoRA joins (layout A: one PEFT adapter; layout B: LoRA inside, for ZeRO-3) and what is saved: `post_rank_files`.
+The loss is in `losses.py`. How LoRA joins (layout A: one PEFT adapter; layout B: LoRA inside, for ZeRO-3) and what is saved:
+`files.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +13,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,76 +25,21 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
 )
-from transformers.utils import ModelOutput
 
 from sidtune.core.errors import ConfigError, DataError, nearest
 from sidtune.models.post_ranking.adapter import MLPAdapter, build_adapter
 from sidtune.models.post_ranking.config import PostRankConfig
+from sidtune.models.post_ranking.files import forget_layout, load_post_rank, push_post_rank, save_adapters
+from sidtune.models.post_ranking.losses import IGNORE, PostRankOutput, answer_loss, task_loss
 from sidtune.models.post_ranking.permutation import (
     PermutationLogitsProcessor,
     RankOutput,
     check_counts,
     parse_orders,
-    permutation_losses,
     single_forward_order,
 )
 
-IGNORE = -100
-MAIN, AUX, ADAPTATION = 0, 1, 2
 METHODS = ("greedy", "beam", "single_forward", "unconstrained")
-
-
-@dataclass
-class PostRankOutput(ModelOutput):
-    """Result of a forward pass: `loss`, `logits` (B, T, V), and the token means `main_loss` and `aux_loss` (0 where a batch has
-    no such answer)."""
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    main_loss: Tensor | None = None
-    aux_loss: Tensor | None = None
-
-
-def task_loss(
-    logits: Tensor,
-    labels: Tensor,
-    task_id: Tensor | None,
-    aux_weight: float,
-    label_token_ids: Sequence[int] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, main, aux): negative log-likelihood per answer token, a mean for each task.
-
-    Args:
-        logits: (B, T, V), place t predicts place t + 1. labels: (B, T), -100 outside of answers.
-        task_id: (B,) 0 main, 1 auxiliary, 2 feature adaptation (counted as main); None is all main.
-        aux_weight: weight of the auxiliary mean.
-        label_token_ids: with them, main answers are scored by `permutation_losses`; without, over the whole vocabulary.
-    """
-    return _answer_loss(logits[:, :-1], labels[:, 1:], task_id, aux_weight, label_token_ids)
-
-
-def _answer_loss(
-    logits: Tensor,
-    targets: Tensor,
-    task_id: Tensor | None,
-    aux_weight: float,
-    label_token_ids: Sequence[int] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`task_loss` of logits that stand where their targets do."""
-    keep = targets != IGNORE
-    task = torch.zeros_like(targets[:, 0]) if task_id is None else task_id
-    if label_token_ids is None:
-        losses = nn.functional.cross_entropy(logits[keep].float(), targets[keep], reduction="none")
-        of_aux = (task == AUX)[:, None].expand_as(keep)[keep]
-    else:
-        listed = task == MAIN
-        chosen, answer = permutation_losses(logits[listed], targets[listed], label_token_ids)
-        keep = keep & ~listed[:, None]
-        said = nn.functional.cross_entropy(logits[keep].float(), targets[keep], reduction="none")
-        losses = torch.cat([chosen[answer], said])
-        of_aux = torch.cat([torch.zeros_like(answer[answer]), (task == AUX)[:, None].expand_as(keep)[keep]])
-    means = [(losses * part).sum() / part.sum().clamp(min=1) for part in (~of_aux, of_aux)]
-    return means[0] + aux_weight * means[1], means[0], means[1]
 
 
 class PostRankForCausalLM(PreTrainedModel):
@@ -138,7 +79,7 @@ class PostRankForCausalLM(PreTrainedModel):
 
         Args:
             base: the model, or its folder or hub id (`options` go to `AutoModelForCausalLM.from_pretrained`).
-            config: made for that model, see `post_rank_processor.build_config`.
+            config: made for that model, see `processor.build_config`.
 
         Raises:
             ConfigError: the config was made for a vocabulary of another size. DataError: there is no such model.
@@ -301,7 +242,7 @@ class PostRankForCausalLM(PreTrainedModel):
         if labels is not None and self.training and "logits_to_keep" in _accepted(self.language_model):
             places = (labels[:, 1:] != IGNORE).any(dim=0).nonzero()[:, 0]
             logits = self._run(embedded, attention_mask, logits_to_keep=places, **options)
-            loss, main, aux = _answer_loss(logits, labels[:, places + 1], task_id, *self._loss_options)
+            loss, main, aux = answer_loss(logits, labels[:, places + 1], task_id, *self._loss_options)
             return PostRankOutput(loss=loss, logits=logits, main_loss=main.detach(), aux_loss=aux.detach())
         logits = self._run(embedded, attention_mask, **options)
         if labels is None:
@@ -413,9 +354,7 @@ class PostRankForCausalLM(PreTrainedModel):
         return self
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """Saves the whole model, or in layout B only LoRA and adapters, see `post_rank_files`."""
-        from sidtune.models.post_ranking.files import forget_layout, save_adapters
-
+        """Saves the whole model, or in layout B only LoRA and adapters, see `files.py`."""
         if hasattr(self.language_model, "peft_config"):
             save_adapters(self, save_directory, state_dict=options.get("state_dict"))
         else:
@@ -423,17 +362,13 @@ class PostRankForCausalLM(PreTrainedModel):
             super().save_pretrained(save_directory, **options)
 
     def push_to_hub(self, repo_id: str, processor: Any = None, **options: Any) -> str:
-        """Uploads what `save_post_rank` writes; see `post_rank_files.push_post_rank`."""
-        from sidtune.models.post_ranking.files import push_post_rank
-
+        """Uploads what `save_post_rank` writes; see `push_post_rank`."""
         return push_post_rank(self, repo_id, processor, **options)
 
     @classmethod
     def from_pretrained(cls, folder_or_repo: str | Path, *args: Any, **options: Any) -> Any:
-        """Loads what `save_pretrained` or `save_post_rank` wrote, whichever layout; see `post_rank_files.load_post_rank`."""
-        from sidtune.models.post_ranking.files import load_post_rank
-
-        return load_post_rank(folder_or_repo, **options)
+        """Loads what `save_pretrained` or `save_post_rank` wrote, whichever layout; options as of `load_post_rank`."""
+        return load_post_rank(cls, folder_or_repo, **options)
 
     @classmethod
     def load_whole(cls, folder: str | Path, **options: Any) -> PostRankForCausalLM:

@@ -28,7 +28,8 @@ from sidtune.data_builders.prompts.encoding import bos_id, token_ids
 from sidtune.data_builders.prompts.sanitizer import Sanitizer, added_token_ids
 from sidtune.models.post_ranking.arrays import field_value, fitted, main_target, marked, padded_ids, presented, tensors
 from sidtune.models.post_ranking.config import FieldSpec, PostRankConfig
-from sidtune.models.post_ranking.model import ADAPTATION, AUX, IGNORE, MAIN
+from sidtune.models.post_ranking.files import find_folder
+from sidtune.models.post_ranking.losses import ADAPTATION, AUX, IGNORE, MAIN
 from sidtune.models.post_ranking.permutation import LETTERS, check_counts
 from sidtune.models.post_ranking.templates import template
 
@@ -410,8 +411,6 @@ class PostRankProcessor:
     @classmethod
     def from_pretrained(cls, folder_or_repo: str | Path, **hub: Any) -> PostRankProcessor:
         """Loads what `save_pretrained` wrote. Raises DataError when it is not there."""
-        from sidtune.models.post_ranking.files import find_folder
-
         folder = find_folder(folder_or_repo, **hub)
         settings = read_json(folder / PROCESSOR_FILE)
         settings.pop("template_version", None)

@@ -17,6 +17,7 @@ import torch
 
 from sidtune.core.errors import ConfigError
 from sidtune.data_builders.post_ranking.schema import PostRankRequest
+from sidtune.models.post_ranking.model import PostRankForCausalLM
 from sidtune.models.post_ranking.permutation import borda, rank_in_windows
 from sidtune.models.post_ranking.processor import PostRankProcessor
 
@@ -62,10 +63,8 @@ class PostRanker:
     @classmethod
     def from_pretrained(cls, folder_or_repo: str | Path, **options: Any) -> PostRanker:
         """Loads model and processor from one folder or hub repository; options as of `load_post_rank`."""
-        from sidtune.models.post_ranking.files import load_post_rank
-
         hub = {key: options[key] for key in ("revision", "token", "cache_dir") if key in options}
-        model = load_post_rank(folder_or_repo, **options)
+        model = PostRankForCausalLM.from_pretrained(folder_or_repo, **options)
         return cls(model, PostRankProcessor.from_pretrained(folder_or_repo, **hub))
 
     def rank(

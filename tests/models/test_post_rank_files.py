@@ -14,7 +14,6 @@ from transformers import AutoModel, AutoModelForCausalLM
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.models.post_ranking.files import (
     add_lora,
-    load_post_rank,
     merge_post_rank,
     push_post_rank,
     save_adapters,
@@ -71,7 +70,9 @@ def test_round_trip(kind, tied, layout, tmp_path):
         assert isinstance(merged, PostRankForCausalLM) and not [n for n, _ in merged.named_parameters() if "lora" in n]
         torch.testing.assert_close(merged(**inputs).logits, logits, atol=1e-4, rtol=1e-4)
         merged.save_pretrained(tmp_path / "merged")
-        torch.testing.assert_close(load_post_rank(tmp_path / "merged")(**inputs).logits, merged(**inputs).logits)
+        torch.testing.assert_close(
+            PostRankForCausalLM.from_pretrained(tmp_path / "merged")(**inputs).logits, merged(**inputs).logits
+        )
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     fresh = tiny_model(kind, tied)
     assert all(torch.equal(value, fresh.state_dict()[name]) for name, value in base.state_dict().items())
@@ -86,11 +87,13 @@ def test_auto_classes_and_a_reused_folder(tmp_path):
         assert isinstance(loaded, PostRankForCausalLM) and torch.equal(loaded(**inputs).logits, model(**inputs).logits)
     tuned = disturbed(add_lora(model, "B", r=4, alpha=4))
     save_post_rank(tuned, tmp_path / "b")
-    merged = merge_post_rank(load_post_rank(tmp_path / "b"))
+    merged = merge_post_rank(PostRankForCausalLM.from_pretrained(tmp_path / "b"))
     save_adapters(merged, tmp_path / "b")
     assert not (tmp_path / "b" / "adapter_config.json").exists()
     merged.save_pretrained(tmp_path / "b")
-    torch.testing.assert_close(load_post_rank(tmp_path / "b")(**inputs).logits, merged(**inputs).logits)
+    torch.testing.assert_close(
+        PostRankForCausalLM.from_pretrained(tmp_path / "b")(**inputs).logits, merged(**inputs).logits
+    )
 
 
 def test_adapters_stay_float32_around_a_bfloat16_model(tmp_path):
@@ -99,7 +102,7 @@ def test_adapters_stay_float32_around_a_bfloat16_model(tmp_path):
     model.save_pretrained(tmp_path / "whole")
     save_adapters(model, tmp_path / "adapters")
     for name in ("whole", "adapters"):
-        half = load_post_rank(tmp_path / name, dtype=torch.bfloat16)
+        half = PostRankForCausalLM.from_pretrained(tmp_path / name, dtype=torch.bfloat16)
         assert half.get_input_embeddings().weight.dtype == torch.bfloat16
         assert {p.dtype for p in half.adapter_parameters()} == {torch.float32}
         assert abs(float(half(**inputs).loss) - float(model(**inputs).loss)) < 0.2
@@ -116,10 +119,10 @@ def test_push_and_load_from_the_hub(layout, monkeypatch, tmp_path):
         push = tuned.push_to_hub if layout == "B" else lambda *a, **k: push_post_rank(tuned, *a, **k)
         url = push("tester/ranker", processor, token="hf_test", private=True)
         assert url.startswith(endpoint) and state.private["tester/ranker"] and state.tokens == {"hf_test"}
-        loaded = load_post_rank("tester/ranker", cache_dir=tmp_path / "cache")
+        loaded = PostRankForCausalLM.from_pretrained("tester/ranker", cache_dir=tmp_path / "cache")
         assert torch.equal(loaded(**inputs).logits, tuned(**inputs).logits)
         with pytest.raises(DataError, match="could not be fetched from the hub .*RepositoryNotFound"):
-            load_post_rank("tester/none", cache_dir=tmp_path / "cache")
+            PostRankForCausalLM.from_pretrained("tester/none", cache_dir=tmp_path / "cache")
         with pytest.raises(DataError, match="did not accept the upload to 'bad name!'"):
             push("bad name!", token="hf_test")
 
@@ -128,28 +131,28 @@ def test_damaged_folders_end_in_one_sentence(tmp_path):
     model, _ = saved_base("qwen3", tmp_path / "base")
     save_adapters(model, tmp_path / "good")
     with pytest.raises(DataError, match="does not exist"):
-        load_post_rank(tmp_path / "nothing")
+        PostRankForCausalLM.from_pretrained(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="has no config.json"):
-        load_post_rank(tmp_path / "empty")
+        PostRankForCausalLM.from_pretrained(tmp_path / "empty")
     with pytest.raises(DataError, match="does not fit its config"):
         other, _ = ranker(fields=FIELDS[1:])
         save_adapters(other, tmp_path / "other")
         (tmp_path / "other" / "config.json").write_bytes((tmp_path / "good" / "config.json").read_bytes())
-        load_post_rank(tmp_path / "other")
+        PostRankForCausalLM.from_pretrained(tmp_path / "other")
     (tmp_path / "good" / "qia.safetensors").write_bytes(b"damaged")
     with pytest.raises(DataError, match="No post-ranking model can be read from"):
-        load_post_rank(tmp_path / "good")
+        PostRankForCausalLM.from_pretrained(tmp_path / "good")
     nameless, _ = ranker()
     nameless.config.base_model_name_or_path = None
     save_adapters(nameless, tmp_path / "nameless")
     with pytest.raises(DataError, match="names no language model"):
-        load_post_rank(tmp_path / "nameless")
-    assert load_post_rank(tmp_path / "nameless", base=tiny_model("qwen3")).config.d_q == D_Q
+        PostRankForCausalLM.from_pretrained(tmp_path / "nameless")
+    assert PostRankForCausalLM.from_pretrained(tmp_path / "nameless", base=tiny_model("qwen3")).config.d_q == D_Q
     with pytest.raises(ConfigError, match="made for a vocabulary of"):
-        load_post_rank(tmp_path / "nameless", base=_wider())
+        PostRankForCausalLM.from_pretrained(tmp_path / "nameless", base=_wider())
     with pytest.raises(DataError, match="No language model can be read from"):
-        load_post_rank(tmp_path / "nameless", base=str(tmp_path / "gone"))
+        PostRankForCausalLM.from_pretrained(tmp_path / "nameless", base=str(tmp_path / "gone"))
     with pytest.raises(ConfigError, match="layout must be"):
         add_lora(model, "C")
 

@@ -16,7 +16,8 @@ from sidtune.models.post_ranking.config import FieldSpec
 from sidtune.models.post_ranking.files import (
     add_lora,
 )
-from sidtune.models.post_ranking.model import PostRankForCausalLM, task_loss
+from sidtune.models.post_ranking.losses import task_loss
+from sidtune.models.post_ranking.model import PostRankForCausalLM
 
 KINDS = ("qwen3", "llama", "gpt2")
 

@@ -12,7 +12,7 @@ from sidtune.core.errors import ConfigError, DataError
 from sidtune.data_builders.post_ranking.movielens_segments import SegmentConfig, movielens_segments
 from sidtune.data_builders.readers.movielens import read_ratings
 from sidtune.metrics.list_ranking import ListMetrics, evaluate_lists
-from sidtune.models.post_ranking.files import add_lora, load_post_rank, save_post_rank
+from sidtune.models.post_ranking.files import add_lora, save_post_rank
 from sidtune.models.post_ranking.model import PostRankForCausalLM
 from sidtune.models.post_ranking.processor import PostRankProcessor, build_config
 from sidtune.trainers.post_ranking.data import PostRankExamples, auxiliary_pair, field_specs, judged_rows
@@ -251,7 +251,7 @@ def test_post_ranking_trains_lora_on_query_and_key_and_both_adapters(table, rows
     assert scales == [1.0] * 4
     save_post_rank(trainer.model, tmp_path / "saved", processor)
     base = tiny_model("llama")
-    loaded = load_post_rank(tmp_path / "saved", base=base)
+    loaded = PostRankForCausalLM.from_pretrained(tmp_path / "saved", base=base)
     batch = PostRankExamples(table, rows, processor).collate([0, 1])
     with torch.no_grad():
         assert torch.allclose(loaded(**batch).logits, trainer.model.eval()(**batch).logits, atol=1e-6)

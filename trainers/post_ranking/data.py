@@ -25,7 +25,7 @@ from sidtune.data_builders.post_ranking.schema import PostRankBatch, PostRankTab
 from sidtune.data_builders.post_ranking.targets import target_order
 from sidtune.data_builders.post_ranking.text import request_of
 from sidtune.models.post_ranking.config import FieldSpec
-from sidtune.models.post_ranking.model import IGNORE
+from sidtune.models.post_ranking.losses import IGNORE
 from sidtune.models.post_ranking.processor import PostRankProcessor
 from sidtune.trainers.common.batches import EpochSampler
 
