@@ -10,7 +10,6 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from grpo_stand_ins import catalogue, prompts
@@ -71,9 +70,8 @@ def train(root: Path, output: str, mode: str) -> None:
         options |= {"per_device_train_batch_size": 8, "rollout": "without_replacement"}
     args = grpo_config(options, output_dir=work, seed=3)
     kind = "all" if mode == "sampled" else mode
-    model = StageModel.open(
-        root / "model", SimpleNamespace(name=mode, train=kind, lora={"r": 4} if mode == "lora" else {}), args
-    )
+    lora = {"r": 4} if mode == "lora" else {}
+    model = StageModel.open(root / "model", args, name=mode, train=kind, lora=lora)
     watch = Watch()
     made = DebiasedGRPOTrainer(
         *(model.model, REWARDS, args, prompts(12, longest=12)),
@@ -103,7 +101,7 @@ def refuse(root: Path, output: str) -> None:
     """A set without replacement may not be shared between processes."""
     options = {"per_device_train_batch_size": 6, "num_generations": GROUP, "rollout": "without_replacement"}
     args = grpo_config(options, output_dir=root / ".work_refused", seed=3)
-    model = StageModel.open(root / "model", SimpleNamespace(name="x", train="all", lora={}), args)
+    model = StageModel.open(root / "model", args, name="x", train="all", lora={})
     try:
         DebiasedGRPOTrainer(
             *(model.model, REWARDS, args, prompts(12)), processing_class=model.tokenizer, catalogue=catalogue()

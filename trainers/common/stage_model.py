@@ -3,7 +3,7 @@ again.
 
 Our choice: whatever a stage trains, its folder is a complete plain model, so that the next stage, evaluation and
 serving read every stage alike; what was trained alone (new rows, LoRA factors) lies beside it in `trained/`, a few MB
-that fit the stage's input model. The work itself is done by `tokenizers/vocabulary/trainable_tokens.py` and `row_saving.py`.
+that fit the stage's input model. The work itself is done by `trainable_tokens.py` and `saving.py` in `tokenizers/vocabulary`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from sidtune.tokenizers.vocabulary.extension import Vocabulary
 from sidtune.tokenizers.vocabulary.saving import load_model, merge_and_save, save_trained
 from sidtune.tokenizers.vocabulary.token_matrices import is_split
 from sidtune.tokenizers.vocabulary.trainable_tokens import set_trainable
-from sidtune.trainers.sft.mixture import StageConfig
 
 TRAINED_FOLDER = "trained"
 
@@ -51,13 +50,14 @@ class StageModel:
         )
 
     @classmethod
-    def open(cls, source: str | Path, stage: StageConfig, args: SFTConfig) -> StageModel:
+    def open(cls, source: str | Path, args: SFTConfig, *, name: str, train: str, lora: dict[str, Any]) -> StageModel:
         """Loads a model folder and chooses what trains. Call on every process, after `args` was made.
 
         Args:
             source: folder with model, tokenizer and `sid_vocabulary.json`.
-            stage: says what trains.
             args: `model_init_kwargs` (dtype, attn_implementation, ...) and the seed of new LoRA factors.
+            name: of the stage, for messages.
+            train, lora: what trains, and the options of LoRA, see `StageConfig` in `trainers/sft/mixture.py`.
 
         Raises:
             DataError: missing or damaged files, or a vocabulary of another model.
@@ -65,9 +65,7 @@ class StageModel:
         """
         options = dict(args.model_init_kwargs or {})
         if "trust_remote_code" in options:
-            raise ConfigError(
-                f"stage '{stage.name}': sidtune runs no code from model folders; remove trust_remote_code."
-            )
+            raise ConfigError(f"stage '{name}': sidtune runs no code from model folders; remove trust_remote_code.")
         vocabulary = Vocabulary.from_pretrained(source)
         tokenizer = load_tokenizer(source)
         vocabulary.check(tokenizer)
@@ -75,10 +73,8 @@ class StageModel:
         model = load_model(source, **options)
         if model.config.is_encoder_decoder:
             raise ConfigError(f"{source} holds an encoder-decoder model; the stages need a causal LM such as Qwen3.")
-        lora = stage.lora if stage.train == "lora" else None
-        return cls(
-            set_trainable(model, vocabulary, stage.train, lora), tokenizer, vocabulary, Path(source), stage.train
-        )
+        model = set_trainable(model, vocabulary, train, lora if train == "lora" else None)
+        return cls(model, tokenizer, vocabulary, Path(source), train)
 
     @property
     def level_token_ids(self) -> list[Any]:

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -88,8 +87,9 @@ def run_grpo(stage: GRPOStage, options: Any, callbacks: list | None = None) -> d
     """
     started = time.time()
     args = grpo_config(options.args, output_dir=stage.work / "checkpoints", seed=options.seed)
-    kind = SimpleNamespace(name=stage.output_dir.name, train=options.train, lora=dict(options.lora))
-    model = StageModel.open(stage.model_dir, kind, args)  # type: ignore[arg-type]
+    model = StageModel.open(
+        stage.model_dir, args, name=stage.output_dir.name, train=options.train, lora=dict(options.lora)
+    )
     end = _end_token(model, options.end_of_reasoning) if args.rollout == "reasoning" else None
     sids = SemanticIds.from_pretrained(stage.sids_dir)
     model.vocabulary.check(model.tokenizer, sids)

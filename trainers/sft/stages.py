@@ -174,7 +174,8 @@ class _StageRun:
         return self.folder
 
     def _train(self, args: SFTConfig, identity: str, started: float) -> None:
-        model = StageModel.open(self.source, self.stage, args)
+        stage = self.stage
+        model = StageModel.open(self.source, args, name=stage.name, train=stage.train, lora=stage.lora)
         on_main(lambda: self._prepare(identity, model))
         checkpoint = on_main(self._checkpoint)
         trainer = self._trainer(model, args)
