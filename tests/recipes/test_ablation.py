@@ -5,14 +5,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sidtune.core import pipeline as run
 from sidtune.core.config import build, load_yaml
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.recipes import run
 from sidtune.recipes.steps.ablation import Arguments, compare, markdown
 
 
 def arguments(repo_root, folder, **changes):
-    root = repo_root / "recipes" / "grpo_ablation"
+    root = repo_root / "recipes" / "crs" / "ablation"
     values = {**load_yaml(root / "shop.yaml"), "output_dir": str(folder), "root": str(root), **changes}
     return build(Arguments, values, "shop.yaml")
 
