@@ -1,14 +1,12 @@
 """Strict configs: dataclasses of the kind `TrlParser` takes, filled from a YAML file and the command line.
 
-`--help` is TrlParser's own. Filling is ours, because TrlParser knows no nested values and lets wrong types pass: an
-unknown key is refused with the nearest known one, a value of the wrong type before any work starts, dotted options
-reach into nested values (`--stages.0.args.max_steps 5`), and `command` turns every sidtune error into one sentence on
-stderr and exit code 2.
+Filling is ours, because TrlParser knows no nested values and lets wrong types pass: an unknown key is refused with the nearest
+known one, a value of the wrong type before any work starts, dotted options reach into nested values
+(`--stages.0.args.max_steps 5`), and `command` turns every sidtune error into one sentence on stderr and exit code 2.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import inspect
 import logging
@@ -228,13 +226,10 @@ def parse(cls: type[T], argv: Sequence[str] | None = None) -> T:
     Raises:
         ConfigError: unknown key, wrong type, missing required key, unreadable file.
     """
-    from trl import TrlParser
-
     config_path, options, flags = _split_options(sys.argv[1:] if argv is None else argv)
     if flags:
-        about = inspect.cleandoc(cls.__doc__ or "")
-        parser = TrlParser(cls, description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.parse_args_and_config(flags)  # prints the help and exits
+        print(help_text(cls))
+        sys.exit(0)
     values = load_yaml(config_path) if config_path else {}
     names = [f.name for f in dataclasses.fields(cls) if f.init]
     where = f"In {config_path}" if config_path else "On the command line"
@@ -245,6 +240,22 @@ def parse(cls: type[T], argv: Sequence[str] | None = None) -> T:
     if "root" in names and config_path:
         values.setdefault("root", str(Path(config_path).parent))
     return build(cls, values, where)
+
+
+def help_text(cls: type) -> str:
+    """What `--help` prints: how the program is called, the docstring of `cls`, and type and default of every option."""
+    program = sys.argv[0] if sys.argv[0].startswith("sidtune ") else Path(sys.argv[0]).name
+    hints = typing.get_type_hints(cls)
+    lines = [f"usage: {program} [--config FILE] [--OPTION VALUE ...]", "", inspect.cleandoc(cls.__doc__ or ""), ""]
+    lines.append(
+        "Every option may stand in FILE, a YAML file; nested values are reached by dots: --stages.0.args.max_steps 5."
+    )
+    width = max(len(one.name) for one in dataclasses.fields(cls))
+    for one in dataclasses.fields(cls):
+        default = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
+        told = "required" if default is dataclasses.MISSING else f"default {'null' if default is None else default}"
+        lines.append(f"  --{one.name:<{width}}  {_describe(hints[one.name])}; {told}")
+    return "\n".join(lines)
 
 
 def as_dict(config: Any) -> dict[str, Any]:

@@ -94,7 +94,13 @@ class Step:
     inputs: dict[str, str]
 
     @property
+    def module(self) -> str:
+        """Importable name of its script."""
+        return self.script.module
+
+    @property
     def folder(self) -> Path:
+        """Where its result lies."""
         return Path(self.config.output_dir)
 
     def record(self) -> dict[str, Any]:

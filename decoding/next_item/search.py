@@ -1,8 +1,8 @@
 """Beam search and exact scores with a next-item network, over the same trie as language models.
 
 A network needs three methods: `read` (a history, once), `continue_codes` (scores along any number of code prefixes) and
-`next_logits` (scores after them); see `sidtune.models.next_item.network`. Beams of one history share what was read, and the prefixes of all
-beams are scored in one pass.
+`next_logits` (scores after them); see `sidtune.models.next_item.network`. Beams of one history share what was read, and the
+prefixes of all beams are scored in one pass.
 Scores are log-probabilities over the legal codes only, as everywhere in sidtune. Our choice; TIGER's code searches without a
 trie and throws illegal SIDs away.
 """

@@ -21,7 +21,6 @@ reasoning than the aligned model without.
 from __future__ import annotations
 
 import importlib
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,32 +30,17 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow.parquet as pq
 
-from sidtune.core.config import as_dict, build, command
+from sidtune.core.config import as_dict, build, command, merged
 from sidtune.core.errors import ConfigError, DataError, SidtuneError
 from sidtune.core.folders import fingerprint, read_json, write_json, write_run
+from sidtune.core.pipeline import Step, is_done, launch_options, run_step
+from sidtune.core.scripts import find_script
 from sidtune.metrics.statistics.bootstrap import PairedResult, paired_bootstrap
-from sidtune.recipes.run import Step, is_done, launch_options, merged, run_step
 
-SCRIPTS = {
-    "sft": "sidtune.recipes.steps.sft",
-    "grpo": "sidtune.recipes.steps.grpo",
-    "reason": "sidtune.recipes.crs.reason",
-    "trajectories": "sidtune.recipes.crs.trajectories",
-}
+LAUNCH = "alone"
 HISTORY = "rounds.json"
 START = "cold_start"
 _RESERVED = ("data_dir", "sids_dir", "model_dir", "output_dir")
-# What a launcher tells its processes; the launchers started from here must not believe it is meant for them.
-_LAUNCHER = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "GROUP_RANK",
-    "ROLE_RANK",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)
 
 
 @dataclass
@@ -214,11 +198,12 @@ class Loop:
         self, name: str, script: str, config: dict[str, Any], model: str | Path, where: str | None = None
     ) -> Step:
         arguments = self.arguments
-        module = importlib.import_module(SCRIPTS[script])
+        found = find_script(script)
+        module = importlib.import_module(found.module)
         folders = {"data_dir": arguments.data_dir, "sids_dir": arguments.sids_dir, "model_dir": str(model)}
         values = {"seed": arguments.seed, **config, **folders, "output_dir": str(self.output / name)}
         made = build(module.Arguments, values, where or name)
-        return Step(name, SCRIPTS[script], made, {role: role for role in folders})
+        return Step(name, found, made, {role: role for role in folders})
 
     def _do(self, name: str, script: str, config: dict[str, Any], model: str | Path) -> Path:
         """Runs a step unless it is done; returns its folder."""
@@ -228,7 +213,7 @@ class Loop:
             return step.folder
         print(f"{name}: started", flush=True)
         begin = time.time()
-        self.launch(step, launch_options(self.arguments))
+        self.launch(step, launch_options(self.arguments.launch))
         if not (step.folder / "run.json").exists():
             raise SidtuneError(f"The step '{name}' ended but left no {step.folder / 'run.json'}; run it again.")
         print(f"{name}: done in {time.time() - begin:.0f} s", flush=True)
@@ -299,12 +284,7 @@ def build_primary(validate: dict[str, Any]) -> str:
 
 
 def main(arguments: Arguments) -> None:
-    """Runs the loop; started by a launcher with several processes, only the first one works."""
-    if int(os.environ.get("RANK", "0")) != 0:
-        return
-    for name in list(os.environ):
-        if name in _LAUNCHER or name.startswith(("ACCELERATE_", "TORCHELASTIC_", "FSDP_")):
-            del os.environ[name]
+    """Runs the loop."""
     Loop(arguments).run()
 
 

@@ -22,6 +22,8 @@ from sidtune.data_builders.tables.schema import Tables
 from sidtune.data_builders.tables.store import save_tables, split_names
 from sidtune.data_builders.tables.validate import check_folder, check_tables
 
+LAUNCH = "alone"
+
 SPLIT_OPTIONS = [name for name in inspect.signature(splits.apply_split).parameters if name != "tables"]
 
 

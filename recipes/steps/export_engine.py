@@ -17,6 +17,8 @@ from sidtune.core.config import as_dict, command
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import write_folder, write_run
 
+LAUNCH = "alone"
+
 
 @dataclass
 class Arguments:

@@ -20,6 +20,8 @@ from sidtune.data_builders.prompts.serializer import Serializer
 from sidtune.data_builders.tables.store import DataFolder, load_folder
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 
+LAUNCH = "alone"
+
 MOST_TEXTS = 50_000  # profiles and requests the BPE reads; more change nothing but the time
 
 

@@ -21,6 +21,8 @@ from sidtune.core.config import as_dict, command
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import fingerprint, read_json, versions, write_folder, write_run
 
+LAUNCH = "alone"
+
 
 @dataclass
 class Arguments:

@@ -17,6 +17,8 @@ from typing import Any
 from sidtune.core.config import build, command
 from sidtune.core.errors import ConfigError, SidtuneError
 
+LAUNCH = "alone"
+
 
 @dataclass
 class Arguments:

@@ -23,12 +23,13 @@ def test_python_c_import_transformers_from_the_root(repo_root):
         [
             sys.executable,
             "-c",
-            "import transformers, tokenizers, sidtune.tokenizers.sids.semantic_ids as s; print(tokenizers.__file__); print(s.__file__)",
+            "import transformers, tokenizers, sidtune.tokenizers.sids.semantic_ids as s\n"
+            "print(tokenizers.__file__); print(s.__file__)",
         ],
         repo_root,
     ).split()
     assert "site-packages" in out[0]
-    assert os.path.samefile(out[1], repo_root / "tokenizers" / "semantic_ids.py")
+    assert os.path.samefile(out[1], repo_root / "tokenizers" / "sids" / "semantic_ids.py")
 
 
 def test_python_m_pytest_from_the_root(repo_root):
@@ -112,8 +113,9 @@ def test_a_wheel_installed_elsewhere_is_complete_and_leaves_the_checkout_alone(r
     run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site, wheel], tmp_path)
     code = (
         "import sys, importlib, pkgutil, pathlib, sidtune\n"
-        "for name in ['run', 'sft', 'evaluate', 'report', 'publish', 'learn_sids', 'init_model']:\n"
-        "    importlib.import_module('sidtune.recipes.' + name)\n"
+        "from sidtune.core.scripts import scripts\n"
+        "for script in scripts().values():\n"
+        "    importlib.import_module(script.module)\n"
         "files = {m.__file__ for n, m in sys.modules.items() if n.split('.')[0] == 'sidtune' and getattr(m, '__file__', None)}\n"
         f"outside = [f for f in files if not f.startswith({str(site)!r})]\n"
         "assert files and not outside, outside\n"

@@ -1,7 +1,7 @@
 """Runs, models and bundles that the flat rooms wrote (commit faf94e2) load after the move, and say what they said.
 
-`support/saved_before_the_move.zip` was written with that tree: the steps of `pipeline.yaml`, every quantizer, encoders, next-item networks
-(`next_item.yaml`), and what they answered then.
+`support/saved_before_the_move.zip` was written with that tree: the steps of `pipeline.yaml`, every quantizer, encoders,
+next-item networks (`next_item.yaml`), and what they answered then.
 """
 
 from __future__ import annotations

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from sidtune.core.config import build
 from sidtune.core.errors import ConfigError, DataError
+from sidtune.core.scripts import find_script
 from sidtune.data_builders.prompts.encoding import encode_prompts
 from sidtune.data_builders.tables.store import load_folder
 from sidtune.data_builders.tasks.behaviour import prompt_for_requests
 from sidtune.data_builders.tasks.input import TaskInput
 from sidtune.decoding.retrieval.loading import final_model, load_retriever, load_serializer, prompts_of, save_serializer
-from sidtune.recipes.run import SCRIPTS
 from sidtune.recipes.steps import grpo as recipe
 from sidtune.recipes.steps.grpo import Arguments
 from sidtune.tokenizers.base_models.loading import load_tokenizer
@@ -93,7 +93,7 @@ def test_the_recipe_writes_a_model_folder_that_everything_reads(steps, tmp_path)
     assert record["metrics"]["preset_values"]["baseline"] == "leave_one_out"
     assert record["metrics"]["prompts"] + record["metrics"]["data"]["without_positive"] == 200
     assert "hit/level_1" in record["metrics"]["last"]
-    assert not (tmp_path / ".work_grpo").exists() and SCRIPTS["grpo"] == "sidtune.recipes.steps.grpo"
+    assert not (tmp_path / ".work_grpo").exists() and find_script("grpo").module == "sidtune.recipes.steps.grpo"
     history = json.loads((folder / "log_history.json").read_text())
     assert len([h for h in history if "reward" in h]) == 4
 

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from self_evolve_stand_ins import STAGE, Faked, InProcess, fake_prompt_settings
+from self_evolve_stand_ins import STAGE, Faked, InProcess, fake_prompt_settings, stand_in_script
 from tiny_pipeline import pipeline, run_in_process
 
 from sidtune.core.config import build
@@ -64,7 +64,7 @@ def arguments(shop, output, **more):
 def loop(shop, tmp_path_factory):
     """The loop run to its end, broken off twice on the way; with the launches of each attempt."""
     patch = pytest.MonkeyPatch()
-    patch.setitem(self_evolve.SCRIPTS, "grpo", "self_evolve_stand_ins")
+    patch.setattr(self_evolve, "find_script", stand_in_script)
     output = tmp_path_factory.mktemp("evolve")
     launched = []
     for stop_at in ("cold_start/valid", "round_1/trajectories", None):
@@ -81,7 +81,7 @@ def loop(shop, tmp_path_factory):
 
 
 def test_a_broken_off_loop_goes_on_where_it_was(loop, shop, monkeypatch):
-    monkeypatch.setitem(self_evolve.SCRIPTS, "grpo", "self_evolve_stand_ins")
+    monkeypatch.setattr(self_evolve, "find_script", stand_in_script)
     output, launched = loop
     assert [name for names in launched for name in names] == NAMES
     assert launched[0] == NAMES[:3] and launched[2][0] == "round_1/trajectories"
@@ -235,7 +235,7 @@ def values():
 
 @pytest.fixture(autouse=True)
 def _stand_in(monkeypatch):
-    monkeypatch.setitem(self_evolve.SCRIPTS, "grpo", "self_evolve_stand_ins")
+    monkeypatch.setattr(self_evolve, "find_script", stand_in_script)
 
 
 def test_rounds_go_on_while_they_gain(values, tmp_path):

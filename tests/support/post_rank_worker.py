@@ -1,6 +1,7 @@
 """What `test_post_rank_distributed.py` runs, in one process or in several: both training steps of LLM4PR on a toy table.
 
-accelerate launch ... tests/support/post_rank_worker.py ROOT OUTPUT MODES, MODES of `all`, `A` and `B` (LoRA layouts) separated by commas
+accelerate launch ... tests/support/post_rank_worker.py ROOT OUTPUT MODES, MODES of `all`, `A` and `B` (LoRA
+layouts) separated by commas
 """
 
 from __future__ import annotations

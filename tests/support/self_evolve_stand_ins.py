@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from sidtune.core.config import as_dict
 from sidtune.core.folders import write_folder, write_json, write_run
+from sidtune.core.scripts import Script, find_script
 
 REASONED = {"per_device_train_batch_size": 16, "learning_rate": 0.01, "num_train_epochs": 25, "logging_steps": 50}
 STAGE = {"name": "reason", "tasks": {"reason_to_sid": {}}, "max_length": 256, "args": REASONED}
@@ -44,6 +45,11 @@ def main(arguments: Arguments) -> None:
         shutil.copy(beside / "serializer.json", scratch / "serializer.json")
         inputs = {n: getattr(arguments, n) for n in ("data_dir", "sids_dir", "model_dir", "hard_set")}
         write_run(scratch, step="grpo", config=as_dict(arguments), inputs=inputs)
+
+
+def stand_in_script(name: str) -> Script:
+    """The scripts of the loop, with this file as that of GRPO."""
+    return Script("grpo", __name__, False, "") if name == "grpo" else find_script(name)
 
 
 class InProcess:

@@ -140,7 +140,7 @@ def run_in_process(values: dict[str, Any], output_dir: Path, until: str | None =
     """Runs the steps in this process, one after another, without the launcher."""
     import importlib
 
-    from sidtune.recipes.run import RunArguments, resolve
+    from sidtune.core.pipeline import RunArguments, resolve
 
     for step in resolve(RunArguments(steps=values["steps"], output_dir=str(output_dir))):
         importlib.import_module(step.module).main(step.config)

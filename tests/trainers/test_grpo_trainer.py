@@ -424,7 +424,7 @@ def test_args_of_yaml_are_checked_before_any_work(tmp_path):
 
 
 def test_every_method_we_override_is_in_the_table(repo_root):
-    tree = ast.parse((repo_root / "trainers" / "grpo.py").read_text("utf-8"))
+    tree = ast.parse((repo_root / "trainers" / "grpo" / "trainer.py").read_text("utf-8"))
     (ours,) = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "DebiasedGRPOTrainer"]
     overridden = {n.name for n in ours.body if isinstance(n, ast.FunctionDef) and hasattr(GRPOTrainer, n.name)}
     listed = {n.path.rpartition(".")[2] for n in trl_surface.GRPO_NAMES if n.path.startswith(trl_surface._GRPO)}

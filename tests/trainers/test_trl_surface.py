@@ -47,7 +47,7 @@ def test_the_trainer_checks_before_it_does_anything(monkeypatch, tmp_path):
 
 def test_every_method_we_override_is_in_the_table(repo_root):
     """The overriding points are read from the source, so a new one cannot be forgotten in the table."""
-    tree = ast.parse((repo_root / "trainers" / "sft.py").read_text("utf-8"))
+    tree = ast.parse((repo_root / "trainers" / "sft" / "trainer.py").read_text("utf-8"))
     (ours,) = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "SidSFTTrainer"]
     methods = {n.name for n in ours.body if isinstance(n, ast.FunctionDef)}
     overridden = {name for name in methods if hasattr(SFTTrainer, name)}

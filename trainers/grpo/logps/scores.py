@@ -6,8 +6,8 @@ policy that constrained decoding samples from), so only the rows of that level a
 every other position it runs over the whole vocabulary, in TRL's own tiles, which hold no (tokens x vocabulary) matrix.
 
 A head is multiplied by its weight where it is a plain linear layer, or one whose SID rows train on their own
-(`tokenizers/vocabulary/trainable_tokens.py`): those rows are then taken without putting the matrix together. Any other head (LoRA on it,
-quantised) is called as it is and its columns are picked.
+(`tokenizers/vocabulary/trainable_tokens.py`): those rows are then taken without putting the matrix together. Any other head
+(LoRA on it, quantised) is called as it is and its columns are picked.
 """
 
 from __future__ import annotations
