@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,15 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from sidtune.core.config import as_dict, build
-from sidtune.core.errors import ConfigError, DataError, Problem
+from sidtune.core.errors import DataError, Problem
 from sidtune.core.folders import fingerprint, versions, write_folder, write_run
 from sidtune.core.processes import on_all, on_main
 from sidtune.data_builders.tables.store import load_folder
 from sidtune.decoding.retrieval.prompter import Prompter
 from sidtune.decoding.retrieval.retriever import SidRetriever
 from sidtune.decoding.retrieval.search_request import RequestLimits
-from sidtune.decoding.serving.request_files import FileRequests, Requests, Rules, SplitRequests, check_policy
+from sidtune.decoding.serving.options import BatchOptions
+from sidtune.decoding.serving.request_files import FileRequests, Requests, Rules, SplitRequests
 from sidtune.decoding.serving.shards import Shards, digest, settle
 from sidtune.decoding.serving.stock import load_prompter, read_item_ids
 
@@ -42,69 +42,6 @@ RESULT_FILE = "results.parquet"
 _PATHS = ("model_dir", "sids_dir", "requests", "data_dir", "in_stock")
 _PACKAGES = ("sidtune", "torch", "transformers")
 _NOT_IN_PLAN = (*_PATHS, "output_dir", "restart")
-
-
-@dataclass
-class BatchOptions:
-    """Options of retrieve.
-
-    Attributes:
-        model_dir: a bundle of publish; or, with sids_dir, a model folder or the folder of sft.
-        output_dir: folder to write.
-        requests: a .parquet or .jsonl file of requests, or a folder of such files.
-        data_dir: data folder whose requests are asked, instead of `requests`.
-        split: which requests of data_dir: train, valid or test.
-        max_requests: ask a random part of the split (null = all).
-        sids_dir: folder of learn_sids.
-        k: items per request.
-        num_beams: beams per request; default k, at least 10.
-        batch_size: requests decoded together.
-        shard_size: requests that are written together, and lost together when a process is killed.
-        unknown_items: error, or ignore for item ids that the catalogue lacks (in histories, filters, stock list).
-        extra_columns: error, or ignore for columns of `requests` that are no part of a request.
-        exclude_seen: never find an item of the user's history.
-        only_categories: find items of these categories only, for requests that name none themselves.
-        in_stock: file of the item ids that may be found, one a line or parquet with `item_id`.
-        limits: of a request in a file; keys as in serve.
-        seed: of the random part.
-        restart: throw away the finished shards of an interrupted run with other options or inputs.
-    """
-
-    model_dir: str
-    output_dir: str
-    requests: str | None = None
-    data_dir: str | None = None
-    split: str = "test"
-    max_requests: int | None = None
-    sids_dir: str | None = None
-    k: int = 100
-    num_beams: int | None = None
-    batch_size: int = 64
-    shard_size: int = 1024
-    unknown_items: str = "error"
-    extra_columns: str = "error"
-    exclude_seen: bool = False
-    only_categories: list[str] = field(default_factory=list)
-    in_stock: str | None = None
-    limits: dict = field(default_factory=dict)
-    seed: int = 0
-    restart: bool = False
-
-    def __post_init__(self) -> None:
-        if (self.requests is None) == (self.data_dir is None):
-            raise ConfigError(
-                "Give either requests (a file) or data_dir (a data folder and its split), not both or none."
-            )
-        if self.split not in ("train", "valid", "test"):
-            raise ConfigError(f"split must be train, valid or test, got '{self.split}'.")
-        if self.max_requests is not None and self.data_dir is None:
-            raise ConfigError("max_requests draws from a data folder; give data_dir, or shorten the file of requests.")
-        for name in ("k", "num_beams", "batch_size", "shard_size", "max_requests"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}.")
-        check_policy("unknown_items", self.unknown_items)
-        check_policy("extra_columns", self.extra_columns)
 
 
 def answer_requests(options: BatchOptions) -> None:

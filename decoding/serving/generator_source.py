@@ -169,7 +169,8 @@ def generated_lists(options: GeneratorSource, data: DataFolder, folder: Path) ->
 def _lists_of(
     options: GeneratorSource, data: DataFolder, split: str, count: int, folder: Path
 ) -> tuple[GeneratedLists, int]:
-    from sidtune.decoding.serving.batch import RESULT_FILE, BatchOptions, answer_requests
+    from sidtune.decoding.serving.batch import RESULT_FILE, answer_requests
+    from sidtune.decoding.serving.options import BatchOptions
 
     answer_requests(
         BatchOptions(

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sidtune.core.errors import ConfigError, DataError, Problem, SidtuneError, nearest
+from sidtune.core.errors import DataError, Problem, SidtuneError, nearest
 from sidtune.data_builders.tables.history import History
 from sidtune.data_builders.tables.store import DataFolder
 from sidtune.data_builders.tables.table_files import SHOWN_PER_KIND
@@ -282,9 +282,3 @@ def _refuse_twice(ids: Sequence[str], places: list[tuple[str, int]]) -> None:
                 for (name, row), one in zip(places[:_SHOWN], rows, strict=True)
             ]
         )
-
-
-def check_policy(name: str, value: str) -> None:
-    """Raises ConfigError unless `value` is error or ignore."""
-    if value not in ("error", "ignore"):
-        raise ConfigError(f"{name} must be error or ignore, got '{value}'.")

@@ -19,7 +19,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import scipy.sparse as sp
-import torch
 
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.metrics.baselines.tables import action_weights, event_counts, item_rows, popularity_order
@@ -286,6 +285,8 @@ def _top_dense(
     if banned is not None:
         entries = banned.tocoo()
         values[entries.row[entries.data != 0], place[entries.col[entries.data != 0]]] = -1.0
+    import torch  # its topk is much faster than numpy's partition
+
     width = min(k, values.shape[1])
     # Only the k-th value is taken from topk: which of several equal columns it names is not defined.
     last = torch.topk(torch.from_numpy(values), width, dim=1).values[:, -1:].numpy()

@@ -9,7 +9,6 @@ from typing import Any, Literal
 from sidtune.core.config import build, merged
 from sidtune.core.errors import ConfigError, nearest
 from sidtune.data_builders.sequences.source import SequenceSource
-from sidtune.decoding.next_item.ensembles import check_ensembles
 from sidtune.metrics.registry import BASELINES
 from sidtune.tokenizers.registry import QUANTIZERS
 from sidtune.tokenizers.sids.learned import made_by
@@ -121,6 +120,8 @@ class Arguments:
             raise ConfigError("Systems, ensembles and baselines need different names without '/', and none is 'test'.")
         for name in self.systems:
             self.system(name).check(f"systems.{name}")
+        from sidtune.decoding.next_item.ensembles import check_ensembles
+
         check_ensembles(self.ensembles, [*self.systems, *self.baselines])
         for name in self.only or []:
             if name not in self.systems:

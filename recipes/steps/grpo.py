@@ -17,9 +17,6 @@ from typing import Literal
 
 from sidtune.core.config import build, command
 from sidtune.core.errors import ConfigError
-from sidtune.trainers.grpo.args import checked_args
-from sidtune.trainers.rewards.batch import build_rewards
-from sidtune.trainers.rewards.gains import GainsConfig
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +30,10 @@ class Arguments:
             `sft`.
         output_dir: folder to write.
         rewards: name → weight or options, see `trainers.rewards`.
-        args: fields of `trainers.grpo_config.DebiasedGRPOConfig`: preset, rollout, batch sizes, learning rate, ...
+        args: fields of `trainers.grpo.config.DebiasedGRPOConfig`: preset, rollout, batch sizes, learning rate, ...
         train: what trains: "rows", "lora" (LoRA factors and SID rows) or "all".
         lora: options of LoRA for train="lora" (fields of `peft.LoraConfig`).
-        gains: how feedback becomes gains, see `trainers.exposure_gains.GainsConfig`.
+        gains: how feedback becomes gains, see `trainers.rewards.gains.GainsConfig`.
         position_bias: null, `interventions` or `em` (estimated from the train requests), or a folder that holds one.
         split: requests to train on: "train", or "valid", which SFT has not seen (choose no settings on it then).
         hard_set: parquet file with a column `request_id`: only these requests are used; null for all.
@@ -64,6 +61,10 @@ class Arguments:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        from sidtune.trainers.grpo.args import checked_args
+        from sidtune.trainers.rewards.batch import build_rewards
+        from sidtune.trainers.rewards.gains import GainsConfig
+
         checked_args(self.args, "args")
         build_rewards(self.rewards)
         build(GainsConfig, self.gains, "gains")

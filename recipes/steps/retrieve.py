@@ -10,8 +10,15 @@ requests. `decoding/serving/README.md` documents the input and the output.
 from __future__ import annotations
 
 from sidtune.core.config import command
-from sidtune.decoding.serving.batch import BatchOptions as Arguments
-from sidtune.decoding.serving.batch import answer_requests as main
+from sidtune.decoding.serving.options import BatchOptions as Arguments
+
+
+def main(arguments: Arguments) -> None:
+    """Answers the requests."""
+    from sidtune.decoding.serving.batch import answer_requests
+
+    answer_requests(arguments)
+
 
 if __name__ == "__main__":
     command(main, Arguments)

@@ -13,13 +13,14 @@ import logging
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sidtune.core.config import as_dict, command
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import read_json, write_run
-from sidtune.trainers.common.args import checked_args
-from sidtune.trainers.sft.mixture import parse_stages
-from sidtune.trainers.sft.task_examples import TaskExamples
+
+if TYPE_CHECKING:
+    from sidtune.trainers.sft.task_examples import TaskExamples
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ class Arguments:
     Attributes:
         data_dir, sids_dir, model_dir: folders of the earlier steps.
         output_dir: folder to write.
-        stages: list of stages, see `trainers.mixture.StageConfig`.
+        stages: list of stages, see `trainers.sft.mixture.StageConfig`.
         templates: `plain`, `chatml`, or a folder with templates of your own.
         max_chars: field → longest text in characters, over the defaults of the serializer.
         history_context: render the context of past turns too (whole-history training needs it).
@@ -56,6 +57,9 @@ class Arguments:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        from sidtune.trainers.common.args import checked_args
+        from sidtune.trainers.sft.mixture import parse_stages
+
         stages = parse_stages(self.stages)
         self.examples().check(stages)
         for stage in stages:
@@ -65,6 +69,8 @@ class Arguments:
 
     def examples(self) -> TaskExamples:
         """What builds the examples of a stage."""
+        from sidtune.trainers.sft.task_examples import TaskExamples
+
         return TaskExamples(
             self.data_dir,
             Path(self.sids_dir) / "sids",

@@ -15,7 +15,7 @@ from sidtune.core.config import command, parse
 from sidtune.core.errors import ConfigError
 from sidtune.core.scripts import find_script, scripts
 
-HEAVY = ("torch", "transformers", "trl", "datasets", "accelerate", "sklearn", "matplotlib", "faiss")
+HEAVY = ("torch", "transformers", "trl", "accelerate", "sklearn", "matplotlib", "faiss")
 
 
 @pytest.mark.parametrize(
