@@ -17,7 +17,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 help:
 	@echo "make quickstart  install, then build data, SIDs and model, train, evaluate and report on the embedded shop"
 	@echo "make test        install, then run the tests"
-	@echo "make lint        install ruff, then check style"
+	@echo "make lint        install ruff and a type checker, then check style and the types of the public names"
 	@echo "make bench       install, then run every benchmark in its quick form"
 
 $(BIN)/python:
@@ -35,7 +35,7 @@ $(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt
 	@touch $@ $(VENV)/.base
 
 $(VENV)/.lint: $(BIN)/python pyproject.toml constraints.txt
-	$(INSTALL) "ruff"
+	$(INSTALL) -e ".[lint]"
 	@touch $@
 
 quickstart: $(VENV)/.base
@@ -49,6 +49,7 @@ test: $(VENV)/.test
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tests/support/typed_surface.py
 
 bench: $(VENV)/.test
 	@mkdir -p runs/benchmarks

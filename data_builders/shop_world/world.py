@@ -64,6 +64,7 @@ from sidtune.data_builders.shop_world.logging_policy import (
 from sidtune.data_builders.shop_world.requests import make_requests, query_texts, request_draws
 from sidtune.data_builders.shop_world.tables import event_table, request_table
 from sidtune.data_builders.shop_world.users import make_users, user_table
+from sidtune.data_builders.tables.history import Ids
 from sidtune.data_builders.tables.schema import Tables
 
 __all__ = ["ShopWorld", "ShopWorldConfig", "read"]
@@ -336,7 +337,7 @@ class ShopWorld:
         """(R,) request ids in row order, which is the order of time."""
         return numbered("r", self.config.n_requests, 7)
 
-    def request_rows(self, request_ids: Sequence[str] | pa.Array | pa.ChunkedArray) -> np.ndarray:
+    def request_rows(self, request_ids: Ids) -> np.ndarray:
         """(n,) row numbers of request ids. Raises DataError on an id that this world does not have."""
         ids = request_ids if isinstance(request_ids, (pa.Array, pa.ChunkedArray)) else pa.array(list(request_ids))
         found = pc.index_in(ids.cast(pa.string()), value_set=pa.array(self.request_ids))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +22,10 @@ ACTIONS = ("order", "like", "click", "cart", "follow", "share", "dwell", "view")
 STRENGTH = {"order": 0, "like": 1, "click": 2}
 _OTHER = 3
 FOREVER = int(np.iinfo(np.int64).max)
-Ids = Sequence[str] | pa.Array | pa.ChunkedArray
+if TYPE_CHECKING:  # pyarrow's classes take no parameters at run time
+    Ids: TypeAlias = Sequence[str] | pa.Array[Any] | pa.ChunkedArray[Any]
+else:
+    Ids = Sequence[str] | pa.Array | pa.ChunkedArray
 
 
 @dataclass(frozen=True)

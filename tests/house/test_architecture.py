@@ -3,6 +3,8 @@ resolves."""
 
 import ast
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -156,10 +158,26 @@ def test_nothing_is_pickled_evaluated_or_trusted(repo_root):
                     assert node.func.id not in ("eval", "exec"), file
 
 
-def test_every_public_name_of_the_package_exists():
+def test_public_names_are_those_that_type_checkers_see(repo_root):
+    """The block for type checkers, read as Python would import it, against what users get."""
     import sidtune
 
-    for name in sidtune.__all__:
-        assert getattr(sidtune, name) is not None
-    with pytest.raises(AttributeError):
+    (block,) = [
+        node
+        for node in ast.parse((repo_root / "__init__.py").read_text("utf-8")).body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
+    seen: dict[str, object] = {}
+    for line in block.body:
+        assert isinstance(line, ast.ImportFrom) and all(alias.asname == alias.name for alias in line.names)
+        seen |= {alias.name: getattr(importlib.import_module(str(line.module)), alias.name) for alias in line.names}
+    assert sidtune.__all__ == sorted(seen) and dir(sidtune) == sorted(seen)
+    assert all(getattr(sidtune, name) is value for name, value in seen.items())
+    with pytest.raises(AttributeError, match="nothing_like_this"):
         _ = sidtune.nothing_like_this
+
+
+def test_importing_the_package_loads_nothing_of_its_rooms():
+    code = "import sys, sidtune; print(sorted(m for m in sys.modules if m.startswith('sidtune') or m in ('torch', 'numpy')))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "['sidtune', 'sidtune.core', 'sidtune.core.lazy']"

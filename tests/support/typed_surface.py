@@ -29,9 +29,13 @@ def client() -> str:
         value = getattr(sidtune, name)
         lines.append(f"{name} = sidtune.{name}")
         if inspect.isclass(value):
-            own = [m for m, what in vars(value).items() if not m.startswith("_") and callable(inspect.unwrap(what))]
-            lines += [f"{name}_{method} = sidtune.{name}.{method}" for method in own if method in vars(value)]
+            own = [m for m in vars(value) if not m.startswith("_") and _is_ours(getattr(value, m))]
+            lines += [f"{name}_{method} = sidtune.{name}.{method}" for method in own]
     return "\n".join(lines) + "\n"
+
+
+def _is_ours(method: object) -> bool:
+    return callable(method) and (getattr(method, "__module__", None) or "").startswith("sidtune")
 
 
 def main() -> int:

@@ -159,7 +159,7 @@ class SidSFTTrainer(SFTTrainer):
         return [n for n in names if "lora_" in n] if self.train_mode == "lora" else names
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         task_ids = inputs.pop("task_ids", None)
         self._outputs = None
@@ -176,7 +176,7 @@ class SidSFTTrainer(SFTTrainer):
 
     def _measure(
         self,
-        inputs: dict,
+        inputs: dict[str, Any],
         task_ids: torch.Tensor | None,
         log_probs: torch.Tensor,
         is_top1: torch.Tensor,
