@@ -313,14 +313,14 @@ class SidTrie:
         write_json(folder / META_FILE, meta)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Uploads what `save_pretrained` writes; `options` as in `tokenizers.hub.push_folder`. Returns the address."""
+        """Uploads what `save_pretrained` writes; `options` as in `core.hub.push_folder`. Returns the address."""
         return push_saved(self, repo_id, **options)
 
     @classmethod
     def from_pretrained(cls, folder_or_repo: str | Path, **options: Any) -> SidTrie:
         """Reads what `save_pretrained` wrote, from a local folder or, where there is none of that name, from the hub.
 
-        `options` as in `tokenizers.hub.resolve_folder`. Raises DataError when a file is missing or damaged.
+        `options` as in `core.hub.resolve_folder`. Raises DataError when a file is missing or damaged.
         """
         folder = resolve_folder(folder_or_repo, what="SID trie", **options)
         meta = read_json(folder / META_FILE)

@@ -51,14 +51,14 @@ class Arguments:
         data_dir, sids_dir, model_dir: folders of the earlier steps; `model_dir` is the aligned model (a folder of `sft`).
         output_dir: folder to write.
         rounds: most rounds.
-        seeds: options of `recipes/trajectories` for the cold start (source `templated` or `file`, max_requests, top_k, ...).
-        cold_start: options of `recipes/sft` for M_0: one stage, whose task `reason_to_sid` gets the seeds.
-        hard: options of `recipes/reason` on the train split (hard_k, max_requests, ...).
-        grpo: options of `recipes/grpo`.
-        trajectories: options of `recipes/trajectories` (samples, keep, temperature, replay_share, ...).
-        sft: options of `recipes/sft` for each round: one stage, whose task `reason_to_sid` gets the trajectories.
+        seeds: options of `crs.trajectories` for the cold start (source `templated` or `file`, max_requests, top_k, ...).
+        cold_start: options of `sft` for M_0: one stage, whose task `reason_to_sid` gets the seeds.
+        hard: options of `crs.reason` on the train split (hard_k, max_requests, ...).
+        grpo: options of `grpo`.
+        trajectories: options of `crs.trajectories` (samples, keep, temperature, replay_share, ...).
+        sft: options of `sft` for each round: one stage, whose task `reason_to_sid` gets the trajectories.
         sft_from: what that SFT starts from: `rl` (M_rl), `previous` (M_(r-1)) or `aligned` (the aligned model).
-        validate: options of `recipes/reason` on the validation split.
+        validate: options of `crs.reason` on the validation split.
         stop_within_noise: false runs all rounds whatever they gain, for comparisons; the best model is still named.
         level: confidence level of the paired bootstrap (over users) that decides whether a round gained.
         samples: its resamples.
@@ -274,7 +274,7 @@ def rendering(model_dir: str | Path) -> dict[str, Any]:
             settings["max_chars"] = settings["max_chars"] or {}
             return {"templates": str(folder / "templates"), **settings}
     raise DataError(
-        f"The model {model} carries no serializer.json, so its prompts are not known; train it with recipes/sft."
+        f"The model {model} carries no serializer.json, so its prompts are not known; train it with sft."
     )
 
 

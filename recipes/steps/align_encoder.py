@@ -58,10 +58,10 @@ class Arguments:
         pooling: `mean`, `cls` or `last`; `auto` takes what the backbone's folder names, else mean.
         max_length: texts are cut to this many tokens, in training and afterwards.
         base: `name` and options of the encoder that filters pairs and is the yardstick of the report; default `tfidf_svd`.
-        mining: options of `data_builders.alignment_pairs.MiningConfig`.
+        mining: options of `data_builders.mining.alignment_pairs.MiningConfig`.
         thresholds: `q2q`, `i2i`, `q2i`: pairs above this base cosine are kept.
         relevance: options of `align_sources.RelevanceConfig`: where relevance scores come from.
-        loss: options of `trainers.aligned_losses.AlignedLossConfig`: weights, temperature, margins.
+        loss: options of `trainers.contrastive.losses.AlignedLossConfig`: weights, temperature, margins.
         args: fields of transformers' TrainingArguments.
         split: held-out requests of the report, `valid` or `test`.
         k: cut-off of the report's recall.

@@ -73,7 +73,7 @@ class SemanticIds:
         popularity: (N,) finite numbers that order the items of one code, default all 0 (then by item id alone).
         suffix_level: True when the last level is the one `with_suffix` adds.
         letters: one letter per level in the token texts, default a, b, c, ...; `abcdd` lets the last two levels share one,
-            the second numbered on from the first (see `sid_letters.py`).
+            the second numbered on from the first (see `letters.py`).
 
     Attributes:
         item_ids: list of N strings, row order.

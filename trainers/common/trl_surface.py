@@ -1,6 +1,6 @@
 """Every TRL, transformers and accelerate name this room relies on, checked in one place before the first training step.
 
-Our trainers subclass TRL's at a few hooks (DESIGN.md) and two of those hooks are not public API. A release that renames
+Our trainers subclass TRL's at a few hooks and two of those hooks are not public API. A release that renames
 one of them would otherwise show up as a wrong curve or as a stack trace hours into a run; here it becomes one sentence
 that names what is missing and which versions are known to work. The table is also the to-do list of whoever raises the
 version range.

@@ -1,7 +1,7 @@
 """From the `args` of a GRPO run to a `DebiasedGRPOConfig`: every key known, every type right, contradictions told
 before any work.
 
-By the mechanism of `sft_args.py`. Our own plumbing.
+By the mechanism of `../common/args.py`. Our own plumbing.
 """
 
 from __future__ import annotations

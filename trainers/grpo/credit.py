@@ -1,6 +1,6 @@
 """From the rewards of all processes to the advantages of this one: which estimator goes with which rollout.
 
-The estimators are in `grpo_advantages.py`; this is the choice between them, and what is logged about a generation.
+The estimators are in `advantages.py`; this is the choice between them, and what is logged about a generation.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """From logged requests to prompts with targets for GRPO, rendered as supervised fine-tuning and evaluation render them.
 
-A target is a leaf whose candidate has a chosen label of 1, with its corrected gain (`exposure_gains.py`): a null label
+A target is a leaf whose candidate has a chosen label of 1, with its corrected gain (`gains.py`): a null label
 is unknown and never 0, what was not shown is no evidence. Requests without a positive leaf teach nothing here and are
 left out, and counted.
 """

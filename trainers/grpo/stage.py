@@ -75,7 +75,7 @@ def run_grpo(stage: GRPOStage, options: Any, callbacks: list | None = None) -> d
 
     Args:
         stage: folders and prompts.
-        options: `recipes.grpo.Arguments`.
+        options: `Arguments` of `recipes/steps/grpo.py`.
         callbacks: further callbacks of the trainer.
 
     Returns:

@@ -1,8 +1,8 @@
 """Per-token log-probabilities, with gradients, of completions in groups that share a prompt; the prompt is read once.
 
 `group_logps` gives what TRL's `GRPOTrainer._get_per_token_logps_and_entropies` gives for the same rows, from fewer tokens:
-G completions of c tokens behind a prompt of p cost p + G (c - 1) tokens instead of G (p + c) (`group_packing.py`), and at
-SID positions the softmax runs over the legal codes of the trie, of which only the rows are multiplied (`group_scores.py`).
+G completions of c tokens behind a prompt of p cost p + G (c - 1) tokens instead of G (p + c) (`packing.py`), and at
+SID positions the softmax runs over the legal codes of the trie, of which only the rows are multiplied (`scores.py`).
 
 How it enters the model. The forward goes through `model` as it is given (DDP, DeepSpeed, PEFT, compiled, mixed precision),
 with a tree attention mask and explicit positions. For that call the *head module's* forward is replaced: it receives the
