@@ -56,7 +56,7 @@ def sid_grammar(
     if not 0 < count <= max_sids:
         raise ConfigError(
             f"A grammar can hold 1 to {max_sids:,} SIDs, but the trie allows {count:,}; restrict the trie, raise "
-            "max_sids if your server takes such long requests, or serve with sidtune.recipes.steps.serve."
+            "max_sids if your server takes such long requests, or serve with `sidtune serve`."
         )
     ids = trie.token_ids if sid_token_ids is None else sid_token_ids
     if ids is None:
@@ -157,7 +157,7 @@ def export_engine(
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ConfigError(
-            "vLLM and SGLang serve decoder-only models this way; serve this one with sidtune.recipes.steps.serve."
+            "vLLM and SGLang serve decoder-only models this way; serve this one with `sidtune serve`."
         )
     if tuple(trie.level_sizes) != tuple(vocabulary.level_sizes):
         raise DataError(

@@ -9,7 +9,7 @@ from typing import Any
 
 _TEXT = """# A SID model for vLLM and SGLang
 
-{family}, {sids:,} SIDs of {depth} tokens. Written by `sidtune.recipes.steps.export_engine`.
+{family}, {sids:,} SIDs of {depth} tokens. Written by `sidtune export-engine`.
 
 | file | what |
 |---|---|
@@ -28,7 +28,7 @@ _TEXT = """# A SID model for vLLM and SGLang
   grammar of text literals would also admit a SID spelled out in several ordinary tokens, which no map knows.
 - The grammar travels with each request and is compiled once per process, then cached by its text.
 - These servers rank by *sampling*. For the K most probable items, which is what sidtune evaluates, use
-  `python -m sidtune.recipes.steps.serve`; see "Beam search" below.
+  `sidtune serve`; see "Beam search" below.
 
 ## vLLM
 

@@ -1,6 +1,6 @@
 """Evaluates a model that reasons before it searches; on the train split it also finds the hard requests for GRPO.
 
-    accelerate launch -m sidtune.recipes.crs.reason --data_dir runs/crs/data --sids_dir runs/crs/sids --model_dir runs/crs/evolve \\
+    sidtune crs.reason --data_dir runs/crs/data --sids_dir runs/crs/sids --model_dir runs/crs/evolve \\
         --output_dir runs/crs/reason_test --split test
 
 One greedy reasoning per request, then the beam search of evaluation. The output holds `metrics.json`, `per_request.parquet` (for

@@ -1,6 +1,6 @@
 """The self-evolving loop of CRS: cold start on reasoning seeds, then rounds of hard set, GRPO, trajectories and SFT.
 
-    python -m sidtune.recipes.crs.self_evolve --config recipes/crs/evolve.yaml --data_dir runs/crs/data --sids_dir runs/crs/sids \\
+    sidtune crs.self-evolve --config recipes/crs/evolve.yaml --data_dir runs/crs/data --sids_dir runs/crs/sids \\
         --model_dir runs/crs/sft --output_dir runs/crs/evolve
 
     M_0 = SFT(aligned model, seeds)
@@ -273,9 +273,7 @@ def rendering(model_dir: str | Path) -> dict[str, Any]:
             settings = read_json(folder / "serializer.json")
             settings["max_chars"] = settings["max_chars"] or {}
             return {"templates": str(folder / "templates"), **settings}
-    raise DataError(
-        f"The model {model} carries no serializer.json, so its prompts are not known; train it with sft."
-    )
+    raise DataError(f"The model {model} carries no serializer.json, so its prompts are not known; train it with sft.")
 
 
 def build_primary(validate: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Writes reasonings to learn from: templated seeds, a teacher's, or the model's own by rejection sampling.
 
-    accelerate launch -m sidtune.recipes.crs.trajectories --data_dir runs/crs/data --sids_dir runs/crs/sids \\
+    sidtune crs.trajectories --data_dir runs/crs/data --sids_dir runs/crs/sids \\
         --model_dir runs/crs/evolve/round_1/rl --source sampled --hard_set runs/crs/evolve/round_1/hard/hard_set.parquet \\
         --output_dir runs/crs/evolve/round_1/trajectories
 

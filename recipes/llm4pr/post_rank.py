@@ -1,6 +1,6 @@
 """Post-ranking: trains LLM4PR, its ablations and the baselines on one set of requests, and compares them on the test split.
 
-    python -m sidtune.recipes.llm4pr.post_rank --config recipes/llm4pr/movielens.yaml --source.path <folder> \\
+    sidtune llm4pr.post-rank --config recipes/llm4pr/movielens.yaml --source.path <folder> \\
         --output_dir runs/post_rank
 
 The output folder holds `metrics.json` (all systems with intervals, paired tests, costs), `per_request.parquet`, `table.md`,

@@ -1,6 +1,6 @@
 """Next-item models trained from scratch on any folder in the LETTER format, several systems and seeds, one table.
 
-    python -m sidtune.recipes.next_item.train --config recipes/next_item/instruments/next_item.yaml \\
+    sidtune next-item.train --config recipes/next_item/instruments/next_item.yaml \\
         --source.path $SIDTUNE_DATA/instruments --output_dir runs/instruments
 
 For every seed and system: SIDs (the publisher's, or learned from the item vectors of the folder), a network, training on the

@@ -1,6 +1,6 @@
 """Compares variants of one step over several seeds: what each change of GRPO, and the loop of CRS, do to the model they start from.
 
-    python -m sidtune.recipes.steps.ablation --config recipes/crs/ablation/shop.yaml --output_dir runs/ablation
+    sidtune ablation --config recipes/crs/ablation/shop.yaml --output_dir runs/ablation
 
 The config names a pipeline, its step that the variants start from, and the variants: name → options laid over the
 variant step's config. Every seed runs the pipeline up to that step once, then each variant and its evaluation, on the

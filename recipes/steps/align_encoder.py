@@ -1,8 +1,8 @@
 """Trains a text encoder whose vectors follow behaviour, not words alone: OneSearch's aligned embeddings.
 
-    accelerate launch -m sidtune.recipes.steps.align_encoder --config recipes/onesearch/align_encoder.yaml \\
+    sidtune align-encoder --config recipes/onesearch/align_encoder.yaml \\
         --data_dir runs/onesearch/data --output_dir runs/onesearch/encoder
-    python -m sidtune.recipes.steps.learn_sids --data_dir runs/onesearch/data --output_dir runs/onesearch/sids \\
+    sidtune learn-sids --data_dir runs/onesearch/data --output_dir runs/onesearch/sids \\
         --encoder '{name: transformers, model: runs/onesearch/encoder}'
 
 Pairs are mined from the log before the split and filtered by a base encoder; five terms are learned, see

@@ -1,6 +1,6 @@
 """Builds a data folder: reader → clean typed tables → split → statistics of the past → validated parquet.
 
-python -m sidtune.recipes.steps.build_data --config recipes/quickstart/build_data.yaml --output_dir runs/quickstart/data
+sidtune build-data --config recipes/quickstart/build_data.yaml --output_dir runs/quickstart/data
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Evaluates a model on items, over the whole catalogue, beside its baselines and (in the simulated shop) the upper bound.
 
-    accelerate launch -m sidtune.recipes.steps.evaluate --config recipes/quickstart/evaluate.yaml --data_dir runs/quickstart/data \\
+    sidtune evaluate --config recipes/quickstart/evaluate.yaml --data_dir runs/quickstart/data \\
         --sids_dir runs/quickstart/sids --model_dir runs/quickstart/sft --output_dir runs/quickstart/eval
 
 Requests are spread over the processes and gathered by number, so two processes give exactly the rows of one. The output holds

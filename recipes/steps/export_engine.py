@@ -1,6 +1,6 @@
 """Writes a folder that vLLM and SGLang load, with the catalogue as a grammar for their structured outputs.
 
-    python -m sidtune.recipes.steps.export_engine --sids_dir runs/quickstart/sids --model_dir runs/quickstart/sft \\
+    sidtune export-engine --sids_dir runs/quickstart/sids --model_dir runs/quickstart/sft \\
         --output_dir runs/quickstart/engine
 
 The folder's README has launch lines and request bodies, and says what was not tested; `decoding/serving/engines.md` says

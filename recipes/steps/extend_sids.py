@@ -1,6 +1,6 @@
 """Gives new items their SIDs from frozen codebooks, measures the drift, and says whether to learn again.
 
-    python -m sidtune.recipes.steps.extend_sids --sids_dir runs/shop/sids --data_dir runs/new_items --output_dir runs/shop/sids_2
+    sidtune extend-sids --sids_dir runs/shop/sids --data_dir runs/new_items --output_dir runs/shop/sids_2
 
 `data_dir` holds the new items; with `existing: skip` it may be the whole catalogue of today, of which only items without a SID
 are encoded. The output is a folder like that of `learn_sids`, for the same model: every old item keeps its SID, no token is

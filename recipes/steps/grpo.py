@@ -1,7 +1,7 @@
 """Debiased GRPO on logged requests: rollouts over the catalogue's trie, rewards from feedback, a model folder like an
 SFT stage's.
 
-    accelerate launch -m sidtune.recipes.steps.grpo --config recipes/quickstart/grpo.yaml --data_dir runs/quickstart/data \\
+    sidtune grpo --config recipes/quickstart/grpo.yaml --data_dir runs/quickstart/data \\
         --sids_dir runs/quickstart/sids --model_dir runs/quickstart/sft --output_dir runs/quickstart/grpo
 
 The output folder is a complete model folder (model, tokenizer, SID vocabulary, prompt settings), with `run.json`,

@@ -1,6 +1,6 @@
 """Makes the start model: a base LLM (from the hub, from a folder, or built from scratch) whose vocabulary holds the SIDs.
 
-    python -m sidtune.recipes.steps.init_model --config recipes/quickstart/init_model.yaml \\
+    sidtune init-model --config recipes/quickstart/init_model.yaml \\
         --data_dir runs/quickstart/data --sids_dir runs/quickstart/sids --output_dir runs/quickstart/model
 
 With `base: null` a byte-level BPE is trained on the catalogue and the training queries, and a small model is built from

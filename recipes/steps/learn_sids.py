@@ -1,6 +1,6 @@
 """Learns semantic IDs: item text → vectors → codes → `SemanticIds`, with a quality report beside the codes.
 
-    python -m sidtune.recipes.steps.learn_sids --config recipes/quickstart/learn_sids.yaml \\
+    sidtune learn-sids --config recipes/quickstart/learn_sids.yaml \\
         --data_dir runs/quickstart/data --output_dir runs/quickstart/sids
 
 The output folder holds `encoder/`, `quantizer/`, `vectors.safetensors`, `sids/`, `quality.json` and `collisions.json`.

@@ -1,6 +1,6 @@
 """Makes a bundle that stands alone (model, tokenizer, SIDs, item map, trie, metrics, card) and pushes it to the hub if asked.
 
-    python -m sidtune.recipes.steps.publish --config recipes/quickstart/publish.yaml --data_dir runs/quickstart/data \\
+    sidtune publish --config recipes/quickstart/publish.yaml --data_dir runs/quickstart/data \\
         --sids_dir runs/quickstart/sids --model_dir runs/quickstart/sft --eval_dir runs/quickstart/eval \\
         --output_dir runs/quickstart/bundle --push_to_hub true --hub_model_id me/my-search-model
 
@@ -128,8 +128,7 @@ def card_data(arguments: Arguments) -> Any:
         split=metrics["split"],
         level=metrics["level"],
         invalid=metrics["decoding"]["invalid_share"],
-        command=arguments.command
-        or f"python -m sidtune.recipes.steps.publish --model_dir {final_model(arguments.model_dir).name}",
+        command=arguments.command or f"sidtune publish --model_dir {final_model(arguments.model_dir).name}",
         data_revision=fingerprint(arguments.data_dir),
         dataset_name=arguments.dataset_name or built["config"]["reader"],
         dataset_type=built["config"]["reader"],

@@ -1,6 +1,6 @@
 """Writes one HTML file from the step folders: metrics with intervals, slices, post-ranking, SID quality, curves, sample requests.
 
-    python -m sidtune.recipes.steps.report --config recipes/quickstart/report.yaml --data_dir runs/quickstart/data \\
+    sidtune report --config recipes/quickstart/report.yaml --data_dir runs/quickstart/data \\
         --sids_dir runs/quickstart/sids --model_dir runs/quickstart/sft --eval_dir runs/quickstart/eval \\
         --output_dir runs/quickstart/report
 """

@@ -1,6 +1,6 @@
 """Batch retrieval: requests in, the top K items of each out, as parquet in the order of the input.
 
-    accelerate launch -m sidtune.recipes.steps.retrieve --model_dir runs/quickstart/bundle --requests requests.jsonl \\
+    sidtune retrieve --model_dir runs/quickstart/bundle --requests requests.jsonl \\
         --output_dir runs/quickstart/answers --k 100 --num_beams 100
 
 The result does not depend on the number of processes, and a killed run goes on after its last finished shards of `shard_size`

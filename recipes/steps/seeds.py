@@ -1,6 +1,6 @@
 """Runs a pipeline with several seeds and writes mean and spread of each system as the table of a README.
 
-    python -m sidtune.recipes.steps.seeds --config recipes/amazon_office/pipeline.yaml --seeds '[0, 1, 2]' \\
+    sidtune seeds --config recipes/amazon_office/pipeline.yaml --seeds '[0, 1, 2]' \\
         --output_dir runs/amazon_office --results recipes/amazon_office/results.json --readme '[recipes/amazon_office/README.md]'
 
 Each seed has its own folder below output_dir, so finished seeds are skipped like finished steps. The table goes between the lines

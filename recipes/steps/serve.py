@@ -1,10 +1,10 @@
 """Serves a published bundle over HTTP: `POST /search` and `GET /healthz`.
 
-    python -m sidtune.recipes.steps.serve --model_dir runs/quickstart/bundle --host 127.0.0.1 --port 8000
+    sidtune serve --model_dir runs/quickstart/bundle --host 127.0.0.1 --port 8000
     curl -s localhost:8000/search -d '{"query": "red dress", "k": 3}'
 
-Requests that arrive together are decoded together; every answer is the one `SidRetriever.search` gives. `decoding/serving/README.md`
-documents fields, limits and errors. Needs `pip install 'sidtune[serve]'`. There is no authentication and no TLS: put a
+Requests that arrive together are decoded together; every answer is the one `SidRetriever.search` gives. Fields, limits and errors
+are in `decoding/serving/README.md`. Needs `pip install 'sidtune[serve]'`. There is no authentication and no TLS: put a
 reverse proxy in front of it before anyone else can reach it.
 """
 

@@ -1,6 +1,6 @@
 """Multi-stage supervised fine-tuning: every stage names its task mixture, what trains, and its schedule.
 
-    accelerate launch -m sidtune.recipes.steps.sft --config recipes/quickstart/sft.yaml --data_dir runs/quickstart/data \\
+    sidtune sft --config recipes/quickstart/sft.yaml --data_dir runs/quickstart/data \\
         --sids_dir runs/quickstart/sids --model_dir runs/quickstart/model --output_dir runs/quickstart/sft
 
 The output folder holds one complete model folder per stage, `serializer.json` and `templates/` (how prompts are rendered), and
