@@ -66,7 +66,7 @@ class Prompter:
         folder = Path(folder)
         if not (folder / SERIALIZER_FILE).exists():
             raise DataError(
-                f"{folder} holds no {SERIALIZER_FILE}, so it is no sidtune bundle; write one with recipes/publish."
+                f"{folder} holds no {SERIALIZER_FILE}, so it is no sidtune bundle; write one with `sidtune publish`."
             )
         tokenizer = load_tokenizer(folder)
         settings = PromptSettings(**read_json(folder / SERIALIZER_FILE))

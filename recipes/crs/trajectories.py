@@ -156,7 +156,7 @@ def hard_rows(path: str | Path, request_ids: pa.ChunkedArray) -> np.ndarray:
         raise DataError(f"The hard set {path} does not exist; run the step that writes it.")
     table = pq.read_table(path)
     if "request_id" not in table.column_names:
-        raise DataError(f"The hard set {path} has no column request_id; write it with recipes/reason and hard_k.")
+        raise DataError(f"The hard set {path} has no column request_id; write it with `sidtune crs.reason` and hard_k.")
     rows = rows_of(table["request_id"], request_ids)
     if not len(rows) or (rows < 0).any():
         what = (

@@ -317,7 +317,7 @@ def _check_model(model: PreTrainedModel) -> None:
     if any(is_split(parameter) for parameter in model.parameters()):
         raise ConfigError(
             "The model is sharded (ZeRO-3 or FSDP2), and its vocabulary cannot grow then; extend it in one process "
-            "with recipes/init_model and train from that folder."
+            "with `sidtune init-model` and train from that folder."
         )
 
 
