@@ -6,42 +6,19 @@ It loads in a moment, so a batch of requests can be checked to the last one befo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.core.folders import read_json
 from sidtune.data_builders.prompts.encoding import encode_prompts, encoder_of
 from sidtune.data_builders.prompts.serializer import Serializer
 from sidtune.decoding.retrieval.catalogue import Catalogue, Target
+from sidtune.decoding.retrieval.model_folder import ModelFolder, PromptSettings
 from sidtune.decoding.retrieval.search_request import SearchRequest
-from sidtune.tokenizers.base_models.loading import load_tokenizer
-from sidtune.tokenizers.sids.query_codes import QueryCoder
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 
-SERIALIZER_FILE = "serializer.json"
-TEMPLATES_FOLDER = "templates"
 _REMEMBERED_PIECES = 20_000
-
-
-@dataclass(frozen=True)
-class PromptSettings:
-    """How requests become prompts; saved beside a model so that serving renders what training rendered.
-
-    Attributes:
-        max_history: most past turns in a prompt, None for all.
-        max_length: most tokens of prompt and SID together, None for no limit.
-        max_chars: longest text of a field, by name (see `serializer.MAX_CHARS`).
-        history_context: render the context of past turns too.
-        query_sids: show the SID of a query behind its text; its coder lies beside the model.
-    """
-
-    max_history: int | None = 20
-    max_length: int | None = 1024
-    max_chars: dict[str, int | None] | None = None
-    history_context: bool = True
-    query_sids: bool = False
 
 
 class Prompter:
@@ -52,7 +29,12 @@ class Prompter:
         serializer: renders requests; made for the same tokenizer.
         settings: see `PromptSettings`.
         catalogue: the items.
+
+    Attributes:
+        opened: the model folder it was made of, None if of none.
     """
+
+    opened: ModelFolder | None = None
 
     def __init__(
         self, tokenizer: Any, serializer: Serializer, settings: PromptSettings | None, catalogue: Catalogue
@@ -61,18 +43,16 @@ class Prompter:
         self.settings, self.catalogue = settings or PromptSettings(), catalogue
 
     @classmethod
-    def from_bundle(cls, folder: str | Path) -> Prompter:
-        """Of a folder written by the publish recipe. Raises DataError when it is none."""
-        folder = Path(folder)
-        if not (folder / SERIALIZER_FILE).exists():
-            raise DataError(
-                f"{folder} holds no {SERIALIZER_FILE}, so it is no sidtune bundle; write one with `sidtune publish`."
-            )
-        tokenizer = load_tokenizer(folder)
-        settings = PromptSettings(**read_json(folder / SERIALIZER_FILE))
-        serializer = make_serializer(tokenizer, folder / TEMPLATES_FOLDER, settings, folder)
-        catalogue = Catalogue.from_bundle(folder, SemanticIds.from_pretrained(folder / "sids"))
-        return cls(tokenizer, serializer, settings, catalogue)
+    def of(cls, opened: ModelFolder, items: pa.Table | None = None) -> Prompter:
+        """Of a model folder; titles and categories from `items`, or from the catalogue of a published bundle."""
+        made = (
+            Catalogue.from_bundle(opened.path, opened.sids)
+            if items is None
+            else Catalogue.from_table(opened.sids, items)
+        )
+        prompter = cls(opened.tokenizer, opened.serializer, opened.settings, made)
+        prompter.opened = opened
+        return prompter
 
     @property
     def sids(self) -> SemanticIds:
@@ -126,24 +106,3 @@ class Prompter:
 
 def _pairs(values: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
     return [{"name": str(name), "value": str(value)} for name, value in values]
-
-
-def make_serializer(
-    tokenizer: Any, templates: str | Path, settings: PromptSettings, coder_folder: str | Path | None = None
-) -> Serializer:
-    """The serializer that `settings` describe.
-
-    Args:
-        tokenizer, templates: see `Serializer`.
-        settings: how prompts look.
-        coder_folder: with `settings.query_sids`, where `QueryCoder.from_pretrained` finds the coder of queries.
-    """
-    if settings.query_sids and coder_folder is None:
-        raise ConfigError("query_sids is true, but no folder of a query coder is known; give that of learn_sids.")
-    return Serializer(
-        tokenizer,
-        templates=templates,
-        max_chars=settings.max_chars,
-        history_context=settings.history_context,
-        query_sids=QueryCoder.from_pretrained(coder_folder) if settings.query_sids else None,
-    )

@@ -14,7 +14,7 @@ from sidtune.data_builders.tables.store import DataFolder, load_folder
 from sidtune.data_builders.tasks.behaviour import prompt_for_requests
 from sidtune.data_builders.tasks.input import TaskInput, rows_of
 from sidtune.data_builders.tasks.reasoning import strongest_targets
-from sidtune.decoding.retrieval.loading import final_model, load_retriever
+from sidtune.decoding.retrieval.loading import load_retriever
 from sidtune.decoding.retrieval.reasoner import Reasoner
 
 
@@ -81,7 +81,8 @@ def load_requests(
     Raises:
         DataError: no request of the split has a positive, or folders that do not fit together.
     """
-    data, retriever = load_folder(data_dir), load_retriever(final_model(model_dir), sids_dir)
+    data = load_folder(data_dir)
+    retriever = load_retriever(model_dir, sids_dir, data)
     reasoner = Reasoner(retriever, **reasoning)
     source = TaskInput.of_split(
         data, retriever.sids.texts(), retriever.serializer, split, retriever.settings.max_history, seed

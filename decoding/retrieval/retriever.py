@@ -23,18 +23,18 @@ from sidtune.decoding.beam_search import sid_beam_search
 from sidtune.decoding.filters import RequestFilter
 from sidtune.decoding.items import BeamOutput, rank_items
 from sidtune.decoding.retrieval.catalogue import Catalogue, Narrowing, Scope, Target
-from sidtune.decoding.retrieval.prompter import (
+from sidtune.decoding.retrieval.model_folder import (
     SERIALIZER_FILE,
     TEMPLATES_FOLDER,
-    Prompter,
+    ModelFolder,
     PromptSettings,
     make_serializer,
 )
+from sidtune.decoding.retrieval.prompter import Prompter
 from sidtune.decoding.retrieval.search_request import PastTurn, SearchRequest
 from sidtune.decoding.trie import SidTrie
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 from sidtune.tokenizers.vocabulary.extension import Vocabulary
-from sidtune.tokenizers.vocabulary.saving import load_model
 
 MAX_QUERY_CHARS = 1000
 
@@ -48,7 +48,6 @@ __all__ = [
     "SearchRequest",
     "SidRetriever",
     "catalogue_table",
-    "check_levels",
     "make_serializer",
 ]
 
@@ -86,7 +85,7 @@ class SidRetriever:
         titles: dict[str, str | None] | None = None,
         catalogue: Catalogue | None = None,
     ) -> None:
-        check_levels(vocabulary, sids)
+        vocabulary.check(sids=sids)
         self.model, self.tokenizer, self.vocabulary = model.eval(), tokenizer, vocabulary
         self.catalogue = Catalogue(sids, titles) if catalogue is None else catalogue
         self.prompter = Prompter(tokenizer, serializer, settings, self.catalogue)
@@ -97,23 +96,21 @@ class SidRetriever:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device | None = None) -> SidRetriever:
-        """Loads a folder written by the publish recipe (model, `sids/`, `serializer.json`, `templates/`, `catalogue.parquet`)."""
-        return cls.from_prompter(Prompter.from_bundle(folder), folder, device)
+        """Loads a complete model folder: a bundle of publish (with titles and categories), or of a training step."""
+        return cls.from_prompter(Prompter.of(ModelFolder.open(folder)), device)
 
     @classmethod
-    def from_prompter(
-        cls, prompter: Prompter, model_folder: str | Path, device: str | torch.device | None = None
-    ) -> SidRetriever:
-        """Adds the model of a folder to a prompter. `device` defaults to the GPU if there is one."""
-        vocabulary = Vocabulary.from_pretrained(model_folder)
-        check_levels(vocabulary, prompter.sids)
-        model = load_model(model_folder)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        catalogue = prompter.catalogue
+    def from_prompter(cls, prompter: Prompter, device: str | torch.device | None = None) -> SidRetriever:
+        """Adds the weights to a prompter of a model folder. `device` defaults to the GPU if there is one."""
+        opened, catalogue = prompter.opened, prompter.catalogue
+        if opened is None:
+            raise DataError(
+                "The prompter was made without a model folder, so it has no weights; make it by Prompter.of."
+            )
         return cls(
-            model.to(device),
+            opened.load_model().to(device or ("cuda" if torch.cuda.is_available() else "cpu")),
             prompter.tokenizer,
-            vocabulary,
+            opened.vocabulary,
             catalogue.sids,
             prompter.serializer,
             prompter.settings,
@@ -270,16 +267,6 @@ class SidRetriever:
             part = slice(length - len(row), length) if left else slice(0, len(row))
             ids[place, part], mask[place, part] = row, 1
         return torch.from_numpy(ids), torch.from_numpy(mask)
-
-
-def check_levels(vocabulary: Vocabulary, sids: SemanticIds) -> None:
-    """Raises DataError when a model's SID tokens are not those of the catalogue."""
-    if tuple(vocabulary.level_sizes) != tuple(sids.level_sizes):
-        raise DataError(
-            f"The model was made for SIDs of sizes {tuple(vocabulary.level_sizes)}, the catalogue has "
-            f"{tuple(sids.level_sizes)}; use the SIDs that the model was extended with."
-        )
-    vocabulary.check(sids=sids)
 
 
 def _request_filter(trie: SidTrie, narrowings: Sequence[Narrowing]) -> RequestFilter | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,13 +21,14 @@ from sidtune.core.errors import DataError, Problem
 from sidtune.core.folders import fingerprint, versions, write_folder, write_run
 from sidtune.core.processes import on_all, on_main
 from sidtune.data_builders.tables.store import load_folder
+from sidtune.decoding.retrieval.model_folder import ModelFolder
 from sidtune.decoding.retrieval.prompter import Prompter
 from sidtune.decoding.retrieval.retriever import SidRetriever
 from sidtune.decoding.retrieval.search_request import RequestLimits
 from sidtune.decoding.serving.options import BatchOptions
 from sidtune.decoding.serving.request_files import FileRequests, Requests, Rules, SplitRequests
 from sidtune.decoding.serving.shards import Shards, digest, settle
-from sidtune.decoding.serving.stock import load_prompter, read_item_ids
+from sidtune.decoding.serving.stock import read_item_ids
 
 SCHEMA = pa.schema(
     {
@@ -51,7 +51,7 @@ def answer_requests(options: BatchOptions) -> None:
 
     # Several CPU processes form a group only when told that the CPU is meant.
     started, state = time.time(), PartialState(cpu=not torch.accelerator.is_available())
-    prompter, model_folder, requests = on_all(lambda: _inputs(options))
+    prompter, requests = on_all(lambda: _inputs(options))
     plan = on_main(lambda: _settled(options, len(requests.ids)))
     if plan is None:
         if state.is_main_process:
@@ -62,17 +62,17 @@ def answer_requests(options: BatchOptions) -> None:
     todo = [n for n in mine if not shards.is_done(n)]
     on_all(lambda: _check(prompter, requests, shards, todo))
     if todo:
-        _decode(options, state, prompter, model_folder, requests, shards, mine, todo)
+        _decode(options, state, prompter, requests, shards, mine, todo)
     if state.is_main_process:
         _join(options, shards, plan, started)
 
 
-def _inputs(options: BatchOptions) -> tuple[Prompter, Path, Requests]:
+def _inputs(options: BatchOptions) -> tuple[Prompter, Requests]:
     """All but the model, read and checked."""
     limits = build(RequestLimits, options.limits, "limits")
     data = None if options.data_dir is None else load_folder(options.data_dir)
-    items = None if data is None else data.items
-    prompter, folder = load_prompter(options.model_dir, options.sids_dir, items)
+    opened = ModelFolder.open(options.model_dir, options.sids_dir)
+    prompter = Prompter.of(opened, None if data is None or options.sids_dir is None else data.items)
     catalogue, unknown = prompter.catalogue, options.unknown_items
     if options.in_stock is not None:
         catalogue.set_stock(read_item_ids(options.in_stock), unknown)
@@ -88,9 +88,9 @@ def _inputs(options: BatchOptions) -> tuple[Prompter, Path, Requests]:
     catalogue.scope(rules.only_categories, rules.in_stock)  # names an unknown category
     if data is not None:
         part = (options.max_requests, options.seed)
-        return prompter, folder, SplitRequests(data, options.split, prompter, rules, *part)
+        return prompter, SplitRequests(data, options.split, prompter, rules, *part)
     assert options.requests is not None
-    return prompter, folder, FileRequests(options.requests, prompter, rules, options.extra_columns)
+    return prompter, FileRequests(options.requests, prompter, rules, options.extra_columns)
 
 
 def _given(options: BatchOptions) -> dict[str, str]:
@@ -143,13 +143,12 @@ def _decode(
     options: BatchOptions,
     state: Any,
     prompter: Prompter,
-    model_folder: Path,
     requests: Requests,
     shards: Shards,
     mine: list[int],
     todo: list[int],
 ) -> None:
-    retriever = SidRetriever.from_prompter(prompter, model_folder, state.device)
+    retriever = SidRetriever.from_prompter(prompter, state.device)
     total, left = (sum(len(shards.rows(n)) for n in some) for some in (mine, todo))
     label = "retrieving" if state.num_processes == 1 else f"retrieving (process 1 of {state.num_processes})"
     hide = not state.is_main_process

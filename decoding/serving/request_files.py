@@ -153,10 +153,7 @@ class SplitRequests:
     def __init__(
         self, data: DataFolder, split: str, prompter: Prompter, rules: Rules, most: int | None = None, seed: int = 0
     ) -> None:
-        if prompter.sids.item_ids != data.items["item_id"].to_pylist():
-            raise DataError(
-                "The SIDs were learned for another catalogue than the data folder holds; run learn_sids again."
-            )
+        prompter.sids.check_items(data.items, data.path, whole=True)
         requests, self._prompter, self._rules = data.requests[split], prompter, rules
         if most is not None and most < requests.num_rows:
             requests = requests.take(

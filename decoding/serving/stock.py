@@ -1,4 +1,4 @@
-"""What the batch script and the server share: prompts without a model, and files of item ids."""
+"""Files of item ids, which the batch script and the server read, and the stock list that changes while it serves."""
 
 from __future__ import annotations
 
@@ -10,42 +10,8 @@ import pyarrow.parquet as pq
 
 from sidtune.core.errors import DataError
 from sidtune.decoding.retrieval.catalogue import Catalogue
-from sidtune.decoding.retrieval.loading import final_model, load_serializer
-from sidtune.decoding.retrieval.prompter import Prompter
-from sidtune.decoding.retrieval.retriever import check_levels
-from sidtune.tokenizers.base_models.loading import load_tokenizer
-from sidtune.tokenizers.sids.semantic_ids import SemanticIds
-from sidtune.tokenizers.vocabulary.extension import Vocabulary
 
 logger = logging.getLogger(__name__)
-
-
-def load_prompter(
-    model_dir: str | Path, sids_dir: str | Path | None = None, items: pa.Table | None = None
-) -> tuple[Prompter, Path]:
-    """Everything of a retriever but the weights, and the folder the weights stand in.
-
-    Args:
-        model_dir: a bundle of publish, or with `sids_dir` a model folder or the folder of `sft`.
-        sids_dir: folder of learn_sids.
-        items: items table with titles and categories, for a model folder; a bundle brings its own.
-
-    Raises:
-        DataError: a folder is missing, damaged, or made for another catalogue.
-    """
-    if sids_dir is None:
-        folder = Path(model_dir)
-        prompter = Prompter.from_bundle(folder)
-    else:
-        folder = final_model(model_dir)
-        tokenizer = load_tokenizer(folder)
-        serializer, settings = load_serializer(folder, tokenizer)
-        sids = SemanticIds.from_pretrained(Path(sids_dir) / "sids")
-        prompter = Prompter(tokenizer, serializer, settings, Catalogue.from_table(sids, items))
-    vocabulary = Vocabulary.from_pretrained(folder)
-    vocabulary.check(prompter.tokenizer)
-    check_levels(vocabulary, prompter.sids)
-    return prompter, folder
 
 
 def read_item_ids(path: str | Path) -> list[str]:

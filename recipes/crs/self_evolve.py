@@ -265,15 +265,10 @@ def rendering(model_dir: str | Path) -> dict[str, Any]:
     Raises:
         DataError: the folder holds no model, or no prompt settings.
     """
-    from sidtune.decoding.retrieval.loading import final_model
+    from sidtune.decoding.retrieval.model_folder import final_model, read_settings
 
-    model = final_model(model_dir)
-    for folder in (model, model.parent):
-        if (folder / "serializer.json").exists():
-            settings = read_json(folder / "serializer.json")
-            settings["max_chars"] = settings["max_chars"] or {}
-            return {"templates": str(folder / "templates"), **settings}
-    raise DataError(f"The model {model} carries no serializer.json, so its prompts are not known; train it with sft.")
+    folder, settings = read_settings(final_model(model_dir))
+    return {"templates": str(folder / "templates"), **as_dict(settings), "max_chars": settings.max_chars or {}}
 
 
 def build_primary(validate: dict[str, Any]) -> str:

@@ -203,11 +203,9 @@ def _rank_with_model(arguments: Arguments, model_dir: str, data: DataFolder, req
     from accelerate.utils import gather_object
 
     from sidtune.decoding.items import BeamOutput, rank_items
-    from sidtune.decoding.retrieval.loading import final_model, load_retriever, prompts_of
+    from sidtune.decoding.retrieval.loading import load_retriever, prompts_of
 
-    retriever = load_retriever(final_model(model_dir), arguments.sids_dir)
-    if retriever.sids.item_ids != data.items["item_id"].to_pylist():
-        raise DataError("The SIDs were learned for another catalogue than the data folder holds; run learn_sids again.")
+    retriever = load_retriever(model_dir, arguments.sids_dir, data, whole=True)
     retriever.model.to(state.device)
     mine = np.arange(requests.num_rows)[state.process_index :: state.num_processes]
     prompts = prompts_of(retriever, data, requests.take(mine))
@@ -252,13 +250,22 @@ def _bounds(arguments: Arguments, data: DataFolder, requests: pa.Table) -> dict[
 
 
 def _compared(arguments: Arguments, requests: pa.Table, data: DataFolder) -> dict[str, np.ndarray]:
+    from sidtune.decoding.retrieval.model_folder import check_made_from
+
     found = {}
     rows = {item: row for row, item in enumerate(data.items["item_id"].to_pylist())}
     for name, folder in arguments.compare_to.items():
         path = Path(folder) / "predictions" / f"{MODEL}.parquet"
         if not path.exists():
             raise DataError(f"compare_to.{name}: {path} does not exist; name the folder of a finished evaluation.")
+        check_made_from(folder, data_dir=arguments.data_dir)
         table = pq.read_table(path)
+        strange = [item for one in table["items"].to_pylist() for item in one if item not in rows]
+        if strange:
+            raise DataError(
+                f"compare_to.{name}: {path} ranks the item '{strange[0]}', which is not in {arguments.data_dir}, so they do "
+                "not belong together; evaluate that model on this data."
+            )
         place = {request: n for n, request in enumerate(table["request_id"].to_pylist())}
         missing = [r for r in requests["request_id"].to_pylist() if r not in place]
         if missing:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from sidtune.core.config import as_dict, command
 from sidtune.core.errors import ConfigError
@@ -50,29 +49,24 @@ def main(arguments: Arguments) -> None:
     """Writes the folder."""
     import torch
 
-    from sidtune.decoding.retrieval.loading import final_model, load_parts, load_serializer, save_serializer
+    from sidtune.decoding.retrieval.model_folder import ModelFolder
     from sidtune.decoding.serving.engine_export import export_engine
     from sidtune.decoding.trie import SidTrie
-    from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 
-    started, source = time.time(), final_model(arguments.model_dir)
-    sids = SemanticIds.from_pretrained(Path(arguments.sids_dir) / "sids")
-    model, tokenizer, vocabulary = load_parts(source)
-    vocabulary.check(tokenizer, sids)
-    end = None if arguments.end_token is None else _one_token(tokenizer, arguments.end_token)
-    serializer, settings = load_serializer(source, tokenizer)
+    started, source = time.time(), ModelFolder.open(arguments.model_dir, arguments.sids_dir)
+    end = None if arguments.end_token is None else _one_token(source.tokenizer, arguments.end_token)
+    model = source.load_model()
     with write_folder(arguments.output_dir) as scratch:
         facts = export_engine(
             model.to(getattr(torch, arguments.dtype)),
-            tokenizer,
-            vocabulary,
-            SidTrie.from_semantic_ids(sids),
+            source.tokenizer,
+            source.vocabulary,
+            SidTrie.from_semantic_ids(source.sids),
             scratch,
             max_sids=arguments.max_sids,
             end_token_id=end,
         )
-        sids.save_pretrained(scratch / "sids")
-        save_serializer(scratch, serializer, settings)
+        source.complete(scratch)
         inputs = {name: getattr(arguments, name) for name in ("sids_dir", "model_dir")}
         write_run(
             scratch, step="export_engine", config=as_dict(arguments), inputs=inputs, metrics=facts, started=started

@@ -108,7 +108,9 @@ def main(arguments: Arguments) -> None:
     ids, texts = new_items["item_id"].to_pylist(), texts_of(new_items)
     fresh = encoder.encode(texts, ids)
     warn_empty(encoder, len(texts))
-    sids = extend_catalogue(old.sids, old.quantizer, ids, fresh, popularity_of(new_items), method)
+    sids = extend_catalogue(old.sids, old.quantizer, ids, fresh, popularity_of(new_items), method).with_titles(
+        new_items
+    )
     made = LearnedSids(
         sids=sids,
         quantizer=old.quantizer,
@@ -203,16 +205,9 @@ def _in_order_of(items: pa.Table, made: LearnedSids) -> LearnedSids:
     rows = made.sids.rows_of_ids(items["item_id"].to_pylist())
     if len(rows) != len(made.sids):
         return made
-    sids = made.sids
-    ordered = SemanticIds(
-        [sids.item_ids[row] for row in rows],
-        sids.codes[rows],
-        sids.level_sizes,
-        sids.popularity[rows],
-        sids.suffix_level,
-        sids.letters,
+    return LearnedSids(
+        made.sids.replaced(rows), made.quantizer, made.encoder, made.vectors[rows], made.batch[rows], made.collisions
     )
-    return LearnedSids(ordered, made.quantizer, made.encoder, made.vectors[rows], made.batch[rows], made.collisions)
 
 
 def _write(

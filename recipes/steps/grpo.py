@@ -76,21 +76,20 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     """Trains; writes the model folder."""
-    from sidtune.decoding.retrieval.loading import final_model, load_serializer, save_serializer
-    from sidtune.tokenizers.base_models.loading import load_tokenizer
+    from sidtune.data_builders.tables.store import load_folder
+    from sidtune.decoding.retrieval.model_folder import ModelFolder
     from sidtune.trainers.grpo.stage import GRPOStage, run_grpo
 
-    source = final_model(arguments.model_dir)
-    serializer, settings = load_serializer(source, load_tokenizer(source))
+    source = ModelFolder.open(arguments.model_dir, arguments.sids_dir, load_folder(arguments.data_dir))
     stage = GRPOStage(
-        model_dir=source,
+        model_dir=source.path,
         data_dir=Path(arguments.data_dir),
         sids_dir=Path(arguments.sids_dir) / "sids",
         output_dir=Path(arguments.output_dir),
-        serializer=serializer,
-        max_history=settings.max_history,
-        max_length=arguments.max_length or settings.max_length,
-        save_prompts=lambda folder: save_serializer(folder, serializer, settings),
+        serializer=source.serializer,
+        max_history=source.settings.max_history,
+        max_length=arguments.max_length or source.settings.max_length,
+        save_prompts=source.complete,
     )
     metrics = run_grpo(stage, arguments)
     if metrics is not None:

@@ -37,7 +37,7 @@ class Arguments:
         revision: revision of `base` on the hub.
         scratch: config of the model built from scratch: `model_type` and fields of its transformers config.
         text_vocab_size: size of the byte-level BPE trained for a model built from scratch.
-        templates: templates that render the texts of that BPE; those of `sft` fit best.
+        templates: templates of prompts, saved with the model; they render the texts of that BPE. Those of `sft` fit best.
         extra_tokens: words that become tokens of their own, such as `<think>` and `</think>` for reasoning.
         init: start values of SID rows: `codebook`, `text` or `mean`.
         pad_to_multiple_of: rows of the embedding are padded to a multiple of this.
@@ -62,14 +62,18 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     """Builds or loads the model, extends it and saves it."""
+    from sidtune.decoding.retrieval.model_folder import PromptSettings, complete_model_folder, make_serializer
     from sidtune.tokenizers.base_models.from_scratch import build_model, train_lm_tokenizer
     from sidtune.tokenizers.base_models.loading import load_plain, load_tokenizer
     from sidtune.tokenizers.quantizers.base import load_quantizer
-    from sidtune.tokenizers.vocabulary.extension import add_plain_tokens, extend_vocabulary
+    from sidtune.tokenizers.vocabulary.extension import VOCABULARY_FILE, Vocabulary, add_plain_tokens, extend_vocabulary
 
     started = time.time()
     data = load_folder(arguments.data_dir)
     sids = SemanticIds.from_pretrained(Path(arguments.sids_dir) / "sids")
+    sids.check_items(data.items, arguments.data_dir)
+    if arguments.base is not None and (Path(arguments.base) / VOCABULARY_FILE).exists():
+        Vocabulary.from_pretrained(arguments.base).check(sids=sids)
     if arguments.base is None:
         tokenizer = train_lm_tokenizer(_texts(data, arguments.templates), vocab_size=arguments.text_vocab_size)
         add_plain_tokens(tokenizer, arguments.extra_tokens)
@@ -90,11 +94,13 @@ def main(arguments: Arguments) -> None:
         pad_to_multiple_of=arguments.pad_to_multiple_of,
         seed=arguments.seed,
     )
+    serializer = make_serializer(tokenizer, arguments.templates, PromptSettings())
     parameters = sum(p.numel() for p in model.parameters())
     with write_folder(arguments.output_dir) as scratch:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         vocabulary.save_pretrained(scratch)
+        complete_model_folder(scratch, serializer, PromptSettings(), sids)
         write_run(
             scratch,
             step="init_model",

@@ -110,7 +110,7 @@ def main(arguments: Arguments) -> None:
     warn_empty(encoder, len(texts))
     asked, codes = _codes(queries, vectors, encoder, quantizer)
     coded = SemanticIds(ids, codes, quantizer.level_sizes, popularity_of(items), letters=quantizer.level_letters())
-    sids = method.resolve(coded, vectors, quantizer)
+    sids = method.resolve(coded, vectors, quantizer).with_titles(items)
     costs = _costs(coded, vectors, quantizer, method, sids, arguments)
     quality = sid_quality(sids, vectors=vectors, quantizer=quantizer, seed=arguments.seed)
     coder = QueryCoder(encoder, quantizer, sids, dict(zip(queries, asked, strict=True))) if queries else None

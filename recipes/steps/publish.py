@@ -60,12 +60,19 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     """Writes the bundle and, if asked, uploads it."""
+    from sidtune.decoding.retrieval.retriever import catalogue_table
+    from sidtune.decoding.trie import SidTrie
     from sidtune.metrics.report.model_card import write_card
 
-    started, card = time.time(), card_data(arguments)
+    started, source, items = time.time(), *_checked(arguments)
+    card = card_data(arguments)
     with write_folder(arguments.output_dir) as scratch:
-        _copy_model(arguments, scratch)
-        _write_catalogue(arguments, scratch)
+        source.load_model().save_pretrained(scratch)
+        source.tokenizer.save_pretrained(scratch)
+        source.vocabulary.save_pretrained(scratch)
+        source.complete(scratch)
+        SidTrie.from_semantic_ids(source.sids).save_pretrained(scratch / "trie")
+        pq.write_table(catalogue_table(items), scratch / "catalogue.parquet")
         shutil.copy(Path(arguments.eval_dir) / "metrics.json", scratch / "metrics.json")
         write_card(scratch / "README.md", card)
         inputs = {name: getattr(arguments, name) for name in ("data_dir", "sids_dir", "model_dir", "eval_dir")}
@@ -78,28 +85,16 @@ def main(arguments: Arguments) -> None:
         print(f"Pushed to {url}")
 
 
-def _copy_model(arguments: Arguments, scratch: Path) -> None:
-    from sidtune.decoding.retrieval.loading import final_model, load_parts, load_serializer, save_serializer
-
-    source = final_model(arguments.model_dir)
-    model, tokenizer, vocabulary = load_parts(source)
-    model.save_pretrained(scratch)
-    tokenizer.save_pretrained(scratch)
-    vocabulary.save_pretrained(scratch)
-    serializer, settings = load_serializer(source, tokenizer)
-    save_serializer(scratch, serializer, settings)
-
-
-def _write_catalogue(arguments: Arguments, scratch: Path) -> None:
+def _checked(arguments: Arguments) -> tuple[Any, Any]:
+    """The opened model folder and the items, after everything that the bundle joins was found to belong together."""
     from sidtune.data_builders.tables.store import load_folder
-    from sidtune.decoding.retrieval.retriever import catalogue_table
-    from sidtune.decoding.trie import SidTrie
-    from sidtune.tokenizers.sids.semantic_ids import SemanticIds
+    from sidtune.decoding.retrieval.loading import ModelFolder, check_made_from
 
-    sids = SemanticIds.from_pretrained(Path(arguments.sids_dir) / "sids")
-    sids.save_pretrained(scratch / "sids")
-    SidTrie.from_semantic_ids(sids).save_pretrained(scratch / "trie")
-    pq.write_table(catalogue_table(load_folder(arguments.data_dir).items), scratch / "catalogue.parquet")
+    data = load_folder(arguments.data_dir)
+    source = ModelFolder.open(arguments.model_dir, arguments.sids_dir, data)
+    joined = {name: getattr(arguments, name) for name in ("data_dir", "sids_dir", "model_dir")}
+    check_made_from(arguments.eval_dir, **joined)
+    return source, data.items
 
 
 def card_data(arguments: Arguments) -> Any:

@@ -45,9 +45,17 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     """Writes the report and prints where it lies."""
+    from sidtune.decoding.retrieval.model_folder import check_made_from
     from sidtune.metrics.report.html import markdown_table, write_report
 
     started = time.time()
+    made = {"data_dir": arguments.data_dir, "sids_dir": arguments.sids_dir}
+    models = [folder for folder in (arguments.model_dir, arguments.grpo_dir) if folder is not None]
+    for folder in (arguments.eval_dir, arguments.post_rank_dir):
+        if folder is not None:
+            check_made_from(folder, **made, model_dir=models)
+    for folder in models:
+        check_made_from(folder, **made)
     data = report_data(arguments)
     with write_folder(arguments.output_dir) as scratch:
         write_report(scratch / "report.html", data)

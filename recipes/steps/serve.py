@@ -92,16 +92,18 @@ def make_server(arguments: Arguments) -> tuple[Any, list[BaseException]]:
         raise ConfigError(
             f"Serving needs FastAPI and uvicorn ({error.name} is missing); install them with pip install 'sidtune[serve]'."
         ) from None
+    from sidtune.decoding.retrieval.model_folder import ModelFolder
+    from sidtune.decoding.retrieval.prompter import Prompter
     from sidtune.decoding.retrieval.retriever import SidRetriever
     from sidtune.decoding.retrieval.search_request import RequestLimits
-    from sidtune.decoding.serving.stock import StockFile, load_prompter
+    from sidtune.decoding.serving.stock import StockFile
 
     same = ("max_batch", "max_wait_ms", "max_queue", "timeout_s", "max_body_bytes", "shutdown_s")
     options = ServingOptions(
         build(RequestLimits, arguments.limits, "limits"), **{name: getattr(arguments, name) for name in same}
     )
     check_device(arguments.device)
-    prompter, folder = load_prompter(arguments.model_dir, arguments.sids_dir)
+    prompter = Prompter.of(ModelFolder.open(arguments.model_dir, arguments.sids_dir))
     stock = StockFile(arguments.in_stock, prompter.catalogue) if arguments.in_stock else None
     failures: list[BaseException] = []
 
@@ -110,7 +112,7 @@ def make_server(arguments: Arguments) -> tuple[Any, list[BaseException]]:
         server.should_exit = True
 
     service = SearchService(
-        lambda: SidRetriever.from_prompter(prompter, folder, arguments.device),
+        lambda: SidRetriever.from_prompter(prompter, arguments.device),
         options,
         before_batch=stock.refresh if stock else None,
         on_failure=fail,

@@ -3,8 +3,8 @@
     sidtune sft --config recipes/quickstart/sft.yaml --data_dir runs/quickstart/data \\
         --sids_dir runs/quickstart/sids --model_dir runs/quickstart/model --output_dir runs/quickstart/sft
 
-The output folder holds one complete model folder per stage, `serializer.json` and `templates/` (how prompts are rendered), and
-`run.json`, which names the last stage. An interrupted run goes on from the last checkpoint of the stage it was in.
+The output folder holds one complete model folder per stage (how prompts are rendered and the SIDs are in each), and `run.json`,
+which names the last stage. An interrupted run goes on from the last checkpoint of the stage it was in.
 """
 
 from __future__ import annotations
@@ -71,36 +71,26 @@ class Arguments:
         """What builds the examples of a stage."""
         from sidtune.trainers.sft.task_examples import TaskExamples
 
+        names = ("seed", "templates", "max_chars", "history_context", "max_history", "max_length")
         return TaskExamples(
             self.data_dir,
             Path(self.sids_dir) / "sids",
-            seed=self.seed,
-            templates=self.templates,
-            max_chars=self.max_chars,
-            history_context=self.history_context,
             query_coder=self.sids_dir if self.query_sids else None,
+            **{name: getattr(self, name) for name in names},
         )
 
 
 def main(arguments: Arguments) -> None:
     """Trains all stages."""
     from sidtune.core.processes import on_main
-    from sidtune.decoding.retrieval.loading import save_serializer
-    from sidtune.decoding.retrieval.retriever import PromptSettings, make_serializer
     from sidtune.tokenizers.base_models.loading import load_tokenizer
+    from sidtune.tokenizers.vocabulary.extension import Vocabulary
     from sidtune.trainers.sft.stages import run_stages
 
     started = time.time()
-    settings = PromptSettings(
-        max_history=arguments.max_history,
-        max_length=arguments.max_length,
-        max_chars=arguments.max_chars or None,
-        history_context=arguments.history_context,
-        query_sids=arguments.query_sids,
-    )
-    # A mistake in a template shows now, not after the first stage.
-    make_serializer(load_tokenizer(arguments.model_dir), arguments.templates, settings, arguments.sids_dir)
     examples = arguments.examples()
+    # A mistake in a template, and folders of different runs, show now, not after the first stage.
+    examples.opened(load_tokenizer(arguments.model_dir), Vocabulary.from_pretrained(arguments.model_dir))
     folders = run_stages(
         arguments.stages,
         arguments.model_dir,
@@ -113,9 +103,6 @@ def main(arguments: Arguments) -> None:
     )
 
     def finish() -> None:
-        tokenizer = load_tokenizer(folders[-1])
-        serializer = make_serializer(tokenizer, arguments.templates, settings, arguments.sids_dir)
-        save_serializer(arguments.output_dir, serializer, settings)
         stages = [read_json(folder / "run.json") for folder in folders]
         write_run(
             arguments.output_dir,

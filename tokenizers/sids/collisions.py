@@ -303,7 +303,7 @@ def _reassigned(
             f"In {full} of the prefixes there are more items than {size} last codes can take at {capacity} each, so up to "
             f"{int(limit.max())} items share a code there; enlarge level_sizes[-1], raise capacity, or use a suffix."
         )
-    return SemanticIds(sids.item_ids, codes, sids.level_sizes, sids.popularity, letters=sids.letters)
+    return sids.replaced(codes=codes)
 
 
 def _check(

@@ -25,6 +25,8 @@ from sidtune.core.folders import read_json, write_folder, write_json
 from sidtune.core.hub import push_saved, resolve_folder
 from sidtune.tokenizers.letters import LETTERS as LETTERS
 from sidtune.tokenizers.letters import SidLetters
+from sidtune.tokenizers.sids.arguments import check_codes, check_ids, check_popularity, read_ids
+from sidtune.tokenizers.sids.identity import check_items, fingerprint_of, title_hashes
 from sidtune.tokenizers.sids.published import read_index_json
 from sidtune.tokenizers.vectors import load_tensors
 
@@ -74,13 +76,16 @@ class SemanticIds:
         suffix_level: True when the last level is the one `with_suffix` adds.
         letters: one letter per level in the token texts, default a, b, c, ...; `abcdd` lets the last two levels share one,
             the second numbered on from the first (see `letters.py`).
+        extends: fingerprints of the semantic IDs that these have added items to.
+        titles: (N,) uint32 hash of each item's title, 0 where unknown, by which another shop with the same item ids shows.
 
     Attributes:
         item_ids: list of N strings, row order.
         codes: (N, L) int32, read-only.
         level_sizes: tuple of L integers.
         popularity: (N,) float64, read-only.
-        suffix_level, letters: as above.
+        suffix_level, letters, extends, titles: as above.
+        source: the folder they were loaded from, for messages.
 
     Raises:
         DataError: empty catalogue, duplicate ids, shapes that disagree, codes out of range, popularity not finite.
@@ -95,13 +100,42 @@ class SemanticIds:
         popularity: np.ndarray | None = None,
         suffix_level: bool = False,
         letters: str | None = None,
+        extends: Sequence[str] = (),
+        titles: np.ndarray | None = None,
     ) -> None:
         self._letters = SidLetters(level_sizes, letters)
         self.level_sizes, self.letters = self._letters.level_sizes, self._letters.letters
-        self.item_ids, self._id_array = _check_ids(item_ids)
-        self.codes = _check_codes(codes, len(self.item_ids), self.level_sizes)
-        self.popularity = _check_popularity(popularity, len(self.item_ids))
-        self.suffix_level = bool(suffix_level)
+        self.item_ids, self._id_array = check_ids(item_ids)
+        self.codes = check_codes(codes, len(self.item_ids), self.level_sizes)
+        self.popularity = check_popularity(popularity, len(self.item_ids))
+        self.suffix_level, self.extends = bool(suffix_level), tuple(extends)
+        self.titles = np.zeros(len(self.item_ids), np.uint32) if titles is None else np.asarray(titles, np.uint32)
+        self.source: Path | None = None
+        self._fingerprint: str | None = None
+
+    def replaced(self, rows: np.ndarray | None = None, **changes: Any) -> SemanticIds:
+        """The same with other rows (in that order) or other arguments of the constructor."""
+        take = slice(None) if rows is None else rows
+        kept = {name: getattr(self, name)[take] for name in ("codes", "popularity", "titles")}
+        kept |= {name: getattr(self, name) for name in ("level_sizes", "suffix_level", "letters", "extends")}
+        ids = self.item_ids if rows is None else [self.item_ids[row] for row in rows]
+        return SemanticIds(**{"item_ids": ids, **kept, **changes})
+
+    def fingerprint(self) -> str:
+        """SHA-256 of levels, item ids and codes, whatever the order of the rows: what a model learns by heart."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint_of(self)
+        return self._fingerprint
+
+    def with_titles(self, items: pa.Table) -> SemanticIds:
+        """The same, knowing the titles of a table with `item_id` and `title`; items it lacks keep theirs."""
+        rows, titles = self.rows_of_ids(items["item_id"].to_pylist()), self.titles.copy()
+        titles[rows[rows >= 0]] = title_hashes(items["title"].to_pylist())[rows >= 0]
+        return self.replaced(titles=titles)
+
+    def check_items(self, items: pa.Table, where: str | Path | None = None, whole: bool = False) -> None:
+        """Refuses the items of another catalogue, see `tokenizers.sids.identity.check_items`."""
+        check_items(self, items, where, whole)
 
     def __len__(self) -> int:
         return len(self.item_ids)
@@ -260,7 +294,7 @@ class SemanticIds:
         suffix[rows] = np.arange(len(rows)) - np.repeat(offsets[:-1], groups)
         codes = np.concatenate([self.codes, suffix[:, None]], axis=1)
         sizes, letters = (*self.level_sizes, size or largest), self.letters + LETTERS[len(set(self.letters)) :][:1]
-        return SemanticIds(self.item_ids, codes, sizes, self.popularity, suffix_level=True, letters=letters)
+        return self.replaced(codes=codes, level_sizes=sizes, suffix_level=True, letters=letters, extends=())
 
     def extended(
         self, new_ids: Sequence[str], new_codes: np.ndarray, popularity: np.ndarray | None = None
@@ -285,15 +319,14 @@ class SemanticIds:
             base = SemanticIds(new_ids, new_codes, self.level_sizes[:-1], popularity, letters=self.letters[:-1])
             new_codes, weight = self._next_suffixes(base), base.popularity
         else:
-            weight = _check_popularity(popularity, len(new_ids))
-            new_codes = _check_codes(new_codes, len(new_ids), self.level_sizes)
-        return SemanticIds(
-            [*self.item_ids, *new_ids],
-            np.concatenate([self.codes, new_codes]),
-            self.level_sizes,
-            np.concatenate([self.popularity, weight]),
-            self.suffix_level,
-            self.letters,
+            weight = check_popularity(popularity, len(new_ids))
+            new_codes = check_codes(new_codes, len(new_ids), self.level_sizes)
+        return self.replaced(
+            item_ids=[*self.item_ids, *new_ids],
+            codes=np.concatenate([self.codes, new_codes]),
+            popularity=np.concatenate([self.popularity, weight]),
+            titles=np.concatenate([self.titles, np.zeros(len(new_ids), np.uint32)]),
+            extends=(*self.extends, self.fingerprint()),
         )
 
     def _next_suffixes(self, new: SemanticIds) -> np.ndarray:
@@ -320,7 +353,8 @@ class SemanticIds:
         from safetensors.numpy import save_file
 
         with write_folder(folder) as scratch:
-            save_file({"codes": self.codes, "popularity": self.popularity}, scratch / CODE_FILE)
+            arrays = {"codes": self.codes, "popularity": self.popularity, "titles": self.titles}
+            save_file(arrays, scratch / CODE_FILE)
             columns = {"item_id": self._id_array, "sid": pa.array(self._texts, type=pa.large_string())}
             pq.write_table(pa.table(columns), scratch / ITEM_FILE)
             config = {
@@ -330,6 +364,8 @@ class SemanticIds:
                 "suffix_level": self.suffix_level,
                 "letters": self.letters,
                 "expansion_order": "popularity descending, then item_id ascending",
+                "fingerprint": self.fingerprint(),
+                "extends": list(self.extends),
             }
             write_json(scratch / CONFIG_FILE, config)
 
@@ -347,7 +383,7 @@ class SemanticIds:
         folder = resolve_folder(folder_or_repo, what="semantic ID", **hub)
         config = read_json(folder / CONFIG_FILE)
         tensors = load_tensors(folder / CODE_FILE)
-        item_ids = _read_ids(folder / ITEM_FILE)
+        item_ids = read_ids(folder / ITEM_FILE)
         try:
             known = {key: config[key] for key in ("level_sizes", "suffix_level")} | {"letters": config.get("letters")}
             codes, popularity, items = tensors["codes"], tensors["popularity"], config["items"]
@@ -357,7 +393,14 @@ class SemanticIds:
             raise DataError(
                 f"{folder / ITEM_FILE} has {len(item_ids)} items, {CONFIG_FILE} says {items}; write the folder again."
             )
-        return cls(item_ids, codes, popularity=popularity, **known)
+        known |= {"extends": config.get("extends", ()), "titles": tensors.get("titles")}
+        made = cls(item_ids, codes, popularity=popularity, **known)
+        if config.get("fingerprint", made.fingerprint()) != made.fingerprint():
+            raise DataError(
+                f"{folder}: {CODE_FILE}, {ITEM_FILE} and {CONFIG_FILE} do not belong together; copy the whole folder again."
+            )
+        made.source = folder
+        return made
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Saves into a scratch folder and uploads it; `options` (token, private, ...) are those of `push_folder`."""
@@ -392,60 +435,3 @@ class SemanticIds:
         codes = numbers if letters is None else SidLetters(sizes, letters).codes_of_numbers(numbers)
         weight = None if popularity is None else np.array([popularity.get(i, 0.0) for i in item_ids], dtype=np.float64)
         return cls(item_ids, codes, sizes, weight, letters=letters)
-
-
-def _read_ids(path: Path) -> list[str]:
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.read_table(path, columns=["item_id"]).column("item_id").to_pylist()
-    except FileNotFoundError:
-        raise DataError(f"The file {path} does not exist; run the step that writes it first.") from None
-    except (pa.ArrowException, KeyError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"The file {path} is not a readable list of item ids ({reason}); write it again.") from None
-
-
-def _check_ids(item_ids: Sequence[str]) -> tuple[list[str], pa.Array]:
-    ids = list(item_ids)
-    if not ids:
-        raise DataError("The catalogue is empty: semantic IDs need at least one item.")
-    wrong = next((row for row, item_id in enumerate(ids) if not isinstance(item_id, str)), None)
-    if wrong is not None:
-        raise DataError(f"Item id {ids[wrong]!r} in row {wrong} is {type(ids[wrong]).__name__}; ids must be strings.")
-    try:
-        array = pa.array(ids, type=pa.large_string())
-    except UnicodeEncodeError:
-        raise DataError("An item id holds a lone surrogate, which is no valid text; repair the id.") from None
-    if pc.count_distinct(array).as_py() != len(ids):
-        seen: set[str] = set()
-        twice = next(item_id for item_id in ids if item_id in seen or seen.add(item_id))
-        raise DataError(f"The item id '{twice}' occurs more than once; each item needs one row, drop the others.")
-    return ids, array
-
-
-def _check_codes(codes: np.ndarray, items: int, level_sizes: tuple[int, ...]) -> np.ndarray:
-    array = np.asarray(codes)
-    if array.shape != (items, len(level_sizes)) or array.dtype.kind not in "iu":
-        raise DataError(
-            f"Expected integer codes of shape ({items}, {len(level_sizes)}) for {items} items and {len(level_sizes)} "
-            f"levels, got {array.dtype} of shape {array.shape}."
-        )
-    bad = np.argwhere((array < 0) | (array >= np.array(level_sizes)))
-    if len(bad):
-        row, level = bad[0]
-        raise DataError(
-            f"{len(bad)} codes lie outside their level (first: row {row}, level {level + 1}, code {array[row, level]}, "
-            f"allowed 0 to {level_sizes[level] - 1}); the codes and level_sizes do not belong together."
-        )
-    array = array.astype(np.int32, order="C")
-    array.flags.writeable = False
-    return array
-
-
-def _check_popularity(popularity: np.ndarray | None, items: int) -> np.ndarray:
-    array = np.zeros(items) if popularity is None else np.array(popularity, dtype=np.float64)
-    if array.shape != (items,) or not np.isfinite(array).all():
-        raise DataError(f"popularity must be {items} finite numbers, one per item; it has shape {array.shape} or NaN.")
-    array.flags.writeable = False
-    return array

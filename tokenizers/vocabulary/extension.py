@@ -12,8 +12,9 @@ holds the mean row, and everything is checked on a copy of the tokenizer before 
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 
 VOCABULARY_FILE = "sid_vocabulary.json"
+logger = logging.getLogger(__name__)
 _PROBES = 64  # random SIDs spelled out to see that the tokenizer gives one id per token
 
 
@@ -55,6 +57,8 @@ class Vocabulary:
         base_vocab_size: number of tokens before the semantic IDs; the first SID token has this id.
         embedding_rows: rows of the token matrices, padding included.
         letters: one letter per level in the token texts; default a, b, c, ...
+        sids_fingerprint: of the semantic IDs the model learned; None for a model saved before models carried it.
+        source: the folder it was loaded from, for messages.
 
     Raises:
         DataError: ids that are not consecutive from `base_vocab_size`, or do not fit the levels or the rows.
@@ -66,6 +70,8 @@ class Vocabulary:
     base_vocab_size: int
     embedding_rows: int
     letters: str | None = None
+    sids_fingerprint: str | None = None
+    source: Path | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         ids = np.array(self.sid_token_ids, dtype=np.int64)
@@ -115,17 +121,18 @@ class Vocabulary:
     def check(
         self, tokenizer: PreTrainedTokenizerBase | None = None, sids: SemanticIds | None = None, rows: int | None = None
     ) -> None:
-        """Raises DataError when the tokenizer, the semantic IDs or a model of `rows` rows belong to something else."""
-        if sids is not None and tuple(sids.level_sizes) != self.level_sizes:
-            raise DataError(
-                f"The vocabulary has levels of {list(self.level_sizes)} codes, the semantic IDs of "
-                f"{list(sids.level_sizes)}; use the semantic IDs the model was extended with."
-            )
-        if sids is not None and sids.letters != self.letters:
-            raise DataError(
-                f"The vocabulary writes its levels with the letters '{self.letters}', the semantic IDs with "
-                f"'{sids.letters}'; use the semantic IDs the model was extended with."
-            )
+        """The one place where a model refuses what is not its own.
+
+        Args:
+            tokenizer: must hold the SID tokens at their ids.
+            sids: must be those the model was trained on, or have added items to them (`SemanticIds.extended`).
+            rows: of the model's token matrices.
+
+        Raises:
+            DataError: one of them belongs to something else; names both folders where they are known.
+        """
+        if sids is not None:
+            self._check_sids(sids)
         if rows is not None and rows < self.stop:
             raise DataError(
                 f"The model has {rows} token rows, but the SID tokens end at id {self.stop - 1}; use the extended "
@@ -140,6 +147,29 @@ class Vocabulary:
                     f"{self.stop - 1}; use the tokenizer saved with this vocabulary."
                 )
 
+    def _check_sids(self, sids: SemanticIds) -> None:
+        """Sizes and letters first, which say more; then the codes themselves."""
+        problem = None
+        if tuple(sids.level_sizes) != self.level_sizes:
+            problem = f"the vocabulary has levels of {list(self.level_sizes)} codes, they of {list(sids.level_sizes)}"
+        elif sids.letters != self.letters:
+            problem = f"the vocabulary writes its levels with the letters '{self.letters}', they with '{sids.letters}'"
+        elif self.sids_fingerprint is None:
+            logger.warning("%s carries no fingerprint of its semantic IDs: only their sizes are compared.", self.source)
+        elif self.sids_fingerprint not in (sids.fingerprint(), *sids.extends):
+            problem = "it learned other items or codes"
+        if problem is not None:
+            model, codes = (f" in {folder}" if folder else "" for folder in (self.source, sids.source))
+            raise DataError(
+                f"The model{model} and the semantic IDs{codes} do not belong together: {problem}; use the semantic IDs the "
+                "model was extended with, or train it on these."
+            )
+
+    def of(self, sids: SemanticIds) -> Vocabulary:
+        """The same, for a model that was trained on these semantic IDs. Raises DataError when they do not fit."""
+        self._check_sids(sids)
+        return replace(self, sids_fingerprint=sids.fingerprint())
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `sid_vocabulary.json` into a folder, which is made if missing."""
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -149,6 +179,7 @@ class Vocabulary:
             "base_vocab_size": self.base_vocab_size,
             "embedding_rows": self.embedding_rows,
             "letters": self.letters,
+            "sids_fingerprint": self.sids_fingerprint,
             "sid_token_ids": self.sid_token_ids.tolist(),
         }
         write_json(Path(folder) / VOCABULARY_FILE, value)
@@ -173,6 +204,8 @@ class Vocabulary:
                 base_vocab_size=value["base_vocab_size"],
                 embedding_rows=value["embedding_rows"],
                 letters=value.get("letters"),
+                sids_fingerprint=value.get("sids_fingerprint"),
+                source=Path(folder),
             )
         except (KeyError, TypeError, OverflowError) as error:
             raise DataError(f"The file {path} is damaged ({error}); copy it from the extended model again.") from None
@@ -247,6 +280,7 @@ def extend_vocabulary(
         base_vocab_size=base,
         embedding_rows=vocab_matrices(model)[0].parameter.shape[0],
         letters=sids.letters,
+        sids_fingerprint=sids.fingerprint(),
     )
 
 

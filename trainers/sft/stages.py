@@ -247,6 +247,8 @@ class _StageRun:
             last = next((h for h in reversed(history) if "eval_loss" in h), {})
             with write_folder(self.folder) as scratch:
                 model.save(trainer, scratch, self.work, weights)
+                if isinstance(self.build, TaskExamples):
+                    self.build.complete(scratch, model)
                 write_json(scratch / HISTORY_FILE, history)
                 write_run(
                     scratch,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from sidtune.data_builders.prompts.serializer import Serializer
 from sidtune.data_builders.tables.store import DataFolder, load_folder
 from sidtune.data_builders.tasks.input import TaskInput
 from sidtune.data_builders.tasks.registry import TASKS
-from sidtune.tokenizers.sids.query_codes import CODER_PARTS, QueryCoder
+from sidtune.decoding.retrieval.model_folder import PromptSettings, complete_model_folder, make_serializer
+from sidtune.tokenizers.sids.query_codes import CODER_PARTS
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
+from sidtune.tokenizers.vocabulary.extension import Vocabulary
 from sidtune.trainers.common.stage_model import StageModel
 from sidtune.trainers.sft.mixture import StageConfig, TaskMix
 
@@ -38,6 +41,7 @@ class TaskExamples:
         templates: built-in templates by name, or a folder of edited ones.
         max_chars, history_context: see `Serializer`.
         query_coder: folder of a `QueryCoder`, for prompts that show the SID of each query; None for prompts without.
+        max_history, max_length: of prompts at evaluation and serving, see `PromptSettings`.
 
     Attributes:
         templates_folder: the folder of edited templates, None for built-in ones.
@@ -53,22 +57,27 @@ class TaskExamples:
         max_chars: Mapping[str, int | None] | None = None,
         history_context: bool = True,
         query_coder: str | Path | None = None,
+        max_history: int | None = PromptSettings.max_history,
+        max_length: int | None = PromptSettings.max_length,
     ) -> None:
-        self.data, self.sids, self.seed = Path(data), Path(sids), seed
-        self.rendering = {"templates": templates, "max_chars": max_chars, "history_context": history_context}
+        self.data, self.sids, self.seed, self.templates = Path(data), Path(sids), seed, templates
+        limits = None if max_chars is None else dict(max_chars)
+        self.settings = PromptSettings(
+            max_history, max_length, limits or None, history_context, query_coder is not None
+        )
         self.query_coder = None if query_coder is None else Path(query_coder)
         self.templates_folder = Path(templates) if Path(templates).is_dir() else None
         self._tables: tuple[DataFolder, SemanticIds] | None = None
 
     def identity(self) -> dict[str, Any]:
         """What the examples depend on beside data, SIDs and stage; a change of it trains the stages again."""
-        packaged = Path(serializer.__file__).parent / "templates" / str(self.rendering["templates"])
+        packaged = Path(serializer.__file__).parent / "templates" / str(self.templates)
         folder = self.templates_folder or packaged
         if not folder.is_dir():
             raise ConfigError(f"There are no templates '{folder.name}': {nearest(folder.name, serializer.BUILT_IN)}")
         coder = [fingerprint(self.query_coder / part) for part in CODER_PARTS] if self.query_coder else []
         queries = {"query_coder": coder} if coder else {}
-        return {**self.rendering, **queries, "templates": fingerprint(folder), "seed": self.seed}
+        return {**asdict(self.settings), **queries, "templates": fingerprint(folder), "seed": self.seed}
 
     def check(self, stages: Sequence[StageConfig]) -> None:
         """Refuses unknown tasks, unknown options and tasks that cannot be evaluated, before any work.
@@ -96,12 +105,26 @@ class TaskExamples:
             model: gives the tokenizer.
         """
         data, sids = self._load()
-        model.vocabulary.check(model.tokenizer, sids)
-        coder = None if self.query_coder is None else QueryCoder.from_pretrained(self.query_coder)
-        renderer = Serializer(model.tokenizer, **self.rendering, query_sids=coder)
+        renderer = self.opened(model.tokenizer, model.vocabulary)
         source = TaskInput.of_split(data, sids.texts(), renderer, split, stage.max_history, self.seed)
         mixes = stage.tasks if split == "train" else stage.eval_tasks
         return {task: self._encoded(task, mix, source, stage, model) for task, mix in mixes.items()}
+
+    def opened(self, tokenizer: Any, vocabulary: Vocabulary) -> Serializer:
+        """The serializer of a model, after its vocabulary, the semantic IDs and the items were found to belong together.
+
+        Raises:
+            DataError: they do not. ConfigError: a mistake in a template.
+        """
+        data, sids = self._load()
+        vocabulary.check(tokenizer, sids)
+        sids.check_items(data.items, data.path)
+        return make_serializer(tokenizer, self.templates, self.settings, self.query_coder)
+
+    def complete(self, folder: str | Path, model: StageModel) -> None:
+        """Puts prompt settings, templates and semantic IDs beside a model that was saved into `folder`."""
+        renderer = self.opened(model.tokenizer, model.vocabulary)
+        complete_model_folder(folder, renderer, self.settings, self._load()[1])
 
     def _load(self) -> tuple[DataFolder, SemanticIds]:
         if self._tables is None:
