@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from sidtune.core.errors import ConfigError, SidtuneError
-from sidtune.decoding.engine.search import NOT_NUMBERS, GenerateCall, Search, check_limits
+from sidtune.core.finite import NOT_NUMBERS
+from sidtune.decoding.engine.search import GenerateCall, Search, check_limits
 from sidtune.decoding.filters import RequestFilter
 from sidtune.decoding.items import BeamOutput
 from sidtune.decoding.trie import SidTrie

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from sidtune.core.errors import ConfigError, SidtuneError
-from sidtune.decoding.engine.search import NOT_NUMBERS, GenerateCall, Search, check_limits
+from sidtune.core.finite import NOT_NUMBERS
+from sidtune.decoding.engine.search import GenerateCall, Search, check_limits
 from sidtune.decoding.filters import RequestFilter
 from sidtune.decoding.trie import SidTrie
 
@@ -113,7 +114,7 @@ def sid_sample(
         for rows in search.chunks(max_rows, num_samples, memory_budget):
             drawn.chunk(rows)
     found = drawn.output()
-    if bool(found.log_probs.isnan().any()):
+    if bool(drawn.parts.isnan().any()):
         raise SidtuneError(NOT_NUMBERS)
     return call.answer(found.leaves, found.log_probs, search, None) if call.by_generate else found
 

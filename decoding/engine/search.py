@@ -23,10 +23,6 @@ from sidtune.decoding.engine.sharing import layout_for
 from sidtune.decoding.filters import RequestFilter
 from sidtune.decoding.trie import SidTrie
 
-NOT_NUMBERS = (
-    "The model's scores are not numbers (NaN), so no ranking exists; check the checkpoint for NaN weights, or use "
-    "bfloat16 or float32 instead of float16."
-)
 _PLAIN_NAMES = ("attention_mask",)
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from sidtune.core.errors import ConfigError, DataError, SidtuneError
+from sidtune.core.finite import NOT_NUMBERS
 from sidtune.decoding.beam_search import _search
-from sidtune.decoding.engine.search import NOT_NUMBERS
 from sidtune.decoding.items import BeamOutput
 from sidtune.decoding.trie import SidTrie
 

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from sidtune.core.errors import ConfigError, DataError
+from sidtune.core.finite import check_weights
 
 _TOKENIZER_FILES = ("tokenizer*.json", "*.model", "vocab*")
 _FEWEST_TOKENS = 64
@@ -60,7 +61,8 @@ def load_plain(
         options: further options of transformers' `from_pretrained`.
 
     Raises:
-        DataError: no such folder or hub model, unreadable files, or weights that are not those of the config.
+        DataError: no such folder or hub model, unreadable files, or weights that are not those of the config or not
+            finite.
         ConfigError: bad dtype.
     """
     place, kind = check_place(folder_or_id), check_dtype(dtype)
@@ -83,6 +85,7 @@ def load_plain(
             f"The weights in {place} lack {len(missing)} tensors of the model (first: '{missing[0]}'); copy or train "
             "the model again."
         )
+    check_weights(model, place)
     return model
 
 

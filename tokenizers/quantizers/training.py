@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from sidtune.core.config import as_dict
 from sidtune.core.errors import ConfigError, DataError
+from sidtune.core.finite import check_step, check_weights
 from sidtune.core.folders import read_json, write_folder, write_json
 from sidtune.tokenizers.quantizers.base import Quantizer, check_codes
 from sidtune.tokenizers.vectors import check_vectors, load_tensors
@@ -196,12 +197,14 @@ class NeuralQuantizer(Quantizer):
         if resumed:
             self.curves = _load_checkpoint(checkpoint, mark, module, optimizer)
         for epoch in range(len(self.curves), config.epochs):
-            self.curves.append(self._epoch(epoch, data, optimizer))
+            kept = checkpoint if checkpoint is not None and (checkpoint / PROGRESS_FILE).exists() else None
+            self.curves.append(self._epoch(epoch, data, optimizer, kept))
+            check_weights(module, f"the {self.name} quantizer after epoch {epoch + 1}")
             last = epoch + 1 == config.epochs
             if checkpoint is not None and (last or (epoch + 1) % config.checkpoint_every == 0):
                 _save_checkpoint(checkpoint, mark, module, optimizer, self.curves)
 
-    def _epoch(self, epoch: int, data: Tensor, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    def _epoch(self, epoch: int, data: Tensor, optimizer: torch.optim.Optimizer, kept: Path | None) -> dict[str, Any]:
         module, config, count = self.module, self.config, len(data)
         generator = torch.Generator().manual_seed((config.seed + 1) * 1_000_003 + epoch)
         module.begin_epoch(generator)
@@ -216,19 +219,16 @@ class NeuralQuantizer(Quantizer):
                 group["lr"] = 0.5 * config.learning_rate * (1 + math.cos(math.pi * progress))
             losses, codes = module.losses(data[rows], rows, generator)
             optimizer.zero_grad(set_to_none=True)
-            sum(losses.values()).backward()
-            nn.utils.clip_grad_norm_(module.parameters(), config.max_grad_norm)
+            loss = sum(losses.values())
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(module.parameters(), config.max_grad_norm)
+            check_step(loss.detach(), norm, f"{self.name} quantizer", epoch * steps + step + 1, kept)
             optimizer.step()
             for level, number in enumerate(counts):
                 number += torch.bincount(codes[:, level], minlength=len(number))
             for key, value in losses.items():
                 sums[key] = sums.get(key, 0) + value.detach() * len(rows) / count
         values = {key: float(value) for key, value in sums.items()}
-        if not all(math.isfinite(value) for value in values.values()):
-            raise DataError(
-                f"The loss of the {self.name} quantizer is not finite in epoch {epoch + 1} ({values}); lower "
-                "learning_rate, or check the vectors for huge values."
-            )
         more = module.end_epoch(data, counts, optimizer, generator)
         used = [round(float((number > 0).float().mean()), 6) for number in counts]
         return {"epoch": epoch + 1, "loss": sum(values.values()), **values, "used": used, **more}

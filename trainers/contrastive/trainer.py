@@ -43,6 +43,7 @@ from sidtune.tokenizers.encoders.pooling import POOLINGS, pooled, write_pooling
 from sidtune.tokenizers.encoders.text import TransformersConfig
 from sidtune.trainers.common.args import RESERVED, built, checked_fields, fields_of
 from sidtune.trainers.common.callbacks import MarkComplete, SetEpoch, last_complete_checkpoint
+from sidtune.trainers.common.finite import FiniteSteps
 from sidtune.trainers.contrastive.losses import TERMS, AlignedLossConfig, aligned_loss
 from sidtune.trainers.post_ranking.data import ExampleSampler
 
@@ -138,7 +139,7 @@ class AlignedCollator:
         return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "places": places}
 
 
-class AlignedTrainer(Trainer):
+class AlignedTrainer(FiniteSteps, Trainer):
     """Trainer of the aligned loss.
 
     Args:

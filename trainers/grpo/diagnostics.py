@@ -1,6 +1,6 @@
 """Diagnostics of GRPO from the first step, and a stop with an explanation when a run can no longer learn.
 
-A run whose groups all have equal rewards, whose numbers are NaN or whose rollouts hold no catalogue item would go on
+A run whose groups all have equal rewards or whose rollouts hold no catalogue item would go on
 for days with a smooth curve. Every number here is summed over processes, so all of them see the same and stop together.
 Our own; the sheet asks for the log Z monitor (`specs/crs_debiased_grpo.md` 4, row 10).
 """
@@ -29,18 +29,12 @@ class Health:
         valid: share of rows with a catalogue item in the last generation.
         scored: share of rows that a reward could score in the last generation.
         closed: share of reasonings that ended by themselves and were left in; 1 without reasoning.
-        broken: () number of losses that were not finite since the last check, on this process.
     """
 
     flat: int = 0
     valid: float = 1.0
     scored: float = 1.0
     closed: float = 1.0
-    broken: Tensor | None = None
-
-    def saw_loss(self, loss: Tensor) -> None:
-        bad = (~loss.detach().isfinite()).float()
-        self.broken = bad if self.broken is None else self.broken + bad
 
     def saw_generation(self, metrics: dict[str, float]) -> None:
         self.flat = self.flat + 1 if metrics["group/zero_variance"] >= 1.0 else 0
@@ -112,20 +106,13 @@ class StopDegenerate(TrainerCallback):
 
     Args:
         health: what the trainer fills. patience: generations without a differing reward that are borne; 0 = any number.
-        reduce: sums a number over the processes.
     """
 
-    def __init__(self, health: Health, patience: int, reduce: Any) -> None:
-        self.health, self.patience, self.reduce = health, patience, reduce
+    def __init__(self, health: Health, patience: int) -> None:
+        self.health, self.patience = health, patience
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         health, step = self.health, state.global_step
-        if health.broken is not None and self.reduce(health.broken) > 0:
-            raise SidtuneError(
-                f"The loss of step {step} is not finite, so the weights are lost; go back to the last checkpoint and lower "
-                "learning_rate or max_grad_norm, or train in bf16 or fp32 instead of fp16."
-            )
-        health.broken = None
         if health.valid <= 0:
             raise SidtuneError(
                 f"No rollout of step {step} holds a catalogue item, so nothing can be rewarded; check that the model, the SIDs "

@@ -40,9 +40,11 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
-from sidtune.core.errors import ConfigError
+from sidtune.core.errors import ConfigError, SidtuneError
+from sidtune.core.finite import NOT_NUMBERS
 from sidtune.trainers.common import trl_surface
 from sidtune.trainers.common.callbacks import MarkComplete, SetEpoch
+from sidtune.trainers.common.finite import FiniteSteps
 from sidtune.trainers.grpo import losses as grpo_losses
 from sidtune.trainers.grpo.config import DebiasedGRPOConfig
 from sidtune.trainers.grpo.credit import Credit
@@ -58,7 +60,7 @@ from sidtune.trainers.sft.trainer import accept_whole_heads
 logger = logging.getLogger(__name__)
 
 
-class DebiasedGRPOTrainer(GRPOTrainer):
+class DebiasedGRPOTrainer(FiniteSteps, GRPOTrainer):
     """Trains a causal LM by group-relative rewards of catalogue items.
 
     Args:
@@ -132,7 +134,7 @@ class DebiasedGRPOTrainer(GRPOTrainer):
         if train != "all" and is_deepspeed_zero3_enabled():
             accept_whole_heads()
         self._prepare_catalogue(catalogue, end_token_id)
-        self.add_callback(StopDegenerate(self.health, args.patience, self._summed))
+        self.add_callback(StopDegenerate(self.health, args.patience))
         if args.preset_values:
             filled = ", ".join(f"{name}={value}" for name, value in args.preset_values.items())
             logger.info("Preset '%s' set %s.", args.preset, filled)
@@ -203,9 +205,6 @@ class DebiasedGRPOTrainer(GRPOTrainer):
     def _group_size(self) -> int:
         return self.num_generations if self.model.training else self.num_generations_eval
 
-    def _summed(self, value: Tensor) -> float:
-        return float(self.accelerator.reduce(value.detach().clone().to(self.accelerator.device), "sum"))
-
     def _rows(self, count: int) -> Rows:
         return Rows(self.accelerator.process_index * count, count, self._group_size)
 
@@ -213,6 +212,7 @@ class DebiasedGRPOTrainer(GRPOTrainer):
 
     def _roll_out(self, prompts: list, trainer: GRPOTrainer) -> dict[str, Any]:
         """TRL's rollout function."""
+        self.check_weights()  # a rollout of broken weights ends in an error that knows nothing of steps
         prompt_ids = self._given_prompts or self._tokenize_prompts(prompts)[0]
         with unwrap_model_for_generation(
             self.model_wrapped,
@@ -220,7 +220,12 @@ class DebiasedGRPOTrainer(GRPOTrainer):
             gather_deepspeed3_params=self.args.ds3_gather_for_generation,
             gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
         ) as model:
-            rollout = self._maker(model, prompt_ids, self._rows(len(prompts)))
+            try:
+                rollout = self._maker(model, prompt_ids, self._rows(len(prompts)))
+            except SidtuneError as error:
+                if str(error) != NOT_NUMBERS:
+                    raise
+                raise self._broken("score of the rollouts", self.state.global_step + 1) from None
         self._rollout = rollout
         fields: dict[str, Any] = {"leaves": rollout.leaves.tolist(), "leaf_scores": rollout.scores.tolist()}
         if rollout.closed is not None:
@@ -386,8 +391,6 @@ class DebiasedGRPOTrainer(GRPOTrainer):
         self._loss_inputs = None
         if self.args.credit == "list":
             loss = loss + self._list_loss(model, inputs)
-        if self.model.training:
-            self.health.saw_loss(loss)
         return loss
 
     def _list_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:

@@ -39,6 +39,7 @@ from sidtune.models.next_item.network import WEIGHT_FILE, NextItemNetwork
 from sidtune.trainers.common.args import built, checked_fields
 from sidtune.trainers.common.batches import EpochSampler
 from sidtune.trainers.common.callbacks import MarkComplete, SetEpoch, last_complete_checkpoint
+from sidtune.trainers.common.finite import FiniteSteps
 from sidtune.trainers.next_item.data import NextItemRows
 from sidtune.trainers.next_item.loss import LossConfig, NextItemLoss
 
@@ -126,7 +127,7 @@ class WeightAverage(TrainerCallback):
             parameter.copy_(weights[name])
 
 
-class NextItemTrainer(Trainer):
+class NextItemTrainer(FiniteSteps, Trainer):
     """Trains a `NextItemNetwork`; see the module's docstring.
 
     Args:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from sidtune.core.errors import ConfigError, DataError
+from sidtune.core.finite import check_step, check_weights
 from sidtune.data_builders.post_ranking.schema import PostRankTable
 from sidtune.metrics.list_ranking import ListMetrics, evaluate_lists
 from sidtune.models.registry import RERANKERS
@@ -126,17 +127,14 @@ def _fit(
             if config.shuffle:
                 batch = batch.reordered(_shuffled(batch.item_mask, rng, config.shuffle))
             loss = model.loss(batch.map(torch.from_numpy))
-            if not torch.isfinite(loss):
-                raise DataError(
-                    f"The loss of the re-ranker '{name}' became {loss.item()} in epoch {epoch}; lower the learning rate "
-                    "or check the features for extreme values."
-                )
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             each.append(float(loss.detach()))
+            check_step(each[-1], norm, f"re-ranker '{name}'", epoch * -(-len(train) // config.batch_size) + len(each))
+            optimizer.step()
         losses.append(float(np.mean(each)))
+        check_weights(model, f"the re-ranker '{name}' after epoch {epoch + 1}")
         if not len(valid):
             continue
         scores.append(valid_ndcg(model, table, valid, config.max_history))

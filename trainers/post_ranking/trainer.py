@@ -43,6 +43,7 @@ from sidtune.models.post_ranking.model import PostRankForCausalLM
 from sidtune.models.post_ranking.processor import PostRankProcessor
 from sidtune.trainers.common.args import machine_defaults, sentence
 from sidtune.trainers.common.callbacks import MarkComplete, SetEpoch, last_complete_checkpoint
+from sidtune.trainers.common.finite import FiniteSteps
 from sidtune.trainers.post_ranking.data import ExampleSampler, PostRankExamples, collate
 
 TRAINED_FILE = "trained.safetensors"
@@ -86,7 +87,7 @@ def paper_arguments(output_dir: str | Path, **changes: Any) -> TrainingArguments
         raise ConfigError(f"The arguments of post-ranking training do not go together ({sentence(error)}).") from None
 
 
-class PostRankTrainer(Trainer):
+class PostRankTrainer(FiniteSteps, Trainer):
     """Trains what is trainable of a post-ranking model.
 
     Args:

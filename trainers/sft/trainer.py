@@ -38,13 +38,14 @@ from sidtune.core.errors import ConfigError, DataError
 from sidtune.trainers.common import trl_surface
 from sidtune.trainers.common.batches import EpochSampler, ExampleSizes, TaskCollator, measure
 from sidtune.trainers.common.callbacks import MarkComplete, SetEpoch
+from sidtune.trainers.common.finite import FiniteSteps
 
 TRAIN_MODES = ("rows", "lora", "all")
 _FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 _PACKING_TOLERANCE = 1e-4
 
 
-class SidSFTTrainer(SFTTrainer):
+class SidSFTTrainer(FiniteSteps, SFTTrainer):
     """Trains a causal LM on pre-tokenised examples.
 
     Args:
