@@ -5,7 +5,8 @@
     sidtune sft --config recipes/quickstart/sft.yaml ...
     sidtune sft --launch.num_processes 2 --launch.config_file accelerate_configs/ddp.yaml --config ...
 
-A script runs in this process; with options `--launch.NAME VALUE` it is started by `accelerate launch` with these. `python -m
+A script runs in this process; with options `--launch.NAME VALUE` it is started by `accelerate launch` with these, and ends with
+this process. `python -m
 sidtune.recipes.steps.sft` and `accelerate launch -m sidtune.recipes.steps.sft` do the same work.
 """
 
@@ -24,6 +25,7 @@ from sidtune.core.config import command, report_error
 from sidtune.core.errors import ConfigError, SidtuneError
 from sidtune.core.pipeline import launch_command, launch_options
 from sidtune.core.scripts import Script, find_script, scripts
+from sidtune.core.stopping import run_tied, stoppable
 
 LAUNCH_PREFIX = "--launch."
 _BASH = """_sidtune() {
@@ -71,12 +73,12 @@ def overview() -> str:
 
 
 def run_script(script: Script, words: list[str]) -> None:
-    """Runs a script in this process, or replaces this process by `accelerate launch` when an option of the launcher is given."""
+    """Runs a script in this process, or by `accelerate launch` when an option of the launcher is given."""
     launch, rest = ({}, words) if script.alone else split_launch(words)
     if launch:
         line = launch_command(script, launch_options(launch), rest)
-        sys.stdout.flush()
-        os.execv(line[0], line)
+        with stoppable():
+            sys.exit(run_tied(line, os.environ, launcher=True))
     module = importlib.import_module(script.module)
     sys.argv = [f"sidtune {script.command}", *rest]  # the name that --help prints
     command(module.main, module.Arguments, rest)

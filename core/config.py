@@ -2,7 +2,8 @@
 
 Filling is ours, because TrlParser knows no nested values and lets wrong types pass: an unknown key is refused with the nearest
 known one, a value of the wrong type before any work starts, dotted options reach into nested values
-(`--stages.0.args.max_steps 5`), and `command` turns every sidtune error into one sentence on stderr and exit code 2.
+(`--stages.align.args.max_steps 5`, an element of a list by its `name` or its number), and `command` turns every sidtune error
+into one sentence on stderr and exit code 2, and a stop into one that says how to go on.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
+import math
 import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +24,7 @@ import yaml
 
 from sidtune.core.errors import ConfigError, SidtuneError, nearest
 from sidtune.core.processes import end_processes
+from sidtune.core.stopping import stoppable
 
 T = TypeVar("T")
 ERROR_FILE_VARIABLE = "SIDTUNE_ERROR_FILE"
@@ -106,6 +109,16 @@ def check_types(cls: type, values: dict[str, Any], where: str) -> None:
         hint = hints.get(key)
         if hint is not None and not _fits(value, hint):
             raise ConfigError(f"{where}: '{key}' must be {_describe(hint)}, got {value!r}.")
+        if (place := _not_finite(value, str(key))) is not None:
+            raise ConfigError(f"{where}: '{place}' must be a finite number, not NaN or infinity; correct it.")
+
+
+def _not_finite(value: Any, place: str) -> str | None:
+    """Where a NaN or an infinity stands in nested values; None where there is none."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else place
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    return next((found for key, one in parts if (found := _not_finite(one, f"{place}.{key}"))), None)
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -149,43 +162,79 @@ def _describe(hint: Any) -> str:
     return plain.get(hint, plain.get(origin, getattr(hint, "__name__", str(hint))))
 
 
+def place_of(values: list, key: str, where: str) -> int:
+    """Which element of a list `key` means: the one of that `name`, or the one of that number, counted from 0.
+
+    Raises:
+        ConfigError: neither; the nearest name is told.
+    """
+    names = [str(one["name"]) for one in values if isinstance(one, dict) and "name" in one]
+    for place, one in enumerate(values):
+        if isinstance(one, dict) and str(one.get("name")) == key and "name" in one:
+            return place
+    if key.isdigit() and int(key) < len(values):
+        return int(key)
+    if key.isdigit() or not names:
+        raise ConfigError(f"{where} names element '{key}' of a list of {len(values)}; count from 0.")
+    raise ConfigError(f"{where} names the element '{key}', but the list has none of that name; {nearest(key, names)}")
+
+
 def _assign(target: Any, path: list[str], value: Any, option: str) -> None:
-    for place, key in enumerate(path):
-        last = place == len(path) - 1
-        if isinstance(target, list):
-            if not key.isdigit() or int(key) >= len(target):
-                raise ConfigError(
-                    f"The option --{option} names element '{key}' of a list of {len(target)}; count from 0."
-                )
-            key = int(key)  # type: ignore[assignment]
-        elif not isinstance(target, dict):
-            raise ConfigError(f"The option --{option} reaches into '{path[place - 1]}', which holds no nested keys.")
-        if last:
-            target[key] = value
-        elif isinstance(target, dict) and key not in target:
-            target[key] = {}
-        target = target[key]
+    key, rest, where = path[0], path[1:], f"The option --{option}"
+    if isinstance(target, list):
+        names = [str(one["name"]) for one in target if isinstance(one, dict) and "name" in one]
+        key, rest = _longest(names, path)
+        place: Any = place_of(target, key, where)
+    elif isinstance(target, dict):
+        place, rest = _longest(target, path)
+    else:
+        raise ConfigError(f"{where} reaches into '{option.split('.')[-len(path) - 1]}', which holds no nested keys.")
+    if not rest:
+        target[place] = value
+        return
+    if isinstance(target, dict) and target.get(place) is None:
+        target[place] = {}
+    _assign(target[place], rest, value, option)
+
+
+def _longest(names: Iterable[Any], path: list[str]) -> tuple[Any, list[str]]:
+    """The known name that `path` begins with, which may hold dots (`dropout_0.1`), and what follows it."""
+    known = {str(name): name for name in names}
+    for length in range(len(path), 1, -1):
+        if (name := ".".join(path[:length])) in known:
+            return known[name], path[length:]
+    return known.get(path[0], path[0]), path[1:]
 
 
 def merged(values: Any, changes: Any, where: str) -> Any:
-    """`values` with `changes` laid over them: mappings key by key, a list by the numbers of its elements, anything else replaced.
+    """`values` with `changes` laid over them: mappings key by key, a list by names or numbers of its elements, anything
+    else replaced.
 
-    So `args: {stages: {2: {args: {max_steps: 5}}}}`, or the option `--steps.3.args.stages.2.args.max_steps 5`, changes one value
-    of the step's config file.
+    So `args: {stages: {personalise: {args: {max_steps: 5}}}}`, or the option
+    `--steps.sft.args.stages.personalise.args.max_steps 5`, changes one value of the step's config file.
 
     Raises:
-        ConfigError: a number that the list does not have.
+        ConfigError: a name or number that the list does not have.
     """
     if isinstance(values, dict) and isinstance(changes, dict):
-        return {**values, **{key: merged(values.get(key), new, f"{where}.{key}") for key, new in changes.items()}}
-    if isinstance(values, list) and isinstance(changes, dict) and all(str(key).isdigit() for key in changes):
+        found = dict(_dotted(values, changes))
+        return {**values, **{key: merged(values.get(key), new, f"{where}.{key}") for key, new in found.items()}}
+    if isinstance(values, list) and isinstance(changes, dict):
         made = list(values)
         for key, new in changes.items():
-            if int(key) >= len(made):
-                raise ConfigError(f"{where} names element {key} of a list of {len(made)}; count from 0.")
-            made[int(key)] = merged(made[int(key)], new, f"{where}.{key}")
+            place = place_of(made, str(key), where)
+            made[place] = merged(made[place], new, f"{where}.{key}")
         return made
     return changes
+
+
+def _dotted(names: Any, changes: dict) -> Iterator[tuple[Any, Any]]:
+    """The changes by key, where a known name that holds dots was split at them."""
+    for key, new in changes.items():
+        if key not in names and isinstance(new, dict) and any(str(name).startswith(f"{key}.") for name in names):
+            yield from _dotted(names, {f"{key}.{below}": value for below, value in new.items()})
+        else:
+            yield key, new
 
 
 def _split_options(argv: Sequence[str]) -> tuple[str | None, dict[str, Any], list[str]]:
@@ -246,9 +295,10 @@ def help_text(cls: type) -> str:
     """What `--help` prints: how the program is called, the docstring of `cls`, and type and default of every option."""
     program = sys.argv[0] if sys.argv[0].startswith("sidtune ") else Path(sys.argv[0]).name
     hints = typing.get_type_hints(cls)
-    lines = [f"usage: {program} [--config FILE] [--OPTION VALUE ...]", "", inspect.cleandoc(cls.__doc__ or ""), ""]
+    about = [inspect.cleandoc(one.__doc__ or "") for one in cls.__mro__[:-1]]  # of inherited options too
+    lines = [f"usage: {program} [--config FILE] [--OPTION VALUE ...]", "", *about, ""]
     lines.append(
-        "Every option may stand in FILE, a YAML file; nested values are reached by dots: --stages.0.args.max_steps 5."
+        "Every option may stand in FILE, a YAML file; nested values are reached by dots: --stages.align.args.max_steps 5."
     )
     width = max(len(one.name) for one in dataclasses.fields(cls))
     for one in dataclasses.fields(cls):
@@ -276,7 +326,8 @@ def as_dict(config: Any) -> dict[str, Any]:
 
 
 def command(main: Callable[[T], Any], cls: type[T], argv: Sequence[str] | None = None) -> None:
-    """Runs `main(config)` as a command: errors of the input become one sentence on stderr and exit code 2.
+    """Runs `main(config)` as a command: errors of the input become one sentence on stderr and exit code 2, a stop by SIGINT,
+    SIGTERM or SIGHUP (or because the runner is gone) one sentence and exit code 128 plus the number of the signal.
 
     When the environment variable SIDTUNE_ERROR_FILE is set (the pipeline runner sets it), the sentence is written there too,
     because `accelerate launch` replaces the exit code of its child. A process of several leaves its group at the end.
@@ -284,14 +335,18 @@ def command(main: Callable[[T], Any], cls: type[T], argv: Sequence[str] | None =
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for chatty in ("httpx", "httpcore", "faiss", "faiss.loader", "matplotlib", "bm25s", "absl"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    try:
-        if getattr(sys.modules["__main__"], "LAUNCH", None) == "alone" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ConfigError("This command runs as one process; start it without a launcher of several.")
-        main(parse(cls, argv))
-        end_processes()
-    except SidtuneError as error:
-        report_error(error)
-        sys.exit(2)
+    with stoppable():
+        try:
+            if (
+                getattr(sys.modules["__main__"], "LAUNCH", None) == "alone"
+                and int(os.environ.get("WORLD_SIZE", "1")) > 1
+            ):
+                raise ConfigError("This command runs as one process; start it without a launcher of several.")
+            main(parse(cls, argv))
+            end_processes()
+        except SidtuneError as error:
+            report_error(error)
+            sys.exit(2)
 
 
 def report_error(error: SidtuneError) -> None:

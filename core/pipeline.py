@@ -1,10 +1,12 @@
 """Pipelines: steps that are run in order, skipped when they are done, gone on with where a run was interrupted.
 
 A pipeline file lists steps; a step names a script (`core/scripts.py`), its config (a YAML beside the pipeline, inline `args`) and
-which earlier steps its inputs come from. All configs are checked before the first step starts. A step is skipped when its
+which earlier steps its inputs come from. Everything that needs no data is checked before the first step starts, by the steps
+themselves: each config when it is filled (`Arguments`), what takes several steps to see in the script's `preflight(step)`, where
+it has one. A step is skipped when its
 folder is complete, its resolved config is the one recorded in its `run.json`, and the fingerprints of its inputs are the
 recorded ones. A folder holds its `run.json` only when it is complete, so after a kill the same command goes on. What trains or
-decodes is started by `accelerate launch`.
+decodes is started by `accelerate launch`. A step ends with its runner (`core/stopping.py`).
 """
 
 from __future__ import annotations
@@ -12,8 +14,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +28,7 @@ from sidtune.core.config import ERROR_FILE_VARIABLE, as_dict, build, load_yaml, 
 from sidtune.core.errors import ConfigError, SidtuneError, nearest
 from sidtune.core.folders import RUN_FILE, fingerprint, read_json
 from sidtune.core.scripts import Script, find_script
+from sidtune.core.stopping import run_tied
 
 CONFIGS = Path(__file__).resolve().parents[1] / "accelerate_configs"
 
@@ -86,12 +87,20 @@ class RunArguments:
 
 @dataclass
 class Step:
-    """A resolved step: `config` is the filled dataclass of its script."""
+    """A resolved step.
+
+    Attributes:
+        config: the filled dataclass of its script.
+        inputs: option → folder of an earlier step, as the pipeline names it. before: option → that step.
+        processes: how many processes the launcher starts, as far as its options say; else 1.
+    """
 
     name: str
     script: Script
     config: Any
     inputs: dict[str, str]
+    before: dict[str, Step] = field(default_factory=dict)
+    processes: int = 1
 
     @property
     def module(self) -> str:
@@ -111,39 +120,69 @@ class Step:
 
 def resolve(arguments: RunArguments) -> list[Step]:
     """Checks every step and fills its config. Raises ConfigError for the first wrong one, before anything runs."""
-    root = Path(arguments.root or ".")
     steps: list[Step] = []
+    processes = _processes(launch_options(arguments.launch))
     for place, raw in enumerate(arguments.steps):
         spec = build(StepConfig, raw, f"steps[{place}]")
-        try:
-            script = find_script(spec.script)
-        except ConfigError as error:
-            raise ConfigError(f"steps[{place}]: {error}") from None
-        if spec.name in (step.name for step in steps):
-            raise ConfigError(f"steps[{place}]: the name '{spec.name}' is used twice; give every step its own name.")
-        module = importlib.import_module(script.module)
-        values = load_yaml(root / spec.config) if spec.config else {}
-        values = merged(values, spec.args, f"steps[{place}].args")
-        names = {f.name for f in dataclasses.fields(module.Arguments)}
-        if "seed" in names:
-            values.setdefault("seed", arguments.seed)
-        for option, source in spec.inputs.items():
-            values[option] = _input_path(source, steps, arguments, place)
-        values["output_dir"] = str(Path(arguments.output_dir) / spec.name)
         where = f"steps[{place}] ('{spec.name}', {spec.config or 'inline args'})"
-        steps.append(Step(spec.name, script, build(module.Arguments, values, where), dict(spec.inputs)))
+        if spec.name in (step.name for step in steps):
+            raise ConfigError(f"{where}: the name '{spec.name}' is used twice; give every step its own name.")
+        if not spec.name or "/" in spec.name or spec.name.startswith("."):
+            raise ConfigError(f"{where}: the name of a step is the name of its folder, without '/' and a '.' in front.")
+        try:
+            step = _resolved(spec, arguments, steps)
+            step.processes = 1 if step.script.alone else processes
+            check_place(step.folder)
+            preflight = getattr(importlib.import_module(step.module), "preflight", None)
+            if preflight is not None:
+                preflight(step)
+        except SidtuneError as error:
+            raise ConfigError(f"{where}: {error}") from None
+        steps.append(step)
     for name in (*arguments.force, *([arguments.until] if arguments.until else [])):
         if name not in (step.name for step in steps):
             raise ConfigError(f"There is no step '{name}': {nearest(name, [step.name for step in steps])}")
     return steps
 
 
-def _input_path(source: str, steps: list[Step], arguments: RunArguments, place: int) -> str:
-    name, _, below = str(source).partition("/")
-    if name not in (step.name for step in steps):
-        known = nearest(name, [step.name for step in steps])
-        raise ConfigError(f"steps[{place}]: the input '{name}' is no earlier step; {known}")
-    return str(Path(arguments.output_dir) / name / below)
+def _resolved(spec: StepConfig, arguments: RunArguments, steps: list[Step]) -> Step:
+    script = find_script(spec.script)
+    cls = importlib.import_module(script.module).Arguments
+    values = load_yaml(Path(arguments.root or ".") / spec.config) if spec.config else {}
+    values = merged(values, spec.args, "args")
+    names = {one.name for one in dataclasses.fields(cls)}
+    if "seed" in names:
+        values.setdefault("seed", arguments.seed)
+    before = {}
+    for option, source in spec.inputs.items():
+        name, _, below = str(source).partition("/")
+        if name not in (step.name for step in steps):
+            raise ConfigError(f"the input '{name}' is no earlier step; {nearest(name, [step.name for step in steps])}")
+        values[option] = str(Path(arguments.output_dir) / name / below)
+        before[option] = next(step for step in steps if step.name == name)
+    values["output_dir"] = str(Path(arguments.output_dir) / spec.name)
+    return Step(spec.name, script, build(cls, values, "args"), dict(spec.inputs), before)
+
+
+def check_place(folder: Path) -> None:
+    """Raises ConfigError when `folder` cannot be written: a file stands there or above it, or nothing may be written there."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=there, prefix=".sidtune-"):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir: {folder} cannot be written ({there}: {error.strerror}); name a place that can."
+        ) from None
+
+
+def _processes(launch: dict[str, Any]) -> int:
+    """How many processes a launch starts, 1 where its options do not say."""
+    file = launch.get("config_file")
+    said = {**(load_yaml(file) if file else {}), **launch}.get("num_processes", 1)
+    if not isinstance(said, int) or said < 1:
+        raise ConfigError(f"launch.num_processes must be at least 1, got {said!r}.")
+    return said
 
 
 def is_done(step: Step) -> bool:
@@ -191,17 +230,9 @@ def run_step(step: Step, options: dict[str, Any]) -> None:
         config_file, error_file = Path(scratch) / "config.yaml", Path(scratch) / "error.txt"
         config_file.write_text(yaml.safe_dump(as_dict(step.config), allow_unicode=True, sort_keys=False), "utf-8")
         inherited = {k: v for k, v in os.environ.items() if k not in _LAUNCHER and not k.startswith(_LAUNCHERS)}
-        environment = {**inherited, ERROR_FILE_VARIABLE: str(error_file)}
         words = launch_command(step.script, options, ["--config", str(config_file)])
-        # An own session, so that a stop reaches the workers of the launcher too.
-        process = subprocess.Popen(words, env=environment, start_new_session=True)
-        try:
-            code = process.wait()
-        except BaseException:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait()
-            raise
-        if code:
+        environment = {**inherited, ERROR_FILE_VARIABLE: str(error_file)}
+        if code := run_tied(words, environment, launcher=not step.script.alone):
             reason = (
                 error_file.read_text("utf-8") if error_file.exists() else f"it ended with exit code {code}, see above"
             )

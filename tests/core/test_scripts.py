@@ -79,9 +79,11 @@ def test_help_of_every_command_loads_nothing_heavy():
 
 def test_a_launchers_options_start_the_launcher(monkeypatch):
     started: list[list[str]] = []
-    monkeypatch.setattr(cli.os, "execv", lambda file, words: started.append(words))
+    monkeypatch.setattr(cli, "run_tied", lambda words, environment, launcher: started.append(words) or 7)
     monkeypatch.setattr(cli, "command", lambda main, arguments, words: started.append(list(words)))
-    cli.main(["sft", "--launch.num_processes", "2", "--seed", "3", "--launch.cpu", "--launch.config_file=cpu.yaml"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["sft", "--launch.num_processes", "2", "--seed", "3", "--launch.cpu", "--launch.config_file=cpu.yaml"])
+    assert ended.value.code == 7
     (words,) = [started.pop(0)]
     assert words[1:3] == ["-m", "accelerate.commands.launch"] and words[-4:] == [
         "-m",
