@@ -3,8 +3,7 @@
 `generate` runs a custom processor after its own processors but *before* its warpers, so an instruct model's `top_k=20`
 cuts the legal tokens once more and other settings change their scores. Passing a clean `GenerationConfig` is not enough
 either: every value of it that is None is filled from the model's `generation_config`, and then from global defaults
-(`top_k=50`). `SidGenerationConfig` keeps the names below as they were set. No paper is involved; it is the defect of
-MiniOneRec's pull request 57 that this prevents.
+(`top_k=50`). `SidGenerationConfig` keeps the names of `RESET` as they were set. No paper is involved.
 """
 
 from __future__ import annotations
@@ -17,56 +16,10 @@ from torch import nn
 from transformers import GenerationConfig
 
 from sidtune.core.errors import ConfigError, nearest
+from sidtune.tokenizers.base_models.settings import RESET, WARPERS
 
 logger = logging.getLogger(__name__)
 
-# Name -> values that do nothing; the first one is set.
-WARPERS: dict[str, tuple] = {
-    "top_k": (0,),
-    "top_p": (1.0,),
-    "min_p": (None, 0.0),
-    "top_h": (None,),
-    "typical_p": (1.0,),
-    "epsilon_cutoff": (0.0,),
-    "eta_cutoff": (0.0,),
-}
-_SCORES: dict[str, tuple] = {
-    "repetition_penalty": (1.0,),
-    "encoder_repetition_penalty": (1.0,),
-    "no_repeat_ngram_size": (0,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "bad_words_ids": (None, []),
-    "suppress_tokens": (None, []),
-    "begin_suppress_tokens": (None, []),
-    "sequence_bias": (None, {}, []),
-    "forced_bos_token_id": (None,),
-    "forced_eos_token_id": (None,),
-    "exponential_decay_length_penalty": (None,),
-    "guidance_scale": (None, 1, 1.0),
-    "watermarking_config": (None,),
-    "remove_invalid_values": (False,),  # it would turn NaN, which must be seen, into a number
-    "diversity_penalty": (0.0,),
-}
-_LENGTHS: dict[str, tuple] = {
-    "max_length": (None, 20),
-    "min_length": (0,),
-    "min_new_tokens": (None, 0),
-    "max_time": (None,),
-    "stop_strings": (None, []),
-    "token_healing": (None, False),
-}
-# These choose another decoding method than greedy search, sampling or beam search.
-_METHODS: dict[str, tuple] = {
-    "num_beam_groups": (1,),
-    "penalty_alpha": (None, 0.0),
-    "dola_layers": (None,),
-    "constraints": (None, []),
-    "force_words_ids": (None, []),
-    "prompt_lookup_num_tokens": (None,),
-    "assistant_early_exit": (None,),
-    "use_mtp": (None, False),
-}
-RESET = {**WARPERS, **_SCORES, **_LENGTHS, **_METHODS}
 _OWNED = ("temperature", "length_penalty", "renormalize_logits", "max_new_tokens", "eos_token_id")
 
 

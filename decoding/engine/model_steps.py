@@ -88,7 +88,13 @@ class ModelSteps:
         return columns, None if total is None else total.reshape(-1, self._width)
 
     def _forward(self, run: dict[str, Any], positions: int, first: bool) -> dict[str, Any]:
-        run = {**run, "use_cache": True, "return_dict": True, "logits_to_keep": positions}
+        run = {
+            **run,
+            "use_cache": True,
+            "return_dict": True,
+            "logits_to_keep": positions,
+            "output_router_logits": False,
+        }
         run = {name: value for name, value in run.items() if name in self._accepts}
         if first and self._head.tap:
             return self._first_pass(run, positions)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.decoding.engine.search import split_levels
@@ -139,8 +139,7 @@ def export_engine(
 ) -> dict[str, Any]:
     """Writes the folder of a server: model, tokenizer, generation settings, trie, grammars and a README of commands.
 
-    Give the scratch folder of `write_folder`. The generation settings that are written hold special tokens and nothing
-    else, because servers take top-k, top-p and penalties from them, and those would cut legal tokens.
+    Give the scratch folder of `write_folder`.
 
     Args:
         model: decoder-only model; LoRA and trained rows are merged into it, so it is consumed.
@@ -156,9 +155,7 @@ def export_engine(
             Nothing is written then.
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ConfigError(
-            "vLLM and SGLang serve decoder-only models this way; serve this one with `sidtune serve`."
-        )
+        raise ConfigError("vLLM and SGLang serve decoder-only models this way; serve this one with `sidtune serve`.")
     if tuple(trie.level_sizes) != tuple(vocabulary.level_sizes):
         raise DataError(
             f"The trie has levels of {list(trie.level_sizes)} codes, the vocabulary of {list(vocabulary.level_sizes)}; "
@@ -174,9 +171,6 @@ def export_engine(
         grammars[REASONING_GRAMMAR_FILE] = sid_grammar(bound, max_sids=max_sids, end_token_id=end_token_id, never=never)
     folder = Path(folder)
     plain = merge_and_save(model, vocabulary, tokenizer, folder)
-    GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    ).save_pretrained(folder)
     bound.save_pretrained(folder)
     for name, text in grammars.items():
         (folder / name).write_text(text, encoding="utf-8")

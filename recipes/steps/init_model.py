@@ -67,6 +67,7 @@ def main(arguments: Arguments) -> None:
     from sidtune.tokenizers.base_models.loading import load_plain, load_tokenizer
     from sidtune.tokenizers.quantizers.base import load_quantizer
     from sidtune.tokenizers.vocabulary.extension import VOCABULARY_FILE, Vocabulary, add_plain_tokens, extend_vocabulary
+    from sidtune.tokenizers.vocabulary.saving import save_trained
 
     started = time.time()
     data = load_folder(arguments.data_dir)
@@ -97,9 +98,7 @@ def main(arguments: Arguments) -> None:
     serializer = make_serializer(tokenizer, arguments.templates, PromptSettings())
     parameters = sum(p.numel() for p in model.parameters())
     with write_folder(arguments.output_dir) as scratch:
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        vocabulary.save_pretrained(scratch)
+        save_trained(model, vocabulary, tokenizer, scratch)
         complete_model_folder(scratch, serializer, PromptSettings(), sids)
         write_run(
             scratch,

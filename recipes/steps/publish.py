@@ -63,13 +63,12 @@ def main(arguments: Arguments) -> None:
     from sidtune.decoding.retrieval.retriever import catalogue_table
     from sidtune.decoding.trie import SidTrie
     from sidtune.metrics.report.model_card import write_card
+    from sidtune.tokenizers.vocabulary.saving import save_trained
 
     started, source, items = time.time(), *_checked(arguments)
     card = card_data(arguments)
     with write_folder(arguments.output_dir) as scratch:
-        source.load_model().save_pretrained(scratch)
-        source.tokenizer.save_pretrained(scratch)
-        source.vocabulary.save_pretrained(scratch)
+        save_trained(source.load_model(), source.vocabulary, source.tokenizer, scratch)
         source.complete(scratch)
         SidTrie.from_semantic_ids(source.sids).save_pretrained(scratch / "trie")
         pq.write_table(catalogue_table(items), scratch / "catalogue.parquet")
@@ -103,6 +102,7 @@ def card_data(arguments: Arguments) -> Any:
     from sidtune.metrics.report.html import markdown_table
     from sidtune.metrics.report.model_card import CardData
     from sidtune.metrics.statistics.compare import SystemRow
+    from sidtune.tokenizers.base_models.loading import hub_id
 
     metrics = read_json(Path(arguments.eval_dir) / "metrics.json")
     quality = read_json(Path(arguments.sids_dir) / "quality.json")
@@ -111,7 +111,8 @@ def card_data(arguments: Arguments) -> Any:
     systems = [SystemRow.from_dict(row) for row in metrics["systems"]]
     own = next(system for system in systems if system.kind == "model")
     name = arguments.model_name or (arguments.hub_model_id or Path(arguments.output_dir).resolve().name).split("/")[-1]
-    base = next((run["config"]["base"] for run in trainings if "base" in run["config"]), None)
+    start = next((run for run in trainings if "base" in run["config"]), {"config": {"base": None}, "inputs": {}})
+    base = None if "base" in start["inputs"] else hub_id(start["config"]["base"])
     queries = [s["query"] for s in read_json(Path(arguments.eval_dir) / "samples.json") if s["query"]]
     return CardData(
         name=name,

@@ -23,6 +23,7 @@ from transformers import (
 
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.finite import check_weights
+from sidtune.tokenizers.base_models.settings import clean_settings
 
 _TOKENIZER_FILES = ("tokenizer*.json", "*.model", "vocab*")
 _FEWEST_TOKENS = 64
@@ -39,6 +40,11 @@ def check_place(folder_or_id: str | Path) -> str:
     if isinstance(folder_or_id, Path) or not _HUB_ID.fullmatch(text):
         raise DataError(f"The model folder {text} does not exist; check the path or run the step that writes it.")
     return text
+
+
+def hub_id(base: str | None) -> str | None:
+    """`base` where it can be published as the name of a model on the hub; None for a folder of this machine."""
+    return base if base and _HUB_ID.fullmatch(base) and not Path(base).exists() else None
 
 
 def check_dtype(dtype: Any) -> torch.dtype | str:
@@ -86,6 +92,7 @@ def load_plain(
             "the model again."
         )
     check_weights(model, place)
+    clean_settings(model)
     return model
 
 

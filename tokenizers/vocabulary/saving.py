@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import fingerprint, read_json, write_json
 from sidtune.tokenizers.base_models.loading import check_place, load_plain, load_tokenizer
+from sidtune.tokenizers.base_models.settings import clean_settings
 from sidtune.tokenizers.vocabulary.embedding_init import OldRows
 from sidtune.tokenizers.vocabulary.extension import Vocabulary, fill_spare_rows
 from sidtune.tokenizers.vocabulary.token_matrices import base_of, gathered, grow, is_split, vocab_matrices
@@ -95,6 +96,7 @@ def save_trained(
             _save_peft_config(model, vocabulary, record, folder)
         write_json(folder / TRAINED_FILE, {**record, "file": name, "sha256": fingerprint(folder / name)})
     else:
+        clean_settings(model, tokenizer, range(vocabulary.start, vocabulary.stop))
         model.save_pretrained(folder, state_dict=state_dict)  # type: ignore[operator]
     tokenizer.save_pretrained(folder)
     vocabulary.save_pretrained(folder)
