@@ -12,10 +12,11 @@ Destroying the group does not prevent it, because what else holds the group keep
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import time
 from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from sidtune.core.errors import SidtuneError
 
@@ -40,6 +41,15 @@ def end_processes() -> None:
         deepspeed.destroy_process_group()
     else:
         distributed.destroy_process_group()
+
+
+def launch() -> dict[str, Any]:
+    """How this run is spread over processes; a checkpoint fits only the same spread."""
+    from accelerate import PartialState
+
+    state = PartialState()
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") if "DEEPSPEED" in str(state.distributed_type) else None
+    return {"processes": state.num_processes, "kind": state.distributed_type.value, "zero_stage": stage}
 
 
 def on_main(work: Callable[[], T]) -> T:

@@ -6,7 +6,6 @@ result, do not depend on that number. A process waits for no other until the end
 
 from __future__ import annotations
 
-import shutil
 import time
 from typing import Any
 
@@ -18,8 +17,9 @@ from tqdm.auto import tqdm
 
 from sidtune.core.config import as_dict, build
 from sidtune.core.errors import DataError, Problem
-from sidtune.core.folders import fingerprint, versions, write_folder, write_run
+from sidtune.core.folders import versions, write_run
 from sidtune.core.processes import on_all, on_main
+from sidtune.core.resume import Work, identity_of
 from sidtune.data_builders.tables.store import load_folder
 from sidtune.decoding.retrieval.model_folder import ModelFolder
 from sidtune.decoding.retrieval.prompter import Prompter
@@ -27,7 +27,7 @@ from sidtune.decoding.retrieval.retriever import SidRetriever
 from sidtune.decoding.retrieval.search_request import RequestLimits
 from sidtune.decoding.serving.options import BatchOptions
 from sidtune.decoding.serving.request_files import FileRequests, Requests, Rules, SplitRequests
-from sidtune.decoding.serving.shards import Shards, digest, settle
+from sidtune.decoding.serving.shards import Shards
 from sidtune.decoding.serving.stock import read_item_ids
 
 SCHEMA = pa.schema(
@@ -39,9 +39,7 @@ SCHEMA = pa.schema(
     }
 )
 RESULT_FILE = "results.parquet"
-_PATHS = ("model_dir", "sids_dir", "requests", "data_dir", "in_stock")
 _PACKAGES = ("sidtune", "torch", "transformers")
-_NOT_IN_PLAN = (*_PATHS, "output_dir", "restart")
 
 
 def answer_requests(options: BatchOptions) -> None:
@@ -52,19 +50,20 @@ def answer_requests(options: BatchOptions) -> None:
     # Several CPU processes form a group only when told that the CPU is meant.
     started, state = time.time(), PartialState(cpu=not torch.accelerator.is_available())
     prompter, requests = on_all(lambda: _inputs(options))
-    plan = on_main(lambda: _settled(options, len(requests.ids)))
-    if plan is None:
+    work = Work(options.output_dir, on_main(lambda: _identity(options, len(requests.ids))))
+    if on_main(work.is_done):
         if state.is_main_process:
             print(f"{options.output_dir}: complete already, nothing to do")
         return
-    shards = Shards(options.output_dir, options.shard_size, requests.ids, SCHEMA)
+    on_main(lambda: _begin(work, options.restart))
+    shards = Shards(work.folder, options.shard_size, requests.ids, SCHEMA)
     mine = [n for n in range(len(shards)) if n % state.num_processes == state.process_index]
     todo = [n for n in mine if not shards.is_done(n)]
     on_all(lambda: _check(prompter, requests, shards, todo))
     if todo:
         _decode(options, state, prompter, requests, shards, mine, todo)
     if state.is_main_process:
-        _join(options, shards, plan, started)
+        _join(options, shards, work, len(requests.ids), started)
 
 
 def _inputs(options: BatchOptions) -> tuple[Prompter, Requests]:
@@ -93,17 +92,17 @@ def _inputs(options: BatchOptions) -> tuple[Prompter, Requests]:
     return prompter, FileRequests(options.requests, prompter, rules, options.extra_columns)
 
 
-def _given(options: BatchOptions) -> dict[str, str]:
-    return {name: getattr(options, name) for name in _PATHS if getattr(options, name) is not None}
-
-
-def _settled(options: BatchOptions, count: int) -> dict[str, Any] | None:
-    """The plan of this run: what the result depends on. None when the output is complete already."""
-    config = {key: value for key, value in as_dict(options).items() if key not in _NOT_IN_PLAN}
-    inputs = {f"contents of {name}": fingerprint(path) for name, path in _given(options).items()}
+def _identity(options: BatchOptions, count: int) -> dict[str, Any]:
+    """What the result depends on."""
     numbers = {f"version of {name}": version for name, version in versions().items() if name in _PACKAGES}
-    plan = {"requests": count, **config, **inputs, **numbers}
-    return plan if settle(options.output_dir, plan, options.restart) else None
+    values = {**identity_of(options), "number of requests": count, **numbers}
+    return {name: value for name, value in values.items() if name != "restart"}
+
+
+def _begin(work: Work, restart: bool) -> None:
+    if restart:
+        work.close()
+    work.begin(refuse="set restart: true to throw it away")
 
 
 def _check(prompter: Prompter, requests: Requests, shards: Shards, todo: list[int]) -> None:
@@ -174,16 +173,14 @@ def _table(retriever: SidRetriever, ids: list[str], found: list[tuple[np.ndarray
     return pa.table([pa.array(ids, pa.string()), *lists], schema=SCHEMA)
 
 
-def _join(options: BatchOptions, shards: Shards, plan: dict[str, Any], started: float) -> None:
+def _join(options: BatchOptions, shards: Shards, work: Work, count: int, started: float) -> None:
     """Puts all shards into the output folder."""
     tables, short = shards.joined(), 0
-    with write_folder(options.output_dir) as scratch:
+    with work.finish("retrieve") as scratch:
         with pq.ParquetWriter(scratch / RESULT_FILE, SCHEMA, compression="zstd") as writer:
             for table in tables:
                 short += int((np.asarray(pc.list_value_length(table["items"])) < options.k).sum())
                 writer.write_table(table)
-        metrics = {"requests": plan["requests"], "short_lists": short, "shards": len(shards), "plan": digest(plan)}
-        config, inputs = as_dict(options), _given(options)
-        write_run(scratch, step="retrieve", config=config, inputs=inputs, metrics=metrics, started=started)
-    shutil.rmtree(shards.folder)
-    print(f"{options.output_dir}: {plan['requests']} requests answered, {short} with fewer than {options.k} items")
+        metrics = {"requests": count, "short_lists": short, "shards": len(shards)}
+        write_run(scratch, step="retrieve", config=as_dict(options), metrics=metrics, started=started)
+    print(f"{options.output_dir}: {count} requests answered, {short} with fewer than {options.k} items")

@@ -1,27 +1,21 @@
 """A long table made in shards by any number of processes, and joined. Our own plumbing.
 
 A shard is made by one process and written whole, so no bit of the result depends on the number of processes, and a killed run goes
-on after its last finished shards. They lie in a hidden folder beside the output folder, with the plan that they were made by.
+on after its last finished shards. They lie in the work folder of the result (`core/resume.py`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sidtune.core.errors import ConfigError, SidtuneError
-from sidtune.core.folders import RUN_FILE, read_json, write_json
+from sidtune.core.errors import SidtuneError
 
-PLAN_FILE = "plan.json"
 _POLL_S = 0.2
 
 
@@ -29,15 +23,13 @@ class Shards:
     """The parts of the result.
 
     Args:
-        output_dir: folder of the result. size: rows of a shard.
+        folder: where they lie. size: rows of a shard.
         ids: of all rows, the first column of `schema`. schema: of the result.
 
-    Attributes:
-        folder: where they are.
     """
 
-    def __init__(self, output_dir: str | Path, size: int, ids: list[str], schema: pa.Schema) -> None:
-        self.folder, self._size, self._ids, self._schema = work_folder(output_dir), size, ids, schema
+    def __init__(self, folder: Path, size: int, ids: list[str], schema: pa.Schema) -> None:
+        self.folder, self._size, self._ids, self._schema = folder, size, ids, schema
 
     def __len__(self) -> int:
         return -(-len(self._ids) // self._size)
@@ -78,41 +70,3 @@ class Shards:
             while not self.is_done(number):
                 time.sleep(_POLL_S)
         return (self.read(number) for number in range(len(self)))
-
-
-def work_folder(output_dir: str | Path) -> Path:
-    """Where the shards of a result lie."""
-    output = Path(output_dir)
-    return output.parent / f".{output.name}.shards"
-
-
-def digest(plan: dict[str, Any]) -> str:
-    """What `run.json` of a finished result says of its plan, as `metrics.plan`."""
-    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
-
-
-def settle(output_dir: str | Path, plan: dict[str, Any], restart: bool) -> bool:
-    """Whether there is work left; then the plan is written beside the output. For one process.
-
-    Raises:
-        ConfigError: finished shards of another plan are there, and `restart` is not set.
-    """
-    record = Path(output_dir) / RUN_FILE
-    if record.exists() and read_json(record).get("metrics", {}).get("plan") == digest(plan):
-        return False
-    folder = work_folder(output_dir)
-    if restart and folder.exists():
-        shutil.rmtree(folder)
-    if (folder / PLAN_FILE).exists():
-        old = read_json(folder / PLAN_FILE)
-        differs = [key for key in {**plan, **old} if old.get(key) != plan.get(key)]
-        if differs:
-            raise ConfigError(
-                f"{folder} holds finished shards of an interrupted run that differs in {', '.join(differs[:5])}; set "
-                "restart: true to throw them away, or run with the former options and inputs to go on."
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(".*.partial-*"):
-        stale.unlink()
-    write_json(folder / PLAN_FILE, plan)
-    return True

@@ -14,8 +14,6 @@ every table, and where a simulator knows the clicks also the list sorted by them
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import shutil
 import time
@@ -29,7 +27,8 @@ import pyarrow.parquet as pq
 
 from sidtune.core.config import as_dict, build, command
 from sidtune.core.errors import ConfigError, nearest
-from sidtune.core.folders import RUN_FILE, read_json, write_json, write_run
+from sidtune.core.folders import fingerprint, inputs_of, read_json, write_json, write_run, writes
+from sidtune.core.resume import Work, digest
 from sidtune.data_builders.post_ranking.sources import Source, load_source, parse_source
 from sidtune.decoding.serving.generator_source import FOLDERS, KINDS, with_folders
 from sidtune.metrics.list_ranking import (
@@ -50,6 +49,7 @@ from sidtune.models.registry import RERANKERS
 from sidtune.recipes.llm4pr.systems import VARIANTS, Training, cost_table
 
 LAUNCH = "alone"
+RESULT_FILE = "result.json"
 
 logger = logging.getLogger(__name__)
 MAIN = "llm4pr"
@@ -166,13 +166,12 @@ class _Data:
     identity: str
 
 
+@writes("post_rank", tree=True)
 def main(arguments: Arguments) -> None:
     """Trains and compares all systems; prints the table."""
     for readme in arguments.readme:
         check_readme(readme)
     started, output = time.time(), Path(arguments.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / RUN_FILE).unlink(missing_ok=True)  # the folder is complete again when the record is back
     data = _load(arguments)
     orders: dict[str, list[np.ndarray]] = {}
     told: dict[str, Any] = {}
@@ -207,8 +206,7 @@ def main(arguments: Arguments) -> None:
     ids = data.source.table.requests["request_id"].take(pa.array(data.test))
     pq.write_table(pa.table({"request_id": ids, **columns}), output / "per_request.parquet")
     short = {row.name: {m: e.value for m, e in row.metrics.items()} for row in rows}
-    inputs = {name: folder for name, folder in arguments.folders().items() if folder is not None}
-    write_run(output, step="post_rank", config=as_dict(arguments), inputs=inputs, metrics=short, started=started)
+    write_run(output, step="post_rank", config=as_dict(arguments), metrics=short, started=started)
     for readme in arguments.readme:
         replace_table(readme, table)
     print(table)
@@ -237,14 +235,11 @@ def _load(arguments: Arguments) -> _Data:
 
 def _identity(arguments: Arguments, source: Source) -> str:
     """Changes with whatever a trained system depends on; what the text-only prompt alone depends on is told apart in `_variant`."""
-    digest = hashlib.sha256(json.dumps(source.table.requests.to_pylist(), sort_keys=True).encode())
-    for key, matrix in sorted(source.table.matrices.items()):
-        digest.update(key.encode() + np.ascontiguousarray(matrix).tobytes())
     names = ("training", "methods", "shuffles", "max_train", "max_test", "cost_requests", "save")
     told = {name: as_dict(arguments)[name] for name in names}
     told["training"] = {key: value for key, value in told["training"].items() if key != "ptpr"}
-    digest.update(json.dumps(told, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
+    read = {name: fingerprint(path) for name, path in inputs_of(arguments.training).items()}
+    return digest([source.table.requests.to_pylist(), source.table.matrices, told, read])
 
 
 def _baseline(name: str, arguments: Arguments, data: _Data, seed: int) -> np.ndarray:
@@ -257,24 +252,23 @@ def _baseline(name: str, arguments: Arguments, data: _Data, seed: int) -> np.nda
 
 def _variant(name: str, arguments: Arguments, data: _Data, seed: int, folder: Path) -> dict[str, Any]:
     """Orders and facts of a variant: read where they are finished, else trained."""
-    done, state = folder / "result.json", folder / "state.json"
     words = {"ptpr": arguments.training["ptpr"]} if VARIANTS[name].words and arguments.training.get("ptpr") else {}
-    identity = {"identity": data.identity, **words}
-    same = state.is_file() and read_json(state) == identity
-    if same and done.is_file():
+    work = Work(folder, {"data and options": data.identity, "name": name, "seed": seed, **words})
+    if work.is_done():
         logger.info("seed %d, %s: unchanged, not trained again", seed, name)
-        return read_json(done)
-    if not same:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        write_json(state, identity)
-    found = _train(name, arguments, data, seed, folder)
-    write_json(done, found)
-    shutil.rmtree(folder / "work", ignore_errors=True)
+        return read_json(folder / RESULT_FILE)
+    if (folder / "state.json").is_file():
+        logger.warning("%s is of an earlier version and cannot be used; it is made again.", folder)
+        shutil.rmtree(folder)
+    work.begin()
+    with work.finish("post_rank_variant") as scratch:
+        found = _train(name, arguments, data, seed, work.folder, scratch)
+        write_json(scratch / RESULT_FILE, found)
+        write_run(scratch, step="post_rank_variant", config={"name": name, "seed": seed})
     return found
 
 
-def _train(name: str, arguments: Arguments, data: _Data, seed: int, folder: Path) -> dict[str, Any]:
+def _train(name: str, arguments: Arguments, data: _Data, seed: int, work: Path, folder: Path) -> dict[str, Any]:
     from sidtune.models.post_ranking.files import save_post_rank
     from sidtune.models.post_ranking.ranker import PostRanker
     from sidtune.recipes.llm4pr import systems
@@ -282,8 +276,8 @@ def _train(name: str, arguments: Arguments, data: _Data, seed: int, folder: Path
     training, variant = arguments.train_settings(), VARIANTS[name]
     logger.info("seed %d, %s: training on %d requests", seed, name, len(data.train))
     table = systems.table_for(variant, training, data.source.table, data.train)
-    kept = folder.parent / f"shared_{data.identity[:16]}"
-    model, processor, told = systems.train_variant(variant, training, table, data.train, seed, folder / "work", kept)
+    kept = work.parent / f"common_{data.identity[:16]}"
+    model, processor, told = systems.train_variant(variant, training, table, data.train, seed, work, kept)
     requests = systems.requests_of(table, data.test, training.max_history)
     ranker = PostRanker(model, processor)
     window = min(20, training.max_candidates)

@@ -24,8 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from sidtune.core.errors import ConfigError, DataError
-from sidtune.core.folders import read_json, write_folder, write_json
+from sidtune.core.errors import ConfigError
+from sidtune.core.folders import RUN_FILE, read_json, write_run
+from sidtune.core.resume import Work
 from sidtune.data_builders.post_ranking.personal_queries import personal_queries
 from sidtune.data_builders.post_ranking.schema import PostRankRequest, PostRankTable
 from sidtune.data_builders.post_ranking.text import render_request, request_of
@@ -165,8 +166,6 @@ def start_model(
             told = _kept(
                 language_model, kept, lambda: drilled(language_model, tokenizer, most, folder, seed, **training.drill)
             )
-            if "direction" not in told:
-                raise DataError(f"The drilled backbone in {kept} is of an earlier version; delete that folder.")
             line = {"direction": told["direction"], "bias": told["bias"]}
     else:
         tokenizer, language_model = load_tokenizer(training.backbone), load_plain(training.backbone)
@@ -251,14 +250,15 @@ def _kept(model: Any, folder: Path | None, train: Callable[[], dict[str, Any]]) 
 
     if folder is None:
         return train()
-    if not folder.is_dir():
+    work = Work(folder, {})  # what it depends on is in its name
+    if not work.is_done():
         told = train()
-        with write_folder(folder) as scratch:
+        with work.finish("post_rank_shared") as scratch:
             save_model(model, str(scratch / "model.safetensors"))
-            write_json(scratch / "told.json", told)
+            write_run(scratch, step="post_rank_shared", config={}, metrics=told)
         return told
     load_model(model, folder / "model.safetensors")
-    return read_json(folder / "told.json")
+    return read_json(folder / RUN_FILE)["metrics"]
 
 
 def rank_requests(ranker: Any, requests: Sequence[PostRankRequest], method: str, width: int, **options: Any) -> list:

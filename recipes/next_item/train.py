@@ -15,15 +15,15 @@ The output holds `seed_S/SYSTEM/` (network, `sids/`, `curve.json`, `run.json`), 
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 from sidtune.core.config import as_dict, command
 from sidtune.core.errors import DataError
-from sidtune.core.folders import RUN_FILE, read_json, write_folder, write_json, write_run
-from sidtune.core.processes import on_main
+from sidtune.core.folders import RUN_FILE, fingerprint, read_json, write_json, write_run, writes
+from sidtune.core.processes import launch, on_main
+from sidtune.core.resume import Work
 from sidtune.data_builders.sequences.item_sequences import ItemSequences, SequenceExamples
 from sidtune.metrics.report.readme_table import check_readme
 from sidtune.recipes.next_item.config import Arguments, System
@@ -80,7 +80,9 @@ def fit(arguments: Arguments, name: str, seed: int, sequences: ItemSequences) ->
 
     system, folder, started = arguments.system(name), arguments.folder(seed, name), time.time()
     config = record_of(arguments, name, seed)
-    if (folder / RUN_FILE).exists() and read_json(folder / RUN_FILE)["config"] == config:
+    content = on_main(lambda: fingerprint(arguments.data().path))
+    work = Work(folder, {**config, "content": content}, place=launch())
+    if on_main(lambda: work.is_done() or _of_before(folder, config)):
         print(f"{folder}: unchanged, skipped", flush=True)
         return
     catalogue = SidCatalogue.of(make_sids(system.sids, arguments.data(), sequences), sequences)
@@ -90,18 +92,18 @@ def fit(arguments: Arguments, name: str, seed: int, sequences: ItemSequences) ->
     torch.manual_seed(seed)
     network = make_network(shape)
     ranker = HistoryRanker(sequences, catalogue, arguments.num_beams, exclude_seen=arguments.exclude_seen)
-    work = _work_folder(folder, config)
-    trained = train_next_item(network, rows, ranker, settings, work, max_history=system.max_history, seed=seed)
+    on_main(work.begin)
+    options = {"max_history": system.max_history, "seed": seed}
+    trained = train_next_item(network, rows, ranker, settings, work.checkpoints, **options)
     history = [log for log in trained.state.log_history if "eval_ndcg@10" in log]
     metrics = {**_metrics(trained, history), "parameters": network.parameters_count(), "targets": rows.examples.targets}
 
     def write() -> None:
-        with write_folder(folder) as scratch:
+        with work.finish("next_item") as scratch:
             network.save_pretrained(scratch)
             catalogue.sids.save_pretrained(scratch / "sids")
             write_json(scratch / CURVE_FILE, history)
             write_run(scratch, step="next_item", config=config, metrics=metrics, started=started)
-        shutil.rmtree(work)
 
     on_main(write)
     print(f"{folder}: validation NDCG@10 {metrics['valid_ndcg@10']:.4f} in {time.time() - started:.0f} s", flush=True)
@@ -134,21 +136,13 @@ def _metrics(trained: Any, history: list[dict[str, float]]) -> dict[str, Any]:
     }
 
 
-def _work_folder(folder: Path, config: dict) -> Path:
-    """The folder of the checkpoints; those of another config are removed."""
-    work = folder.parent / f".{folder.name}.work"
-
-    def prepare() -> None:
-        record = work / "config.json"
-        if record.exists() and read_json(record) != config:
-            shutil.rmtree(work)
-        work.mkdir(parents=True, exist_ok=True)
-        write_json(record, config)
-
-    on_main(prepare)
-    return work
+def _of_before(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether an earlier version, which recorded no identity, trained this system already."""
+    record = read_json(folder / RUN_FILE) if (folder / RUN_FILE).exists() else {"identity": None}
+    return "identity" not in record and record["config"] == config
 
 
+@writes(None, tree=True)
 def main(arguments: Arguments) -> None:
     """Trains, measures, and prints the table."""
     from sidtune.recipes.next_item.table import Rankings, report

@@ -13,10 +13,7 @@ the output folder.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +25,9 @@ import pyarrow.compute as pc
 
 from sidtune.core.config import as_dict, build, command
 from sidtune.core.errors import ConfigError
-from sidtune.core.folders import fingerprint, read_json, write_folder, write_json, write_run
+from sidtune.core.folders import read_json, write_folder, write_json, write_run, writes
+from sidtune.core.processes import launch, on_main
+from sidtune.core.resume import Work, identity_of
 from sidtune.data_builders.mining.alignment_pairs import MiningConfig, held_out_pairs
 from sidtune.data_builders.tables.splits import training_cut
 from sidtune.data_builders.tables.store import DataFolder, load_folder
@@ -41,7 +40,7 @@ from sidtune.trainers.contrastive.sources import (
 )
 
 logger = logging.getLogger(__name__)
-REPORT_FILE, STATE_FILE, PAIRS_FILE, SOURCE_FILE = "report.json", "state.json", "pairs.npz", "source.json"
+REPORT_FILE, PAIRS_FILE, SOURCE_FILE = "report.json", "pairs.npz", "source.json"
 
 
 @dataclass
@@ -101,9 +100,9 @@ class Arguments:
             raise ConfigError(f"split must be 'valid' or 'test' and k at least 1, got '{self.split}' and {self.k}.")
 
 
+@writes("align_encoder")
 def main(arguments: Arguments) -> None:
     """Mines, trains, writes the folder and prints the report."""
-    from sidtune.core.processes import on_main
     from sidtune.trainers.contrastive.trainer import (
         AlignedExamples,
         aligned_args,
@@ -113,43 +112,37 @@ def main(arguments: Arguments) -> None:
     )
 
     started = time.time()
-    output = Path(arguments.output_dir)
-    work = output.parent / f".work_{output.name}"
-    args = aligned_args(arguments.args, work / "checkpoints", arguments.seed)  # also forms the group of processes
+    checkpoints = Work(arguments.output_dir, {}).checkpoints
+    args = aligned_args(arguments.args, checkpoints, arguments.seed)  # also forms the group of processes
+    work = Work(arguments.output_dir, on_main(lambda: identity_of(arguments)), place=launch())
+    if on_main(work.is_done):
+        logger.info("%s is unchanged and is skipped.", work.output)
+        return
     if arguments.backbone is not None:  # a wrong name is told before the mining
         check_encoder(
             load_encoder(arguments.backbone, arguments.revision)[0], _pooling(arguments), arguments.max_length
         )
-    on_main(lambda: _prepare(arguments, work))
-    source, texts = _load_source(work), texts_of(load_folder(arguments.data_dir).items)
+    on_main(lambda: work.begin(lambda folder: _prepare(arguments, folder)))
+    source, texts = _load_source(work.folder), texts_of(load_folder(arguments.data_dir).items)
     model, tokenizer = _backbone(arguments, source.queries, texts)
     pooling = _pooling(arguments)
     check_encoder(model, pooling, arguments.max_length)
     examples = AlignedExamples(source.queries, texts, source.pairs, source.scores)
     shape = (pooling, arguments.max_length)
-    on_main(lambda: _save_start(work / "start", model, tokenizer, *shape))
+    on_main(lambda: _save_start(work.folder / "start", model, tokenizer, *shape))
     trainer = train_aligned(model, tokenizer, examples, args, arguments.loss_config, *shape)
     trained = trainer.accelerator.unwrap_model(trainer.model)
     on_main(lambda: _write(arguments, work, trained, tokenizer, shape, trainer.state.log_history, source, started))
 
 
 def _prepare(arguments: Arguments, work: Path) -> None:
-    """Main process: the pairs, unless an interrupted run of the same settings and data left them."""
-    settings = {key: value for key, value in as_dict(arguments).items() if key not in ("data_dir", "output_dir")}
-    file = arguments.relevance_config.file
-    known = [settings, fingerprint(arguments.data_dir), None if file is None else fingerprint(file)]
-    state = {"identity": hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()}
-    if (work / STATE_FILE).is_file() and read_json(work / STATE_FILE) == state:
-        return
-    shutil.rmtree(work, ignore_errors=True)
+    """Main process: the pairs."""
     data = load_folder(arguments.data_dir)
     source = _source(arguments, data)
     for note in source.told["notes"]:
         logger.warning("%s", note)
-    work.mkdir(parents=True)
     np.savez(work / PAIRS_FILE, scores=source.scores, **source.pairs)
     write_json(work / SOURCE_FILE, {"queries": source.queries, "told": source.told})
-    write_json(work / STATE_FILE, state)
 
 
 def _source(arguments: Arguments, data: DataFolder) -> AlignmentSource:
@@ -202,13 +195,13 @@ def _save_start(folder: Path, model: Any, tokenizer: Any, pooling: str, max_leng
 
     if folder.is_dir():
         return
-    with write_folder(folder) as scratch:
+    with write_folder(folder, "align_encoder_start") as scratch:
         save_aligned(scratch, model, tokenizer, pooling, max_length)
 
 
 def _write(
     arguments: Arguments,
-    work: Path,
+    work: Work,
     model: Any,
     tokenizer: Any,
     shape: tuple[str, int],
@@ -220,16 +213,15 @@ def _write(
     from sidtune.metrics.pair_recall import recall_to_markdown
     from sidtune.trainers.contrastive.trainer import save_aligned
 
-    with write_folder(arguments.output_dir) as scratch:
+    with work.finish("align_encoder") as scratch:
         save_aligned(scratch, model, tokenizer, *shape)
-        rows, names = _report(arguments, {"start": work / "start", "aligned": scratch})
+        rows, names = _report(arguments, {"start": work.folder / "start", "aligned": scratch})
         report = {"k": arguments.k, "encoders": names, "mined": source.told, "rows": rows, "curves": history}
         write_json(scratch / REPORT_FILE, report)
         write_run(
             scratch,
             step="align_encoder",
             config=as_dict(arguments),
-            inputs={"data_dir": arguments.data_dir},
             metrics={
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "pooling": shape[0],
@@ -238,7 +230,6 @@ def _write(
             },
             started=started,
         )
-    shutil.rmtree(work, ignore_errors=True)
     for kind in ("q2q", "i2i", "q2i"):
         print(f"{kind}: {source.told[kind]['kept']:,} of {source.told[kind]['mined']:,} mined pairs kept")
     print(

@@ -175,7 +175,7 @@ def test_an_interrupted_run_goes_on_where_it_was(whole, shop, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         retrieve.main(run)
     assert not (tmp_path / "out").exists()
-    shards = tmp_path / ".out.shards"
+    shards = tmp_path / ".work_out"
     assert sorted(p.name for p in shards.glob("*.parquet")) == [f"{n:06d}.parquet" for n in range(3)]
     # A crash of the machine may leave torn files; they are made again, and shard 0 is not.
     (shards / "000001.parquet").write_bytes((shards / "000001.parquet").read_bytes()[:50])
@@ -184,7 +184,7 @@ def test_an_interrupted_run_goes_on_where_it_was(whole, shop, tmp_path, monkeypa
     with pytest.raises(ConfigError, match=r"differs in k; set restart: true"):
         retrieve.main(dataclasses.replace(run, k=8))
     changed = write_lines(tmp_path / "other.jsonl", [{"request_id": "x"}])
-    with pytest.raises(ConfigError, match="differs in requests, contents of requests"):
+    with pytest.raises(ConfigError, match="differs in requests, number of requests"):
         retrieve.main(dataclasses.replace(run, requests=str(changed)))
     retrieve.main(run)
     assert calls[4:] == [8, 8, 8, 8, 8, 2]  # the torn shard 1, the short shard 2, and 3 to 6
@@ -246,7 +246,7 @@ def test_a_killed_run_loses_at_most_one_shard(whole, shop, tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    shards, end = tmp_path / ".out.shards", time.monotonic() + 120
+    shards, end = tmp_path / ".work_out", time.monotonic() + 120
     try:
         while len(list(shards.glob("*.parquet"))) < 3:
             assert process.poll() is None and time.monotonic() < end

@@ -199,7 +199,7 @@ def test_the_recipe_from_log_to_semantic_ids(shop, tmp_path, capsys, monkeypatch
             align_encoder.main(arguments)
     assert not output.exists() and (tmp_path / ".work_encoder").is_dir()
     with monkeypatch.context() as patch:  # trained and mined already: neither happens again
-        patch.setattr("sidtune.trainers.contrastive.trainer.AlignedTrainer.train", None)
+        patch.setattr("sidtune.trainers.contrastive.trainer.AlignedTrainer.training_step", None)
         patch.setattr(align_encoder, "alignment_source", None)
         align_encoder.main(arguments)
     shown = capsys.readouterr().out

@@ -17,9 +17,9 @@ from transformers import TrainerCallback
 
 from sidtune.core.errors import ConfigError
 from sidtune.core.processes import end_processes, on_main
+from sidtune.trainers.common.stage import finite
 from sidtune.trainers.common.stage_model import StageModel
 from sidtune.trainers.grpo.args import grpo_config
-from sidtune.trainers.grpo.stage import finite
 from sidtune.trainers.grpo.trainer import DebiasedGRPOTrainer
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))

@@ -15,8 +15,8 @@ from sft_stand_ins import model_folder, random_examples, task_examples
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from sidtune.core.errors import ConfigError, DataError, SidtuneError
-from sidtune.trainers.common.callbacks import COMPLETE_FILE, is_complete, last_complete_checkpoint
-from sidtune.trainers.sft import stages
+from sidtune.core.resume import COMPLETE_FILE, is_complete, last_complete_checkpoint
+from sidtune.trainers.common.stage import finite
 from sidtune.trainers.sft.mixture import StageConfig, TaskMix, chosen_rows, describe, mixture, parse_stages
 from sidtune.trainers.sft.stages import run_stages
 
@@ -319,7 +319,7 @@ def test_stages_need_a_list_and_distinct_names():
 
 
 def test_metrics_without_a_value_become_null():
-    assert stages._finite({"a": float("nan"), "b": [1.5, float("inf")]}) == {"a": None, "b": [1.5, None]}
+    assert finite({"a": float("nan"), "b": [1.5, float("inf")]}) == {"a": None, "b": [1.5, None]}
 
 
 @pytest.fixture(scope="module")

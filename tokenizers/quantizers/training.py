@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import abc
 import copy
-import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sidtune.core.config import as_dict
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.finite import check_step, check_weights
-from sidtune.core.folders import read_json, write_folder, write_json
+from sidtune.core.folders import read_json, write_json
+from sidtune.core.resume import Work, identity_of, last_complete_checkpoint
 from sidtune.tokenizers.quantizers.base import Quantizer, check_codes
 from sidtune.tokenizers.vectors import check_vectors, load_tensors
 
-STATE_FILE, PROGRESS_FILE = "state.safetensors", "training.json"
+STATE_FILE, CURVES_FILE = "state.safetensors", "curves.json"
 _ROWS = 8192  # rows encoded at once
 _ELSEWHERE = ("device", "checkpoint", "checkpoint_every")  # options that change nothing about the result
 
@@ -155,12 +154,12 @@ class NeuralQuantizer(Quantizer):
         Args:
             vectors: (n, d) finite numbers.
             checkpoint: folder to write the state to every `checkpoint_every` epochs, and to continue from if it is
-                there. It must be of the same vectors and options. Default: the option of that name.
+                there. It must be of the same vectors, `side` and options. Default: the option of that name.
             side: what a method takes beside the vectors (RQ-VAE: collaborative vectors); None for most.
 
         Raises:
-            DataError: wrong vectors, a damaged checkpoint or one of other vectors, a loss that is not finite.
-            ConfigError: a checkpoint of other options.
+            DataError: wrong vectors, a loss that is not finite.
+            ConfigError: a checkpoint folder of another run, or with other files.
         """
         vectors = check_vectors(vectors)
         checkpoint = checkpoint or self.config.checkpoint
@@ -169,7 +168,7 @@ class NeuralQuantizer(Quantizer):
             self._standardise(vectors)
             self.module = self._build(vectors.shape[1])
             self._prepare(vectors, side)
-            self._train(vectors, None if checkpoint is None else Path(checkpoint))
+            self._train(vectors, None if checkpoint is None else self._work(checkpoint, vectors, side))
         self._freeze()
         return self
 
@@ -184,25 +183,31 @@ class NeuralQuantizer(Quantizer):
         name = self.config.device
         return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
-    def _train(self, vectors: np.ndarray, checkpoint: Path | None) -> None:
+    def _work(self, folder: str | Path, vectors: np.ndarray, side: Any) -> Work:
+        """The folder of the checkpoints. A run may continue on another device and from a folder that was moved."""
+        options = {key: value for key, value in identity_of(self.config).items() if key not in _ELSEWHERE}
+        work = Work(folder, {"quantizer": self.name, **options, "vectors": vectors, "side": side}, folder)
+        work.begin(refuse="remove it, name another folder")
+        return work
+
+    def _train(self, vectors: np.ndarray, work: Work | None) -> None:
         config, device = self.config, self._device()
         data = torch.from_numpy(((vectors - self._mean) / self._scale).astype(np.float32)).to(device)
         module = self.module.to(device).train()
-        mark = _mark(vectors, self.name, as_dict(config)) if checkpoint else {}
-        resumed = checkpoint is not None and (checkpoint / PROGRESS_FILE).exists()
+        kept = None if work is None else last_complete_checkpoint(work.checkpoints, remove_broken=True)
         self.curves = []
-        if not resumed:
+        if kept is None:
             module.start(data)
         optimizer = torch.optim.AdamW(module.parameters(), config.learning_rate, weight_decay=config.weight_decay)
-        if resumed:
-            self.curves = _load_checkpoint(checkpoint, mark, module, optimizer)
+        if kept is not None:
+            self.curves = _load_checkpoint(kept, module, optimizer)
         for epoch in range(len(self.curves), config.epochs):
-            kept = checkpoint if checkpoint is not None and (checkpoint / PROGRESS_FILE).exists() else None
             self.curves.append(self._epoch(epoch, data, optimizer, kept))
             check_weights(module, f"the {self.name} quantizer after epoch {epoch + 1}")
             last = epoch + 1 == config.epochs
-            if checkpoint is not None and (last or (epoch + 1) % config.checkpoint_every == 0):
-                _save_checkpoint(checkpoint, mark, module, optimizer, self.curves)
+            if work is not None and (last or (epoch + 1) % config.checkpoint_every == 0):
+                with work.checkpoint(epoch + 1) as kept:
+                    _save_checkpoint(kept, module, optimizer, self.curves)
 
     def _epoch(self, epoch: int, data: Tensor, optimizer: torch.optim.Optimizer, kept: Path | None) -> dict[str, Any]:
         module, config, count = self.module, self.config, len(data)
@@ -286,42 +291,20 @@ def _load_weights(module: nn.Module, given: dict[str, Tensor], what: str) -> Non
     module.load_state_dict({key: given[key] for key in known})
 
 
-def _mark(vectors: np.ndarray, name: str, config: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint must agree on. A run may continue on another device and from a folder that was moved."""
-    digest = hashlib.sha256(np.ascontiguousarray(vectors)).hexdigest()
-    options = {key: value for key, value in config.items() if key not in _ELSEWHERE}
-    return {"quantizer": name, "config": options, "vectors": digest, "rows": len(vectors)}
-
-
 def _save_checkpoint(
-    folder: Path,
-    mark: dict[str, Any],
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    curves: list[dict[str, Any]],
+    folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, curves: list[dict[str, Any]]
 ) -> None:
     from safetensors.torch import save_file
 
     tensors = {f"module.{key}": value for key, value in module.state_dict().items()}
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{key}": value for key, value in state.items()}
-    with write_folder(folder) as scratch:
-        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, scratch / STATE_FILE)
-        write_json(scratch / PROGRESS_FILE, mark | {"curves": curves})
+    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, folder / STATE_FILE)
+    write_json(folder / CURVES_FILE, curves)
 
 
-def _load_checkpoint(
-    folder: Path, mark: dict[str, Any], module: nn.Module, optimizer: torch.optim.Optimizer
-) -> list[dict[str, Any]]:
+def _load_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """Fills module and optimizer; returns the curves so far."""
-    progress = read_json(folder / PROGRESS_FILE)
-    if progress.get("vectors") != mark["vectors"]:
-        raise DataError(f"The checkpoint {folder} was made from other vectors; remove it or name another folder.")
-    if progress.get("config") != mark["config"] or progress.get("quantizer") != mark["quantizer"]:
-        raise ConfigError(
-            f"The checkpoint {folder} is of other options ({progress.get('quantizer')}, {progress.get('config')}); remove it, "
-            "name another folder, or train with those."
-        )
     tensors = {key: torch.from_numpy(value.copy()) for key, value in load_tensors(folder / STATE_FILE).items()}
     _load_weights(module, {k[7:]: v for k, v in tensors.items() if k.startswith("module.")}, f"The checkpoint {folder}")
     states: dict[int, dict[str, Tensor]] = {}
@@ -330,4 +313,4 @@ def _load_checkpoint(
             _, number, name = key.split(".")
             states.setdefault(int(number), {})[name] = value
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
-    return progress["curves"]
+    return read_json(folder / CURVES_FILE)

@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from transformers import Trainer, get_scheduler
+from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig
 
 from sidtune.core.config import check_keys, check_types
-from sidtune.core.errors import ConfigError
+from sidtune.core.errors import ConfigError, nearest
 
 T = TypeVar("T")
 
@@ -54,6 +56,16 @@ RESERVED = {
     "trust_remote_code": "sidtune runs no code from model folders",
     "auto_find_batch_size": "it would change the global batch size silently",
 }
+_LEAST = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(
+        ("num_train_epochs", "learning_rate", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm"), 0
+    ),
+    **dict.fromkeys(("logging_steps", "save_steps", "eval_steps"), 1e-9),
+    **dict.fromkeys(("dataloader_num_workers", "seed", "neftune_noise_alpha"), 0),
+    **dict.fromkeys(("save_total_limit", "num_generations", "max_completion_length", "num_iterations"), 1),
+    "max_steps": -1,
+}
 _ALIASES = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
@@ -83,16 +95,6 @@ def machine_defaults() -> dict[str, Any]:
     return values | {"use_cpu": True}
 
 
-def checked_args(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """The `args` of a stage with known keys and right types; touches no device, so a pipeline can call it before any
-    work.
-
-    Raises:
-        ConfigError: an unknown or reserved key, or a value of the wrong type.
-    """
-    return checked_fields(SFTConfig, RESERVED, values, where)
-
-
 def checked_fields(kind: type, reserved: dict[str, str], values: dict[str, Any], where: str) -> dict[str, Any]:
     """`values` as fields of the config class `kind`; shared by every trainer's `args`.
 
@@ -100,7 +102,7 @@ def checked_fields(kind: type, reserved: dict[str, str], values: dict[str, Any],
         reserved: fields that cannot be set, and why.
 
     Raises:
-        ConfigError: an unknown or reserved key, or a value of the wrong type.
+        ConfigError: an unknown or reserved key, or a value of the wrong type or range.
     """
     values, known = dict(values), fields_of(kind)
     check_keys(values, sorted(set(known) - set(reserved) | (set(reserved) & set(values))), where)
@@ -114,7 +116,53 @@ def checked_fields(kind: type, reserved: dict[str, str], values: dict[str, Any],
             values[new] = values.pop(old)
     values = {key: _number(value, known[key]) for key, value in values.items()}
     check_types(kind, values, where)
+    for key, value in values.items():
+        if (least := _LEAST.get(key)) is not None and isinstance(value, (int, float)) and value < least:
+            raise ConfigError(f"{where}: {key} must be at least {least}, got {value}; correct it.")
+    if values.get("max_steps") == 0 or values.get("num_train_epochs", 1) <= 0:
+        raise ConfigError(
+            f"{where}: there is nothing to train with max_steps 0 or epochs that are not above 0; raise them."
+        )
     return values
+
+
+def check_together(kind: type, values: dict[str, Any], where: str, processes: int | None = None, **fixed: Any) -> None:
+    """Refuses what the config `kind`, its optimizer or its schedule refuses, without touching a device or a launch.
+
+    Args:
+        values: of `checked_fields`.
+        processes: how many processes share a batch; None where nobody knows, then batch sizes are not compared.
+        fixed: fields that the run sets.
+
+    Raises:
+        ConfigError: with the reason of transformers, TRL or torch.
+    """
+    for one in dataclasses.fields(kind):
+        choices = one.metadata.get("choices")
+        if choices and values.get(one.name) is not None and values[one.name] not in choices:
+            raise ConfigError(f"{where}: {one.name}: {nearest(str(values[one.name]), choices)}")
+    unknown = {"tf32", "torch_compile"} | (set() if processes else {"generation_batch_size"})
+    values = {key: value for key, value in {**values, **fixed}.items() if key not in unknown}
+    values = {"report_to": "none", "bf16": False, "output_dir": ".", **values, "use_cpu": True}
+    values.setdefault(_ALIASES["gradient_checkpointing"], False)
+    try:
+        made = _dry(kind, processes or values.get("num_generations") or 1)(**values)
+        if missing := set(made.report_to) - set(get_available_reporting_integrations()):
+            raise ValueError(f"report_to names {', '.join(missing)}, which is unknown or not installed")
+        weight = torch.nn.Parameter(torch.zeros(1))
+        optimizer, options = Trainer.get_optimizer_cls_and_kwargs(made, None)
+        whole = "model" in options or "optimizer_dict" in options  # made for a model, not for parameters
+        made_for = torch.optim.SGD([weight], lr=1e-3) if whole else optimizer([weight], **options)
+        schedule = {"scheduler_specific_kwargs": made.lr_scheduler_kwargs or {}, "num_training_steps": 100}
+        get_scheduler(made.lr_scheduler_type, made_for, num_warmup_steps=made.get_warmup_steps(100), **schedule)
+    except (ValueError, TypeError, ImportError, AssertionError, RuntimeError, KeyError) as error:
+        raise ConfigError(f"{where}: the arguments do not go together ({sentence(error)}).") from None
+
+
+def _dry(kind: type, processes: int) -> type:
+    """`kind` without its look at devices and launch, which would form the group of processes."""
+    machine = {"_setup_devices": torch.device("cpu"), "_n_gpu": 0, "distributed_state": None}
+    return type(kind.__name__, (kind,), {**machine, "world_size": processes})
 
 
 def built(kind: type[T], values: dict[str, Any], seed: int, where: str, **fixed: Any) -> T:
@@ -143,32 +191,45 @@ def built(kind: type[T], values: dict[str, Any], seed: int, where: str, **fixed:
         raise ConfigError(f"{where}: the arguments do not go together ({sentence(error)}).") from None
 
 
+def checked_sft(values: dict[str, Any], *, max_length: int | None, evaluate: bool, where: str) -> dict[str, Any]:
+    """The `args` of a stage with known keys, right types and values that go together; touches no device.
+
+    Args:
+        values: fields of SFTConfig but the reserved ones.
+        max_length: longest example in tokens.
+        evaluate: whether there is evaluation data. Unless `values` say otherwise, it is used at the end of each epoch.
+        where: how messages call this place.
+
+    Raises:
+        ConfigError: an unknown or reserved key, a value of the wrong type or range, or values that do not go together.
+    """
+    values = checked_fields(SFTConfig, RESERVED, values, where)
+    if values.get("eval_strategy", "no") != "no" and not evaluate:
+        raise ConfigError(f"{where}: eval_strategy is set, but the stage names no eval_tasks; add some or remove it.")
+    if values.get("packing") and max_length is None:
+        raise ConfigError(
+            f"{where}: packing needs max_length, the length of a packed row; set max_length of the stage."
+        )
+    values.setdefault("eval_strategy", "epoch" if evaluate else "no")
+    check_together(SFTConfig, values, where, max_length=max_length)
+    return values
+
+
 def sft_config(
     values: dict[str, Any], *, output_dir: str | Path, max_length: int | None, seed: int, evaluate: bool, where: str
 ) -> SFTConfig:
     """Builds the config of one stage.
 
     Args:
-        values: the `args` of the stage: fields of SFTConfig but the reserved ones.
         output_dir: folder of the checkpoints.
-        max_length: longest example in tokens.
         seed: seed of the run; `seed` in `values` wins.
-        evaluate: whether there is evaluation data. Unless `values` say otherwise, it is used at the end of each epoch.
-        where: how messages call this place.
+        values, max_length, evaluate, where: see `checked_sft`.
 
     Raises:
-        ConfigError: an unknown or reserved key, a value of the wrong type, or values that do not go together.
+        ConfigError: as `checked_sft`, or values that do not fit this machine.
     """
-    values = checked_args(values, where)
-    if values.get("eval_strategy", "no") != "no" and not evaluate:
-        raise ConfigError(f"{where}: eval_strategy is set, but the stage names no eval_tasks; add some or remove it.")
-    values.setdefault("eval_strategy", "epoch" if evaluate else "no")
-    config = built(SFTConfig, values, seed, where, output_dir=str(output_dir), max_length=max_length)
-    if config.packing and max_length is None:
-        raise ConfigError(
-            f"{where}: packing needs max_length, the length of a packed row; set max_length of the stage."
-        )
-    return config
+    values = checked_sft(values, max_length=max_length, evaluate=evaluate, where=where)
+    return built(SFTConfig, values, seed, where, output_dir=str(output_dir), max_length=max_length)
 
 
 def fields_of(kind: type) -> dict[str, Any]:

@@ -1,27 +1,25 @@
-"""Callbacks that make an interrupted stage resume exactly where it stood.
+"""How transformers' trainers go on exactly where they stood, by the mechanism of `core/resume.py`.
 
-Not from a paper. transformers writes the parts of a checkpoint one after the other, so a run that dies meanwhile leaves
-a folder that looks like a checkpoint. `MarkComplete` writes a list of the files and their sizes as the very last step,
-after every process has finished; only a folder that matches its list is resumed from.
+Not from a paper. transformers writes the parts of a checkpoint one after the other, so a run that dies meanwhile leaves a folder
+that looks like a checkpoint. `MarkComplete` lists the files as the very last step, after every process has finished; `go_on`
+goes on from the last folder that matches its list.
 """
 
 from __future__ import annotations
 
 import logging
-import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput
 
-from sidtune.core.errors import DataError
-from sidtune.core.folders import read_json, write_json
+from sidtune.core.processes import on_main
+from sidtune.core.resume import last_complete_checkpoint, mark_complete
 from sidtune.trainers.common.batches import EpochSampler
 
-COMPLETE_FILE = "complete.json"
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 logger = logging.getLogger(__name__)
 
 
@@ -45,40 +43,34 @@ class MarkComplete(TrainerCallback):
         PartialState().wait_for_everyone()
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
-            files = {
-                p.relative_to(folder).as_posix(): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()
-            }
-            files.pop(COMPLETE_FILE, None)
-            write_json(folder / COMPLETE_FILE, {"step": state.global_step, "files": files})
+            mark_complete(folder, step=state.global_step)
         PartialState().wait_for_everyone()
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether `folder` holds every file of its list in the recorded size."""
-    try:
-        files = read_json(folder / COMPLETE_FILE)["files"]
-    except (DataError, KeyError, TypeError):
-        return False
-    return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in files.items())
+def go_on(trainer: Trainer) -> TrainOutput:
+    """Trains, from the last complete checkpoint in `args.output_dir` where there is one; a finished training is only loaded.
 
-
-def last_complete_checkpoint(folder: Path, remove_broken: bool = False) -> Path | None:
-    """The newest complete checkpoint below `folder`, or None.
-
-    Args:
-        folder: work folder of a stage; need not exist.
-        remove_broken: also delete checkpoints that are not complete (one process only).
+    The folder must be this run's alone, see `core.resume.Work`. Collective: every process must call it.
     """
-    if not folder.is_dir():
-        return None
-    found = []
-    for path in folder.iterdir():
-        match = _CHECKPOINT.fullmatch(path.name)
-        if not match or not path.is_dir():
-            continue
-        if is_complete(path):
-            found.append((int(match.group(1)), path))
-        elif remove_broken:
-            logger.info("The checkpoint %s is incomplete and is skipped.", path.name)
-            shutil.rmtree(path)
-    return max(found)[1] if found else None
+    folder = Path(trainer.args.output_dir)
+    found = on_main(lambda: str(last_complete_checkpoint(folder, remove_broken=True) or ""))
+    if not found:
+        return trainer.train()
+    logger.info("The training goes on from %s.", Path(found).name)
+    state = TrainerState.load_from_json(str(Path(found) / TRAINER_STATE_NAME))
+    if not _finished(trainer.args, state):
+        return trainer.train(resume_from_checkpoint=found)
+    values = trainer.set_initial_training_values
+    # No epoch is left; transformers would train one step more.
+    trainer.set_initial_training_values = lambda *given: (0, *values(*given)[1:])  # type: ignore[method-assign]
+    result = trainer.train(resume_from_checkpoint=found)
+    trainer.state.num_train_epochs = state.num_train_epochs
+    return result
+
+
+def _finished(args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether a checkpoint was written at the end of a training as long as `args` asks for."""
+    ended = state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]
+    if args.max_steps > 0:
+        return ended and state.max_steps >= args.max_steps
+    return ended and state.num_train_epochs >= args.num_train_epochs

@@ -61,12 +61,14 @@ class FiniteSteps:
         self.check_weights()
         return result
 
-    def check_weights(self) -> None:
-        """Raises SidtuneError where a weight that trains is not finite. Collective: every process must call it."""
+    def check_weights(self, step: int | None = None) -> None:
+        """Raises SidtuneError where a weight that trains is not finite; `step` is named, default the last one that is done.
+        Collective: every process must call it."""
         name = first_broken((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
         place = torch.tensor([0.0 if name is None else torch.nan], device=self.args.device)
         if self._on_any(place)[0]:
-            raise self._broken("weights" if name is None else f"weight '{name}'", max(self.state.global_step, 1))
+            step = max(self.state.global_step, 1) if step is None else step
+            raise self._broken("weights" if name is None else f"weight '{name}'", step)
 
     def _on_any(self, values: torch.Tensor) -> list[bool]:
         """Which of the (n,) values are not finite on some process."""

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.integrations import unset_hf_deepspeed_config
-from trl import SFTConfig, SFTTrainer
+from trl import GRPOConfig, SFTConfig
 
 from sidtune.core.errors import ConfigError
 from sidtune.tokenizers.base_models.loading import load_tokenizer
@@ -50,7 +50,7 @@ class StageModel:
         )
 
     @classmethod
-    def open(cls, source: str | Path, args: SFTConfig, *, name: str, train: str, lora: dict[str, Any]) -> StageModel:
+    def open(cls, source: str | Path, args: SFTConfig | GRPOConfig, *, name: str, train: str, lora: dict) -> StageModel:
         """Loads a model folder and chooses what trains. Call on every process, after `args` was made.
 
         Args:
@@ -65,7 +65,7 @@ class StageModel:
         """
         options = dict(args.model_init_kwargs or {})
         if "trust_remote_code" in options:
-            raise ConfigError(f"stage '{name}': sidtune runs no code from model folders; remove trust_remote_code.")
+            raise ConfigError(f"{name}: sidtune runs no code from model folders; remove trust_remote_code.")
         vocabulary = Vocabulary.from_pretrained(source)
         tokenizer = load_tokenizer(source)
         vocabulary.check(tokenizer)
@@ -81,7 +81,7 @@ class StageModel:
         """Token ids of each SID level."""
         return [self.vocabulary.level_token_ids(level) for level in range(self.vocabulary.depth)]
 
-    def collect(self, trainer: SFTTrainer, work: Path) -> dict[str, torch.Tensor] | None:
+    def collect(self, trainer: Trainer, work: Path) -> dict[str, torch.Tensor] | None:
         """Brings what was trained to the main process. Collective: every process must call it.
 
         Rows and LoRA factors are written to `work/trained`; the weights of a sharded model that was trained whole are
@@ -97,7 +97,7 @@ class StageModel:
             return None
         return trainer.accelerator.get_state_dict(trainer.model_wrapped) if self._sharded(model) else None
 
-    def save(self, trainer: SFTTrainer, folder: Path, work: Path, weights: dict[str, torch.Tensor] | None) -> None:
+    def save(self, trainer: Trainer, folder: Path, work: Path, weights: dict[str, torch.Tensor] | None) -> None:
         """Writes the plain model folder, and `trained/` beside it. Main process only; consumes the model.
 
         Args:

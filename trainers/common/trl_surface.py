@@ -96,6 +96,7 @@ NAMES: tuple[Name, ...] = (
     ),
     Name("transformers:TrainerCallback.on_epoch_begin", (), "tells the sampler its epoch after a resume"),
     Name("transformers:TrainerCallback.on_save", (), "marks a checkpoint as complete"),
+    Name("transformers:Trainer.set_initial_training_values", (), "a finished training is only loaded"),
     Name(
         "transformers.masking_utils:find_packed_sequence_indices",
         ("position_ids",),

@@ -32,17 +32,15 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainerState,
     TrainingArguments,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer import TRAINER_STATE_NAME
 
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.tokenizers.encoders.pooling import POOLINGS, pooled, write_pooling
 from sidtune.tokenizers.encoders.text import TransformersConfig
-from sidtune.trainers.common.args import RESERVED, built, checked_fields, fields_of
-from sidtune.trainers.common.callbacks import MarkComplete, SetEpoch, last_complete_checkpoint
+from sidtune.trainers.common.args import RESERVED, built, check_together, checked_fields, fields_of
+from sidtune.trainers.common.callbacks import MarkComplete, SetEpoch, go_on
 from sidtune.trainers.common.finite import FiniteSteps
 from sidtune.trainers.contrastive.losses import TERMS, AlignedLossConfig, aligned_loss
 from sidtune.trainers.post_ranking.data import ExampleSampler
@@ -206,9 +204,12 @@ class AlignedTrainer(FiniteSteps, Trainer):
 
 
 def checked_aligned_args(values: dict[str, Any], where: str = "args") -> dict[str, Any]:
-    """Fields of transformers' TrainingArguments with known keys and right types; ConfigError otherwise."""
+    """Fields of transformers' TrainingArguments that are known, right and go together; ConfigError otherwise."""
     reserved = {key: reason for key, reason in RESERVED.items() if key in fields_of(TrainingArguments)}
-    return checked_fields(TrainingArguments, reserved | {"prediction_loss_only": "nothing is evaluated"}, values, where)
+    reserved["prediction_loss_only"] = "nothing is evaluated"
+    values = checked_fields(TrainingArguments, reserved, values, where)
+    check_together(TrainingArguments, values, where)
+    return values
 
 
 def aligned_args(values: dict[str, Any], output_dir: str | Path, seed: int = 0) -> TrainingArguments:
@@ -260,13 +261,7 @@ def train_aligned(
     if getattr(model, "pooler", None) is not None:
         model.pooler.requires_grad_(False)
     trainer = AlignedTrainer(model, args, examples, tokenizer, loss, pooling, max_length, **options)
-    found = last_complete_checkpoint(Path(args.output_dir))
-    state = None if found is None else TrainerState.load_from_json(str(found / TRAINER_STATE_NAME))
-    if state is not None and state.global_step >= state.max_steps:
-        trainer._load_from_checkpoint(str(found))
-        trainer.state = state
-        return trainer
-    trainer.train(resume_from_checkpoint=None if found is None else str(found))
+    go_on(trainer)
     return trainer
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sidtune.trainers.common.args import built, checked_fields
+from sidtune.trainers.common.args import built, check_together, checked_fields
 from sidtune.trainers.grpo.config import DebiasedGRPOConfig
 
 RESERVED = {
@@ -39,14 +39,17 @@ RESERVED = {
 }
 
 
-def checked_args(values: dict[str, Any], where: str = "args") -> dict[str, Any]:
+def checked_args(values: dict[str, Any], where: str = "args", processes: int | None = None) -> dict[str, Any]:
     """`args` with known keys, right types and settings that go together; touches no device.
+
+    Batch sizes are compared where the number of `processes` is given.
 
     Raises:
         ConfigError: an unknown or reserved key, a value of the wrong type, or settings that contradict each other.
     """
     values = checked_fields(DebiasedGRPOConfig, RESERVED, values, where)
     DebiasedGRPOConfig.check_settings(values)
+    check_together(DebiasedGRPOConfig, values, where, processes)
     return values
 
 

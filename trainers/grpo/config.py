@@ -20,7 +20,7 @@ from trl import GRPOConfig
 
 from sidtune.core.errors import ConfigError, nearest
 from sidtune.trainers.grpo.advantages import BASELINES, SCALES
-from sidtune.trainers.grpo.losses import CLIPPED
+from sidtune.trainers.grpo.losses import CLIPPED, LOSSES
 
 ROLLOUTS = ("reasoning", "sample", "without_replacement", "beam")
 CREDITS = ("reasoning", "reasoning_top1", "list", "sid")
@@ -186,6 +186,8 @@ class DebiasedGRPOConfig(GRPOConfig):
             ("baseline", BASELINES),
             ("scale_rewards", SCALES),
             ("position_credit", POSITION_CREDITS),
+            ("loss_type", LOSSES),
+            ("importance_sampling_level", ("token", "sequence")),
         ):
             value = getattr(self, name)
             if value is not None and value not in known:
@@ -194,6 +196,11 @@ class DebiasedGRPOConfig(GRPOConfig):
             raise ConfigError(
                 f"num_beams must be at least 1, patience, log_z_rows and snap at least 0, got {self.num_beams}, {self.patience}, "
                 f"{self.log_z_rows} and {self.snap}; correct them."
+            )
+        if min(self.beta or 0, self.epsilon, self.epsilon_high or 0, self.item_weight) < 0:
+            raise ConfigError(
+                f"beta, epsilon, epsilon_high and item_weight must not be negative, got {self.beta}, {self.epsilon}, "
+                f"{self.epsilon_high} and {self.item_weight}; correct them."
             )
         if not 0 <= self.rank_correction <= 1 or (self.ecpo_delta is not None and self.ecpo_delta < 0):
             raise ConfigError(

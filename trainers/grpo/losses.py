@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+LOSSES = (*CLIPPED, "cispo", "sapo", "vespo")  # TRL's
 
 
 def ecpo_old_logps(log_probs: Tensor, old: Tensor, advantages: Tensor, epsilon_high: float, delta: float) -> Tensor:

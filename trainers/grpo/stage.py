@@ -1,46 +1,38 @@
-"""One GRPO run from folder to folder: data, trainer, resume, and a model folder like that of an SFT stage.
+"""One GRPO run from folder to folder: data, trainer, and a model folder like that of an SFT stage, see `trainers/common/stage.py`.
 
-While it trains, prompts and checkpoints lie in `.work_<name>` beside the output folder. A run whose settings and inputs
-are unchanged goes on from its last complete checkpoint; a finished one is not repeated by the pipeline
-(`core/pipeline.py`). Our own plumbing, the same as in `stages.py`.
+While it trains, prompts and checkpoints lie in `.work_<name>` beside the output folder. Our own plumbing.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import functools
 import logging
-import math
-import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
-from datasets import load_from_disk
+from datasets import Dataset
+from transformers import Trainer, TrainerCallback
 
 from sidtune.core.config import as_dict, build
 from sidtune.core.errors import ConfigError
-from sidtune.core.folders import fingerprint, read_json, write_folder, write_json, write_run
-from sidtune.core.processes import on_main
+from sidtune.core.folders import fingerprint
 from sidtune.data_builders.prompts.serializer import Serializer
-from sidtune.data_builders.tables.store import load_folder
+from sidtune.data_builders.tables.store import DataFolder, load_folder
 from sidtune.decoding.trie import SidTrie
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
-from sidtune.trainers.common.callbacks import last_complete_checkpoint
+from sidtune.trainers.common.stage import Stage
 from sidtune.trainers.common.stage_model import StageModel
 from sidtune.trainers.grpo.args import grpo_config
 from sidtune.trainers.grpo.config import DebiasedGRPOConfig
 from sidtune.trainers.grpo.examples import chosen_requests, grpo_examples, hard_requests, position_bias
+from sidtune.trainers.grpo.options import GRPOOptions
 from sidtune.trainers.grpo.rollout_rewards import SidCatalogue
 from sidtune.trainers.grpo.trainer import DebiasedGRPOTrainer
 from sidtune.trainers.rewards.gains import GainsConfig, LeafFacts
 
-HISTORY_FILE = "log_history.json"
-_STATE_FILE = "stage.json"
 logger = logging.getLogger(__name__)
 
 
@@ -53,7 +45,7 @@ class GRPOStage:
             written.
         serializer: renders requests as for the model before. max_history: most past turns.
         max_length: most tokens of prompt and answer; None for no limit.
-        save_prompts: writes how prompts are rendered into a folder.
+        save_prompts: puts into a folder what makes a saved model complete, how prompts are rendered above all.
     """
 
     model_dir: Path
@@ -65,17 +57,15 @@ class GRPOStage:
     max_length: int | None
     save_prompts: Callable[[Path], None]
 
-    @property
-    def work(self) -> Path:
-        return self.output_dir.parent / f".work_{self.output_dir.name}"
 
-
-def run_grpo(stage: GRPOStage, options: Any, callbacks: list | None = None) -> dict[str, Any] | None:
-    """Trains. Every process calls this; only the main one writes.
+def run_grpo(
+    stage: GRPOStage, options: GRPOOptions, callbacks: list[TrainerCallback] | None = None
+) -> dict[str, Any] | None:
+    """Trains, unless the output folder is this run's already. Every process calls this; only the main one writes.
 
     Args:
         stage: folders and prompts.
-        options: `Arguments` of `recipes/steps/grpo.py`.
+        options: what the run is told.
         callbacks: further callbacks of the trainer.
 
     Returns:
@@ -85,154 +75,119 @@ def run_grpo(stage: GRPOStage, options: Any, callbacks: list | None = None) -> d
         ConfigError, DataError: before anything is trained, where the input is to blame.
         SidtuneError: when the run can no longer learn.
     """
-    started = time.time()
-    args = grpo_config(options.args, output_dir=stage.work / "checkpoints", seed=options.seed)
-    model = StageModel.open(
-        stage.model_dir, args, name=stage.output_dir.name, train=options.train, lora=dict(options.lora)
-    )
-    end = _end_token(model, options.end_of_reasoning) if args.rollout == "reasoning" else None
-    sids = SemanticIds.from_pretrained(stage.sids_dir)
-    model.vocabulary.check(model.tokenizer, sids)
-    data = load_folder(stage.data_dir)
-    facts = LeafFacts.of(data.items, sids)
-    identity = on_main(lambda: _identity(stage, options))
-    counts = on_main(lambda: _prepare(stage, options, args, data, sids, facts, model, identity))
-    checkpoint = on_main(lambda: _checkpoint(stage.work))
-    trainer = DebiasedGRPOTrainer(
-        *(model.model, options.rewards, args, load_from_disk(str(stage.work / "train"))),
-        processing_class=model.tokenizer,
-        catalogue=_catalogue(sids, facts, model),
-        end_token_id=end,
-        train=options.train,
-        callbacks=callbacks,
-    )
-    if checkpoint:
-        logger.info("The run goes on from %s.", Path(checkpoint).name)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    return _write(stage, options, trainer, model, counts, result.metrics, started)
+    metrics = GRPORun(stage, options, callbacks or []).run()
+    return metrics if PartialState().is_main_process else None
 
 
-def _catalogue(sids: SemanticIds, facts: LeafFacts, model: StageModel) -> SidCatalogue:
-    return SidCatalogue(
-        SidTrie.from_semantic_ids(sids),
-        model.vocabulary.sid_token_ids,
-        category_of_leaf=facts.category_of_leaf,
-        popularity_of_leaf=facts.popularity_of_leaf,
-        statistics_of_leaf=facts.statistics_of_leaf,
-    )
+class GRPORun(Stage):
+    """One run."""
 
+    step = "grpo"
 
-def _end_token(model: StageModel, text: str) -> int:
-    ids = model.tokenizer.encode(text, add_special_tokens=False)
-    if len(ids) != 1:
-        raise ConfigError(
-            f"end_of_reasoning '{text}' is {len(ids)} tokens for this tokenizer; it must be one; make the "
-            "model with init_model and extra_tokens, or name another end."
+    def __init__(self, folders: GRPOStage, options: GRPOOptions, callbacks: list[TrainerCallback]) -> None:
+        self.folders, self.options = folders, options
+        config, places = (
+            as_dict(options),
+            {name: getattr(folders, name) for name in ("data_dir", "sids_dir", "model_dir")},
         )
-    return ids[0]
+        super().__init__(
+            folders.model_dir,
+            folders.output_dir,
+            title=folders.output_dir.name,
+            train=options.train,
+            lora=options.lora,
+            config=config,
+            inputs={name: path for name, path in places.items() if name not in config},
+            callbacks=callbacks,
+        )
 
+    @functools.cached_property
+    def data(self) -> DataFolder:
+        """The data folder, read once."""
+        return load_folder(self.folders.data_dir)
 
-def _identity(stage: GRPOStage, options: Any) -> str:
-    """What the result depends on; a checkpoint of anything else is not resumed."""
-    inputs = {"model": stage.model_dir, "data": stage.data_dir, "sids": stage.sids_dir}
-    if options.hard_set:
-        inputs["hard_set"] = Path(options.hard_set)
-    state = PartialState()
-    told = {
-        "options": {
-            k: v for k, v in as_dict(options).items() if k not in ("output_dir", "data_dir", "sids_dir", "model_dir")
-        },
-        "inputs": {role: fingerprint(path) for role, path in inputs.items()},
-        "launch": [state.num_processes, state.distributed_type.value],
-    }
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+    @functools.cached_property
+    def sids(self) -> SemanticIds:
+        """The semantic IDs, read once."""
+        return SemanticIds.from_pretrained(self.folders.sids_dir)
 
+    @functools.cached_property
+    def facts(self) -> LeafFacts:
+        """What is known of each leaf."""
+        return LeafFacts.of(self.data.items, self.sids)
 
-def _prepare(
-    stage: GRPOStage,
-    options: Any,
-    args: DebiasedGRPOConfig,
-    data: Any,
-    sids: SemanticIds,
-    facts: LeafFacts,
-    model: StageModel,
-    identity: str,
-) -> dict[str, int]:
-    """Main process: builds the prompts, unless an interrupted run of the same settings left them."""
-    state_file = stage.work / _STATE_FILE
-    if state_file.is_file() and read_json(state_file).get("identity") == identity:
-        return read_json(state_file)["counts"]
-    shutil.rmtree(stage.work, ignore_errors=True)
-    stage.work.mkdir(parents=True)
-    requests = data.requests[options.split]
-    if options.hard_set:
-        requests = hard_requests(options.hard_set, requests)
-    examples, counts = grpo_examples(
-        *(data, chosen_requests(requests, options.max_requests, options.seed), sids, facts),
-        *(stage.serializer, model.tokenizer),
-        bias=position_bias(options.position_bias, data.requests["train"]),
-        gains=build(GainsConfig, options.gains, "gains"),
-        max_history=stage.max_history,
-        max_length=stage.max_length,
-        split=options.split,
-        reserve=sids.depth + (args.max_completion_length + 2 if args.rollout == "reasoning" else 0),
-    )
-    examples.save_to_disk(str(stage.work / "train"))
-    write_json(state_file, {"identity": identity, "counts": counts})
-    logger.info("%d prompts with targets; %s", len(examples), ", ".join(f"{k} {v}" for k, v in counts.items()))
-    return counts
+    def arguments(self) -> DebiasedGRPOConfig:
+        return grpo_config(self.options.args, output_dir=self.checkpoints, seed=self.options.seed)
 
+    def identity(self) -> dict[str, Any]:
+        """The options but the names of folders, and the content of everything read."""
+        folders, options = self.folders, self.options
+        told = {name: getattr(options, name) for name in GRPOOptions.__dataclass_fields__}
+        read = {"model": folders.model_dir, "data": folders.data_dir, "sids": folders.sids_dir}
+        further = {name: told[name] for name in ("hard_set", "position_bias") if told[name]}
+        read |= {name: path for name, path in further.items() if Path(path).exists()}
+        limits = {"max_history": folders.max_history, "max_length": folders.max_length}
+        return {**told, **limits, **{role: fingerprint(path) for role, path in read.items()}}
 
-def _checkpoint(work: Path) -> str | None:
-    found = last_complete_checkpoint(work / "checkpoints", remove_broken=True)
-    return str(found) if found else None
+    def examples(self, model: StageModel) -> tuple[dict[str, Dataset], dict[str, Any]]:
+        options, sids = self.options, self.sids
+        model.vocabulary.check(model.tokenizer, sids)
+        self._end_token(model)  # told before the prompts are made
+        requests = self.data.requests[options.split]
+        if options.hard_set:
+            requests = hard_requests(options.hard_set, requests)
+        answer = self.args.max_completion_length + 2 if self.args.rollout == "reasoning" else 0
+        examples, counts = grpo_examples(
+            *(self.data, chosen_requests(requests, options.max_requests, options.seed), sids, self.facts),
+            *(self.folders.serializer, model.tokenizer),
+            bias=position_bias(options.position_bias, self.data.requests["train"]),
+            gains=build(GainsConfig, options.gains, "gains"),
+            max_history=self.folders.max_history,
+            max_length=self.folders.max_length,
+            split=options.split,
+            reserve=sids.depth + answer,
+        )
+        logger.info("%d prompts with targets; %s", len(examples), ", ".join(f"{k} {v}" for k, v in counts.items()))
+        return {"train": examples}, counts
 
+    def trainer(self, model: StageModel, data: dict[str, Dataset]) -> DebiasedGRPOTrainer:
+        return DebiasedGRPOTrainer(
+            *(model.model, self.options.rewards, self.args, data["train"]),
+            processing_class=model.tokenizer,
+            catalogue=self._catalogue(model),
+            end_token_id=self._end_token(model),
+            train=self.train,
+            callbacks=self.callbacks,
+        )
 
-def _write(
-    stage: GRPOStage,
-    options: Any,
-    trainer: DebiasedGRPOTrainer,
-    model: StageModel,
-    counts: dict[str, int],
-    result: dict[str, float],
-    started: float,
-) -> dict[str, Any] | None:
-    """Writes the folder at once, then removes the work folder."""
-    weights: dict[str, torch.Tensor] | None = model.collect(trainer, stage.work)  # type: ignore[arg-type]
-
-    def write() -> dict[str, Any]:
-        history = finite(trainer.state.log_history)
-        metrics = {
-            "steps": trainer.state.global_step,
-            "prompts": len(trainer.train_dataset),
-            "data": counts,
-            "preset_values": finite(trainer.args.preset_values),
-            "train": finite(result),
+    def metrics(self, trainer: Trainer, told: dict[str, Any], history: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "prompts": len(trainer.train_dataset),  # type: ignore[arg-type]
+            "data": told,
+            "preset_values": self.args.preset_values,
             "last": next((h for h in reversed(history) if "reward" in h), {}),
         }
-        with write_folder(stage.output_dir) as scratch:
-            model.save(trainer, scratch, stage.work, weights)  # type: ignore[arg-type]
-            stage.save_prompts(scratch)
-            write_json(scratch / HISTORY_FILE, history)
-            write_run(
-                scratch,
-                step="grpo",
-                config=as_dict(options),
-                inputs={name: getattr(options, name) for name in ("data_dir", "sids_dir", "model_dir")},
-                metrics=metrics,
-                started=started,
+
+    def complete(self, folder: Path, model: StageModel) -> None:
+        self.folders.save_prompts(folder)
+
+    def _catalogue(self, model: StageModel) -> SidCatalogue:
+        return SidCatalogue(
+            SidTrie.from_semantic_ids(self.sids),
+            model.vocabulary.sid_token_ids,
+            category_of_leaf=self.facts.category_of_leaf,
+            popularity_of_leaf=self.facts.popularity_of_leaf,
+            statistics_of_leaf=self.facts.statistics_of_leaf,
+        )
+
+    def _end_token(self, model: StageModel) -> int | None:
+        if self.args.rollout != "reasoning":
+            return None
+        text = self.options.end_of_reasoning
+        ids = model.tokenizer.encode(text, add_special_tokens=False)
+        if len(ids) != 1:
+            raise ConfigError(
+                f"end_of_reasoning '{text}' is {len(ids)} tokens for this tokenizer; it must be one; make the "
+                "model with init_model and extra_tokens, or name another end."
             )
-        shutil.rmtree(stage.work, ignore_errors=True)
-        return metrics
-
-    written = on_main(write)
-    return written if PartialState().is_main_process else None
-
-
-def finite(value: Any) -> Any:
-    """JSON has no NaN; a metric without a value becomes null."""
-    if isinstance(value, dict):
-        return {str(k): finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return ids[0]

@@ -212,7 +212,8 @@ class DebiasedGRPOTrainer(FiniteSteps, GRPOTrainer):
 
     def _roll_out(self, prompts: list, trainer: GRPOTrainer) -> dict[str, Any]:
         """TRL's rollout function."""
-        self.check_weights()  # a rollout of broken weights ends in an error that knows nothing of steps
+        step = self.state.global_step + 1
+        self.check_weights(step)  # a rollout of broken weights ends in an error that knows nothing of steps
         prompt_ids = self._given_prompts or self._tokenize_prompts(prompts)[0]
         with unwrap_model_for_generation(
             self.model_wrapped,
@@ -225,7 +226,7 @@ class DebiasedGRPOTrainer(FiniteSteps, GRPOTrainer):
             except SidtuneError as error:
                 if str(error) != NOT_NUMBERS:
                     raise
-                raise self._broken("score of the rollouts", self.state.global_step + 1) from None
+                raise self._broken("score of the rollouts", step) from None
         self._rollout = rollout
         fields: dict[str, Any] = {"leaves": rollout.leaves.tolist(), "leaf_scores": rollout.scores.tolist()}
         if rollout.closed is not None:

@@ -36,9 +36,9 @@ from sidtune.data_builders.sequences.item_sequences import ItemSequences, Sequen
 from sidtune.decoding.next_item.ranking import HistoryRanker
 from sidtune.metrics.ranking import RankingResult, Relevance, evaluate_ranking
 from sidtune.models.next_item.network import WEIGHT_FILE, NextItemNetwork
-from sidtune.trainers.common.args import built, checked_fields
+from sidtune.trainers.common.args import built, check_together, checked_fields
 from sidtune.trainers.common.batches import EpochSampler
-from sidtune.trainers.common.callbacks import MarkComplete, SetEpoch, last_complete_checkpoint
+from sidtune.trainers.common.callbacks import MarkComplete, SetEpoch, go_on
 from sidtune.trainers.common.finite import FiniteSteps
 from sidtune.trainers.next_item.data import NextItemRows
 from sidtune.trainers.next_item.loss import LossConfig, NextItemLoss
@@ -90,7 +90,21 @@ class FitSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.average < 1 or not self.evaluate_every > 0 or (self.patience or 1) < 1:
             raise ConfigError("average must be in [0, 1), evaluate_every above 0, patience 1 or more or null.")
+        if self.valid_users is not None and self.valid_users < 1:
+            raise ConfigError(f"valid_users must be 1 or more, or null for all, got {self.valid_users}.")
         self.args = checked_fields(TrainingArguments, RESERVED, self.args, "training args")
+        check_together(TrainingArguments, self.args, "training args")
+
+
+class StopWhenWorse(TrainerCallback):
+    """Ends a run after `patience` evaluations without a better one; those before an interruption count too."""
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+
+    def on_evaluate(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        values = [log[BEST] for log in state.log_history if BEST in log]
+        control.should_training_stop |= len(values) - 1 - int(np.argmax(values)) >= self.patience
 
 
 class WeightAverage(TrainerCallback):
@@ -337,17 +351,14 @@ def train_next_item(
     Returns:
         The trainer; `trainer.state.log_history` holds every evaluation, `trainer.state.best_metric` the best one.
     """
-    from transformers import EarlyStoppingCallback
-
     valid = draw_users(ranker.sequences.held_out("valid", max_history), settings.valid_users, seed)
     if not len(valid):
         raise DataError(
             "No user has three items, so there is no validation target to choose a model by; check the source."
         )
     arguments = fit_arguments(settings, work, len(rows), seed)
-    callbacks = [EarlyStoppingCallback(settings.patience)] if settings.patience else []
+    callbacks = [StopWhenWorse(settings.patience)] if settings.patience else []
     trainer = NextItemTrainer(network, arguments, rows, ranker, valid, settings, callbacks)
-    found = last_complete_checkpoint(Path(work), remove_broken=trainer.is_world_process_zero())
-    trainer.train(resume_from_checkpoint=str(found) if found else None)
+    go_on(trainer)
     trainer.take_best()
     return trainer

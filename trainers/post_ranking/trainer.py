@@ -34,15 +34,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.data_builders.post_ranking.schema import PostRankTable
 from sidtune.models.post_ranking.model import PostRankForCausalLM
 from sidtune.models.post_ranking.processor import PostRankProcessor
-from sidtune.trainers.common.args import machine_defaults, sentence
-from sidtune.trainers.common.callbacks import MarkComplete, SetEpoch, last_complete_checkpoint
+from sidtune.trainers.common.args import check_together, checked_fields, machine_defaults, sentence
+from sidtune.trainers.common.callbacks import MarkComplete, SetEpoch, go_on
 from sidtune.trainers.common.finite import FiniteSteps
 from sidtune.trainers.post_ranking.data import ExampleSampler, PostRankExamples, collate
 
@@ -50,16 +49,17 @@ TRAINED_FILE = "trained.safetensors"
 LEARNING_RATE, LAST_LEARNING_RATE, WARM_UP = 1e-3, 1e-6, 0.1
 
 
-def paper_arguments(output_dir: str | Path, **changes: Any) -> TrainingArguments:
-    """The paper's schedule as transformers' arguments.
+def checked_paper(changes: dict[str, Any], where: str = "The arguments of post-ranking training") -> dict[str, Any]:
+    """The paper's schedule with `changes` laid over it; touches no device.
 
     Args:
-        output_dir: folder of the checkpoints.
-        changes: any field of `TrainingArguments`, over the preset. `min_learning_rate`: where the rate ends, default 1e-6.
+        changes: fields of `TrainingArguments`, over the preset. `min_learning_rate`: where the rate ends, default 1e-6.
+        where: how messages call this place.
 
     Raises:
-        ConfigError: an unknown argument, or values that do not go together.
+        ConfigError: an unknown argument, a wrong value, or values that do not go together.
     """
+    changes = dict(changes)
     last = changes.pop("min_learning_rate", LAST_LEARNING_RATE)
     preset = {
         "optim": "adamw_torch",
@@ -74,13 +74,27 @@ def paper_arguments(output_dir: str | Path, **changes: Any) -> TrainingArguments
         "save_total_limit": 2,
         "ddp_find_unused_parameters": False,
         "prediction_loss_only": True,
-        **machine_defaults(),
     }
-    values = {**preset, **changes}
+    reserved = {"output_dir": "the run has its own folder", "remove_unused_columns": "batches are made here"}
+    values = {**preset, **checked_fields(TrainingArguments, reserved, changes, where)}
     if values["lr_scheduler_type"] == "cosine_with_min_lr":
         # As a share: transformers cannot work it out from an optimizer that DeepSpeed has wrapped.
         values.setdefault("lr_scheduler_kwargs", {"min_lr_rate": last / (values["learning_rate"] or 1.0)})
-    values["remove_unused_columns"] = False
+    check_together(TrainingArguments, values, where)
+    return values
+
+
+def paper_arguments(output_dir: str | Path, **changes: Any) -> TrainingArguments:
+    """The paper's schedule as transformers' arguments.
+
+    Args:
+        output_dir: folder of the checkpoints.
+        changes: see `checked_paper`.
+
+    Raises:
+        ConfigError: as `checked_paper`, or values that do not fit this machine.
+    """
+    values = {**machine_defaults(), **checked_paper(changes), "remove_unused_columns": False}
     try:
         return TrainingArguments(output_dir=str(output_dir), **values)
     except (ValueError, TypeError, ImportError, AssertionError) as error:
@@ -262,21 +276,11 @@ def learn_to_post_rank(
 
 
 def _run(trainer: PostRankTrainer, resume: bool) -> PostRankTrainer:
-    found = last_complete_checkpoint(Path(trainer.args.output_dir)) if resume else None
-    if found is not None and _finished(trainer.args, found):
-        # transformers would train one step more.
-        trainer._load_from_checkpoint(str(found))
-        trainer.state = TrainerState.load_from_json(str(found / TRAINER_STATE_NAME))
-        return trainer
-    trainer.train(resume_from_checkpoint=str(found) if found else None)
+    if resume:
+        go_on(trainer)
+    else:
+        trainer.train()
     return trainer
-
-
-def _finished(args: TrainingArguments, checkpoint: Path) -> bool:
-    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-    if args.max_steps > 0:
-        return state.global_step >= args.max_steps
-    return state.global_step >= state.max_steps and args.num_train_epochs <= state.num_train_epochs
 
 
 def _of_adapter(name: str) -> bool:
