@@ -123,7 +123,7 @@ def build(source: str, output: str) -> dict[str, Any]:
     whole = step("history, users", lambda: history.of_users(cut))
 
     def save() -> None:
-        with write_folder(output) as scratch:
+        with write_folder(output, "benchmark") as scratch:
             save_tables(tables, scratch, split, {"reader": "sidtune", "statistics_until": split["train_until"]})
 
     step("save", save)

@@ -98,7 +98,7 @@ def writes(step: str | None, *, tree: bool = False) -> Callable[[Callable[[T], N
 def check_output(
     path: str | Path, step: str | None = None, inputs: Mapping[str, str | Path] | None = None, *, tree: bool = False
 ) -> None:
-    """Refuses an output folder that `step` must not write; changes nothing.
+    """Refuses an output folder that `step` must not, or cannot, write; leaves everything as it is.
 
     Args:
         path: the output folder.
@@ -111,13 +111,12 @@ def check_output(
     """
     final = Path(path).resolve()
     nearest = next(place for place in (final, *final.parents) if os.path.lexists(place))
-    if not nearest.is_dir():
-        raise ConfigError(f"The output folder {path} cannot be made, because {nearest} is a file; name another folder.")
-    for place in {nearest, final.parent if final.parent.is_dir() else nearest}:
-        if not os.access(place, os.W_OK | os.X_OK):
-            raise ConfigError(
-                f"The output folder {path} cannot be written: no permission in {place}; name another one."
-            )
+    try:
+        for place in {nearest, nearest if nearest != final else final.parent}:
+            tempfile.TemporaryDirectory(prefix=".sidtune.partial-", dir=place).cleanup()
+    except OSError as error:
+        told = f"{nearest}: {error.strerror}"
+        raise ConfigError(f"The output folder {path} cannot be written ({told}); name another folder.") from None
     for name, given in (inputs or {}).items():
         other = Path(given).resolve()
         if final == other or final in other.parents or other in final.parents:

@@ -2,11 +2,11 @@
 
 A pipeline file lists steps; a step names a script (`core/scripts.py`), its config (a YAML beside the pipeline, inline `args`) and
 which earlier steps its inputs come from. Everything that needs no data is checked before the first step starts, by the steps
-themselves: each config when it is filled (`Arguments`), what takes several steps to see in the script's `preflight(step)`, where
-it has one. A step is skipped when its
-folder is complete, its resolved config is the one recorded in its `run.json`, and the fingerprints of its inputs are the
-recorded ones. A folder holds its `run.json` only when it is complete, so after a kill the same command goes on. What trains or
-decodes is started by `accelerate launch`. A step ends with its runner (`core/stopping.py`).
+themselves: each config when it is filled (`Arguments`), the output folder (`core/folders.py`), what takes several steps to see in
+the script's `preflight(step)`, where it has one. A step is skipped when its folder is complete, its resolved config is the one
+recorded in its `run.json`, and everything that its options name has the content recorded there. A folder holds its `run.json` only
+when it is complete, so after a kill the same command goes on. What trains or decodes is started by `accelerate launch`. A step ends
+with its runner (`core/stopping.py`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import yaml
 
 from sidtune.core.config import ERROR_FILE_VARIABLE, as_dict, build, load_yaml, merged
 from sidtune.core.errors import ConfigError, SidtuneError, nearest
-from sidtune.core.folders import RUN_FILE, fingerprint, read_json
+from sidtune.core.folders import RUN_FILE, is_whole, locked, read_json, same_inputs
 from sidtune.core.scripts import Script, find_script
 from sidtune.core.stopping import run_tied
 
@@ -132,10 +132,10 @@ def resolve(arguments: RunArguments) -> list[Step]:
         try:
             step = _resolved(spec, arguments, steps)
             step.processes = 1 if step.script.alone else processes
-            check_place(step.folder)
-            preflight = getattr(importlib.import_module(step.module), "preflight", None)
-            if preflight is not None:
-                preflight(step)
+            module = importlib.import_module(step.module)
+            if hasattr(module, "preflight"):
+                module.preflight(step)
+            _check_output(module.main, step, step.name in arguments.force)
         except SidtuneError as error:
             raise ConfigError(f"{where}: {error}") from None
         steps.append(step)
@@ -164,16 +164,13 @@ def _resolved(spec: StepConfig, arguments: RunArguments, steps: list[Step]) -> S
     return Step(spec.name, script, build(cls, values, "args"), dict(spec.inputs), before)
 
 
-def check_place(folder: Path) -> None:
-    """Raises ConfigError when `folder` cannot be written: a file stands there or above it, or nothing may be written there."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+def _check_output(main: Any, step: Step, force: bool) -> None:
+    """Raises ConfigError when the step must not write its folder (`core/folders.py`), unless it has nothing to do there."""
     try:
-        with tempfile.TemporaryDirectory(dir=there, prefix=".sidtune-"):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"output_dir: {folder} cannot be written ({there}: {error.strerror}); name a place that can."
-        ) from None
+        main.check(step.config)
+    except ConfigError:
+        if force or not is_done(step):
+            raise
 
 
 def _processes(launch: dict[str, Any]) -> int:
@@ -190,17 +187,13 @@ def is_done(step: Step) -> bool:
 
     An option that the record does not know yet counts as one with its default.
     """
-    if not (step.folder / RUN_FILE).exists():
+    if not is_whole(step.folder):
         return False
     record = read_json(step.folder / RUN_FILE)
     old = {k: v for k, v in record.get("config", {}).items() if k not in (*_PLACES, *step.inputs)}
     if {**_defaults(type(step.config)), **old} != {**_defaults(type(step.config)), **step.record()}:
         return False
-    recorded = record.get("inputs", {})
-    if any(option not in recorded for option in step.inputs):
-        return False
-    # A step may record more than its wired inputs, for example the raw files a reader read.
-    return all(entry["sha256"] == fingerprint(getattr(step.config, option)) for option, entry in recorded.items())
+    return set(step.inputs) <= set(record.get("inputs", {})) and same_inputs(record, step.config)
 
 
 def _defaults(cls: type) -> dict[str, Any]:
@@ -244,6 +237,11 @@ def run_step(step: Step, options: dict[str, Any]) -> None:
 def run_pipeline(arguments: RunArguments) -> None:
     """Runs the steps that are not done, and prints one line for each."""
     steps = resolve(arguments)
+    with locked(arguments.output_dir):
+        _run_steps(arguments, steps)
+
+
+def _run_steps(arguments: RunArguments, steps: list[Step]) -> None:
     started = time.time()
     for number, step in enumerate(steps, 1):
         title = f"[{number}/{len(steps)}] {step.name}"

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from sidtune.core.config import as_dict, command
 from sidtune.core.errors import ConfigError
-from sidtune.core.folders import write_folder, write_json, write_run
+from sidtune.core.folders import write_folder, write_json, write_run, writes
 from sidtune.metrics.baselines.relevance import LABELS, relevance_of
 from sidtune.metrics.ranking import RankingResult, evaluate_ranking
 
@@ -70,6 +70,7 @@ class Arguments:
             raise ConfigError(f"hard_k must be at least 1 or null, got {self.hard_k}.")
 
 
+@writes("reason")
 def main(arguments: Arguments) -> None:
     """Reasons, searches, measures."""
     import torch
@@ -157,8 +158,7 @@ def _write(
         if arguments.hard_k:
             table = pa.table({"request_id": found.ids, "rank": ranks})
             pq.write_table(table.filter(pa.array(hard)), scratch / "hard_set.parquet")
-        inputs = {name: getattr(arguments, name) for name in ("data_dir", "sids_dir", "model_dir")}
-        write_run(scratch, step="reason", config=as_dict(arguments), inputs=inputs, metrics=metrics, started=started)
+        write_run(scratch, step="reason", config=as_dict(arguments), metrics=metrics, started=started)
     told = f", {metrics['hard']} of them hard" if arguments.hard_k else ""
     print(
         f"{Path(arguments.output_dir).name}: {len(ranks):,} {arguments.split} requests{told}, {arguments.primary} "

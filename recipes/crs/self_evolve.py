@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 
 from sidtune.core.config import as_dict, build, command, merged
 from sidtune.core.errors import ConfigError, DataError, SidtuneError
-from sidtune.core.folders import fingerprint, read_json, write_json, write_run
+from sidtune.core.folders import fingerprint, read_json, write_json, write_run, writes
 from sidtune.core.pipeline import Step, is_done, launch_options, run_step
 from sidtune.core.scripts import find_script
 from sidtune.metrics.statistics.bootstrap import PairedResult, paired_bootstrap
@@ -250,8 +250,7 @@ class Loop:
         metrics = {"final": final, "best": name, "stopped": reason, "rounds": rounds, "valid": valid}
         metrics["reasoning"] = as_dict(reasoning)
         write_json(self.output / HISTORY, metrics)
-        inputs = {role: getattr(self.arguments, role) for role in ("data_dir", "sids_dir", "model_dir")}
-        write_run(self.output, step="self_evolve", config=as_dict(self.arguments), inputs=inputs, metrics=metrics)
+        write_run(self.output, step="self_evolve", config=as_dict(self.arguments), metrics=metrics)
         print(f"{self.output.name}: {reason}; the best model is {final}", flush=True)
         self._tell(f"{name} with reasoning", "the aligned model without", reasoning)
         if reasoning.high < 0:
@@ -276,6 +275,7 @@ def build_primary(validate: dict[str, Any]) -> str:
     return validate.get("primary", "ndcg@10")
 
 
+@writes("self_evolve", tree=True)
 def main(arguments: Arguments) -> None:
     """Runs the loop."""
     Loop(arguments).run()

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from sidtune.core.config import as_dict, command
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.core.folders import write_folder, write_run
+from sidtune.core.folders import write_folder, write_run, writes
 from sidtune.data_builders.tasks.input import rows_of
 
 FILE = "trajectories.jsonl"
@@ -84,6 +84,7 @@ class Arguments:
             )
 
 
+@writes("trajectories")
 def main(arguments: Arguments) -> None:
     """Makes, tests and writes the trajectories."""
     import torch
@@ -213,11 +214,7 @@ def _write(arguments: Arguments, source: Any, lines: list[dict], counts: dict[st
     with write_folder(arguments.output_dir) as scratch:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         (scratch / FILE).write_text(text, encoding="utf-8")
-        inputs = {name: getattr(arguments, name) for name in ("data_dir", "sids_dir", "model_dir")}
-        inputs |= {name: path for name in ("file", "hard_set", "replay") if (path := getattr(arguments, name))}
-        write_run(
-            scratch, step="trajectories", config=as_dict(arguments), inputs=inputs, metrics=counts, started=started
-        )
+        write_run(scratch, step="trajectories", config=as_dict(arguments), metrics=counts, started=started)
     print(
         f"{Path(arguments.output_dir).name}: "
         + ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items())

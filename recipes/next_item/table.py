@@ -156,7 +156,7 @@ class Rankings:
         if (folder / RUN_FILE).exists() and read_json(folder / RUN_FILE)["config"] == config:
             return load_file(folder / "ranked.safetensors")
         ranked = self._rank(name, seed)
-        with write_folder(folder) as scratch:
+        with write_folder(folder, "next_item_test") as scratch:
             save_file(ranked, scratch / "ranked.safetensors")
             means = measure_targets(ranked["rows"], self.sequences, self.examples).means()
             write_json(scratch / "metrics.json", means)

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from sidtune.core.config import as_dict, command, load_yaml
 from sidtune.core.errors import ConfigError, DataError, nearest
-from sidtune.core.folders import versions
+from sidtune.core.folders import versions, writes
 from sidtune.core.pipeline import RunArguments, resolve, run_pipeline
 from sidtune.metrics.report.readme_table import check_readme, publish
 from sidtune.metrics.statistics.bootstrap import holm, paired_bootstrap
@@ -133,6 +133,7 @@ class Arguments:
         }  # fmt: skip
 
 
+@writes(None, tree=True)
 def main(arguments: Arguments) -> None:
     """Runs all seeds and writes results and table."""
     for readme in arguments.readme:

@@ -10,11 +10,10 @@ import inspect
 import os
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from sidtune.core.config import as_dict, check_keys, command
 from sidtune.core.errors import ConfigError
-from sidtune.core.folders import write_folder, write_run
+from sidtune.core.folders import write_folder, write_run, writes
 from sidtune.data_builders.registry import READERS
 from sidtune.data_builders.shop_world.config import config_from_options
 from sidtune.data_builders.tables import splits
@@ -57,6 +56,7 @@ class Arguments:
                 )
 
 
+@writes("build_data")
 def main(arguments: Arguments) -> None:
     """Builds the folder; prints what was read, what was mended, and rows per second."""
     started = time.time()
@@ -88,10 +88,7 @@ def main(arguments: Arguments) -> None:
             "counts": tables.counts,
             "rows_per_second": round(rows / max(seconds, 1e-9)),
         }
-        source = {"path": arguments.path} if arguments.path and Path(arguments.path).exists() else {}
-        write_run(
-            scratch, step="build_data", config=as_dict(arguments), inputs=source, metrics=metrics, started=started
-        )
+        write_run(scratch, step="build_data", config=as_dict(arguments), metrics=metrics, started=started)
     _print(arguments, metrics, tables)
 
 

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from sidtune.core.config import as_dict, command
 from sidtune.core.errors import ConfigError, DataError, SidtuneError
-from sidtune.core.folders import write_folder, write_json, write_run
+from sidtune.core.folders import write_folder, write_json, write_run, writes
 from sidtune.data_builders.tables.history import History
 from sidtune.data_builders.tables.store import DataFolder, load_folder
 from sidtune.metrics.baselines.base import BaselineRequests
@@ -93,6 +93,7 @@ class Arguments:
             raise ConfigError(f"start_name '{self.start_name}' is the name of another system; choose another one.")
 
 
+@writes("evaluate")
 def main(arguments: Arguments) -> None:
     """Evaluates; prints the metric table."""
     import torch
@@ -143,7 +144,6 @@ def main(arguments: Arguments) -> None:
         "against": _paired(arguments, results, list(others), options),
         "decoding": decoding,
     }
-    inputs = ("data_dir", "sids_dir", "model_dir", "start_dir")
     with write_folder(arguments.output_dir) as scratch:
         write_json(scratch / "metrics.json", record)
         _write_predictions(scratch, {**predictions, **bounds}, scores, data, requests)
@@ -154,7 +154,6 @@ def main(arguments: Arguments) -> None:
             scratch,
             step="evaluate",
             config=as_dict(arguments),
-            inputs={name: getattr(arguments, name) for name in inputs if getattr(arguments, name) is not None},
             metrics=metrics,
             started=started,
         )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from sidtune.core.config import as_dict, command
 from sidtune.core.errors import ConfigError
-from sidtune.core.folders import write_folder, write_run
+from sidtune.core.folders import write_folder, write_run, writes
 
 LAUNCH = "alone"
 
@@ -45,6 +45,7 @@ class Arguments:
             raise ConfigError(f"dtype must be float32, bfloat16 or float16, got '{self.dtype}'.")
 
 
+@writes("export_engine")
 def main(arguments: Arguments) -> None:
     """Writes the folder."""
     import torch
@@ -67,10 +68,7 @@ def main(arguments: Arguments) -> None:
             end_token_id=end,
         )
         source.complete(scratch)
-        inputs = {name: getattr(arguments, name) for name in ("sids_dir", "model_dir")}
-        write_run(
-            scratch, step="export_engine", config=as_dict(arguments), inputs=inputs, metrics=facts, started=started
-        )
+        write_run(scratch, step="export_engine", config=as_dict(arguments), metrics=facts, started=started)
     print(
         f"{arguments.output_dir}: {facts['sids']:,} SIDs in a grammar of {facts['grammar_bytes'] / 1000:,.0f} kB; "
         "its README has the commands"

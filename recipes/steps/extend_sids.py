@@ -22,7 +22,7 @@ import safetensors.numpy
 
 from sidtune.core.config import as_dict, build, command
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.core.folders import write_folder, write_json, write_run
+from sidtune.core.folders import write_folder, write_json, write_run, writes
 from sidtune.data_builders.tables.store import load_folder
 from sidtune.tokenizers.encoders.base import Encoder, make_encoder, warn_empty
 from sidtune.tokenizers.registry import COLLISIONS
@@ -95,6 +95,7 @@ class Arguments:
             )
 
 
+@writes("extend_sids")
 def main(arguments: Arguments) -> None:
     """Extends the folder; prints the drift report and the recommendation."""
     started = time.time()
@@ -236,12 +237,10 @@ def _write(
         write_json(scratch / "quality.json", quality.to_dict())
         write_json(scratch / "drift.json", drift.to_dict())
         write_json(scratch / COLLISION_FILE, {"method": made.collisions, "notes": notes})
-        inputs = {name: getattr(arguments, name) for name in ("sids_dir", "data_dir", "model_dir")}
         write_run(
             scratch,
             step="extend_sids",
             config=as_dict(arguments),
-            inputs={name: path for name, path in inputs.items() if path is not None},
             metrics={**quality.to_dict(), "drift": drift.to_dict()},
             started=started,
         )

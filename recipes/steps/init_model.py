@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sidtune.core.config import as_dict, command
-from sidtune.core.folders import write_folder, write_run
+from sidtune.core.folders import write_folder, write_run, writes
 from sidtune.data_builders.prompts.serializer import Serializer
 from sidtune.data_builders.tables.store import DataFolder, load_folder
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
@@ -60,6 +60,7 @@ class Arguments:
     seed: int = 0
 
 
+@writes("init_model")
 def main(arguments: Arguments) -> None:
     """Builds or loads the model, extends it and saves it."""
     from sidtune.decoding.retrieval.model_folder import PromptSettings, complete_model_folder, make_serializer
@@ -104,7 +105,6 @@ def main(arguments: Arguments) -> None:
             scratch,
             step="init_model",
             config=as_dict(arguments),
-            inputs={"data_dir": arguments.data_dir, "sids_dir": arguments.sids_dir},
             metrics={
                 "parameters": parameters,
                 "vocabulary": len(tokenizer),

@@ -24,7 +24,7 @@ import safetensors.numpy
 
 from sidtune.core.config import as_dict, command
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.core.folders import write_folder, write_json, write_run
+from sidtune.core.folders import write_folder, write_json, write_run, writes
 from sidtune.data_builders.mining.query_pairs import distinct_queries
 from sidtune.data_builders.tables.store import DataFolder, load_folder
 from sidtune.tokenizers.encoders.base import Encoder, warn_empty
@@ -95,6 +95,7 @@ class Arguments:
         return {"name": "tfidf_svd", **self.encoder}
 
 
+@writes("learn_sids")
 def main(arguments: Arguments) -> None:
     """Learns the SIDs; prints the quality table and its warnings."""
     started = time.time()
@@ -118,7 +119,6 @@ def main(arguments: Arguments) -> None:
     compared = {"cost": costs[0].to_dict(), "compared": [other.to_dict() for other in costs[1:]]}
     records = {"quality.json": quality.to_dict(), COLLISION_FILE: {"method": spec, **compared}}
     records |= {} if recall is None else {RECALL_FILE: recall.to_dict()}
-    folders = {"data_dir": arguments.data_dir, "encoder_dir": arguments.encoder_dir}
     with write_folder(arguments.output_dir) as scratch:
         for name, part in (("encoder", encoder), ("quantizer", quantizer), ("sids", sids)):
             part.save_pretrained(scratch / name)
@@ -131,7 +131,6 @@ def main(arguments: Arguments) -> None:
             scratch,
             step="learn_sids",
             config=as_dict(arguments),
-            inputs={name: path for name, path in folders.items() if path is not None},
             metrics=quality.to_dict() | ({} if recall is None else {"query_recall": recall.to_dict()}),
             started=started,
         )

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from sidtune.core.config import as_dict, command
 from sidtune.core.errors import ConfigError
-from sidtune.core.folders import fingerprint, read_json, versions, write_folder, write_run
+from sidtune.core.folders import fingerprint, read_json, versions, write_folder, write_run, writes
 
 LAUNCH = "alone"
 
@@ -58,6 +58,7 @@ class Arguments:
             raise ConfigError("push_to_hub is true but hub_model_id is missing; set it to owner/name.")
 
 
+@writes("publish")
 def main(arguments: Arguments) -> None:
     """Writes the bundle and, if asked, uploads it."""
     from sidtune.decoding.retrieval.retriever import catalogue_table
@@ -74,8 +75,7 @@ def main(arguments: Arguments) -> None:
         pq.write_table(catalogue_table(items), scratch / "catalogue.parquet")
         shutil.copy(Path(arguments.eval_dir) / "metrics.json", scratch / "metrics.json")
         write_card(scratch / "README.md", card)
-        inputs = {name: getattr(arguments, name) for name in ("data_dir", "sids_dir", "model_dir", "eval_dir")}
-        write_run(scratch, step="publish", config=as_dict(arguments), inputs=inputs, started=started)
+        write_run(scratch, step="publish", config=as_dict(arguments), started=started)
     print(f"{arguments.output_dir}: bundle ready")
     if arguments.push_to_hub:
         from sidtune.core.hub import push_folder

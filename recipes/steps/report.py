@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from sidtune.core.config import as_dict, command
-from sidtune.core.folders import read_json, write_folder, write_run
+from sidtune.core.folders import read_json, write_folder, write_run, writes
 
 LAUNCH = "alone"
-
-_INPUTS = ("data_dir", "sids_dir", "model_dir", "eval_dir", "grpo_dir", "post_rank_dir")
 
 
 @dataclass
@@ -43,6 +41,7 @@ class Arguments:
     command: str = ""
 
 
+@writes("report")
 def main(arguments: Arguments) -> None:
     """Writes the report and prints where it lies."""
     from sidtune.decoding.retrieval.model_folder import check_made_from
@@ -60,8 +59,7 @@ def main(arguments: Arguments) -> None:
     with write_folder(arguments.output_dir) as scratch:
         write_report(scratch / "report.html", data)
         (scratch / "table.md").write_text(markdown_table(data.systems), encoding="utf-8")
-        inputs = {name: getattr(arguments, name) for name in _INPUTS if getattr(arguments, name) is not None}
-        write_run(scratch, step="report", config=as_dict(arguments), inputs=inputs, started=started)
+        write_run(scratch, step="report", config=as_dict(arguments), started=started)
     print(f"The report is {Path(arguments.output_dir) / 'report.html'}")
 
 

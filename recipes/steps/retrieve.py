@@ -10,9 +10,11 @@ requests. `decoding/serving/README.md` documents the input and the output.
 from __future__ import annotations
 
 from sidtune.core.config import command
+from sidtune.core.folders import writes
 from sidtune.decoding.serving.options import BatchOptions as Arguments
 
 
+@writes("retrieve")
 def main(arguments: Arguments) -> None:
     """Answers the requests."""
     from sidtune.decoding.serving.batch import answer_requests

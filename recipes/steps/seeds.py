@@ -17,7 +17,7 @@ from typing import Any
 
 from sidtune.core.config import command
 from sidtune.core.errors import ConfigError
-from sidtune.core.folders import read_json, versions
+from sidtune.core.folders import read_json, versions, writes
 from sidtune.core.pipeline import RunArguments, run_pipeline
 from sidtune.metrics.report.readme_table import check_readme, publish
 from sidtune.metrics.statistics.compare import MODEL
@@ -44,6 +44,7 @@ class Arguments(RunArguments):
     readme: list[str] = field(default_factory=list)
 
 
+@writes(None, tree=True)
 def main(arguments: Arguments) -> None:
     """Runs all seeds and writes results and table."""
     if len(set(arguments.seeds)) != len(arguments.seeds) or len(arguments.seeds) < 2:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from sidtune.core.config import as_dict, command
 from sidtune.core.errors import ConfigError
-from sidtune.core.folders import read_json, write_run
+from sidtune.core.folders import read_json, write_run, writes
 
 if TYPE_CHECKING:
     from sidtune.trainers.sft.task_examples import TaskExamples
@@ -57,13 +57,14 @@ class Arguments:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        from sidtune.trainers.common.args import checked_args
+        from sidtune.trainers.common.args import checked_sft
         from sidtune.trainers.sft.mixture import parse_stages
 
         stages = parse_stages(self.stages)
         self.examples().check(stages)
         for stage in stages:
-            checked_args(stage.args, f"stage '{stage.name}', args")
+            where = f"stage '{stage.name}', args"
+            checked_sft(stage.args, max_length=stage.max_length, evaluate=bool(stage.eval_tasks), where=where)
         if self.max_history is not None and self.max_history < 0:
             raise ConfigError(f"max_history must be 0 or more turns, or null for all, got {self.max_history}.")
 
@@ -80,6 +81,7 @@ class Arguments:
         )
 
 
+@writes("sft", tree=True)
 def main(arguments: Arguments) -> None:
     """Trains all stages."""
     from sidtune.core.processes import on_main
@@ -108,7 +110,6 @@ def main(arguments: Arguments) -> None:
             arguments.output_dir,
             step="sft",
             config=as_dict(arguments),
-            inputs={name: getattr(arguments, name) for name in ("data_dir", "sids_dir", "model_dir")},
             metrics={
                 "final": folders[-1].name,
                 "stages": [

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from sidtune.core.config import as_dict, build
 from sidtune.core.errors import ConfigError, DataError, nearest
-from sidtune.core.folders import read_json, write_folder, write_json
+from sidtune.core.folders import read_json, write_files, write_json
 from sidtune.core.hub import push_saved, resolve_folder
 from sidtune.tokenizers.registry import ENCODERS
 
@@ -106,7 +106,7 @@ class Encoder(abc.ABC):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the encoder's folder (JSON + safetensors), whole or not at all."""
-        with write_folder(folder) as scratch:
+        with write_files(folder) as scratch:
             self._save(scratch)
             record = {"encoder": self.name, "config": as_dict(self.config)}
             write_json(scratch / CONFIG_FILE, record)

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sidtune.core.errors import DataError, SidtuneError, nearest
-from sidtune.core.folders import read_json, write_folder, write_json
+from sidtune.core.folders import read_json, write_files, write_json
 from sidtune.core.hub import push_saved, resolve_folder
 from sidtune.tokenizers.keywords.matcher import KeywordMatcher, normal_form
 
@@ -150,7 +150,7 @@ class KeywordPool:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the folder (parquet and JSON), whole or not at all."""
-        with write_folder(folder) as scratch:
+        with write_files(folder) as scratch:
             columns = {"keyword": self.keywords, "type": self.types, "views": self.views}
             pq.write_table(pa.table(columns), scratch / POOL_FILE)
             write_json(scratch / CONFIG_FILE, {"format": 1, "keywords": len(self), "types": self.counts()})

@@ -16,7 +16,7 @@ import numpy as np
 
 from sidtune.core.config import as_dict, build
 from sidtune.core.errors import DataError
-from sidtune.core.folders import read_json, write_folder, write_json
+from sidtune.core.folders import read_json, write_files, write_json
 from sidtune.core.hub import push_saved, resolve_folder
 from sidtune.tokenizers.registry import QUANTIZERS
 from sidtune.tokenizers.vectors import load_tensors
@@ -122,7 +122,7 @@ class Quantizer(abc.ABC):
         from safetensors.numpy import save_file
 
         tensors = {key: np.ascontiguousarray(value) for key, value in self._tensors().items()}
-        with write_folder(folder) as scratch:
+        with write_files(folder, [CURVE_FILE]) as scratch:
             save_file(tensors, scratch / TENSOR_FILE)
             record = {"quantizer": self.name, "dims": self.dims, "level_sizes": list(self.level_sizes)}
             write_json(scratch / CONFIG_FILE, record | {"config": as_dict(self.config)})

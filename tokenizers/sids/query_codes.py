@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sidtune.core.errors import DataError
-from sidtune.core.folders import write_folder
+from sidtune.core.folders import write_files
 from sidtune.core.hub import push_saved, resolve_folder
 from sidtune.data_builders.mining.query_pairs import squeezed
 from sidtune.tokenizers.encoders.base import Encoder, load_encoder
@@ -105,7 +105,7 @@ class QueryCoder:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes encoder, quantizer, SIDs and the known queries, whole or not at all."""
-        with write_folder(folder) as scratch:
+        with write_files(folder, [QUERY_FILE]) as scratch:
             self.encoder.save_pretrained(scratch / ENCODER_FOLDER)
             self.quantizer.save_pretrained(scratch / QUANTIZER_FOLDER)
             self.sids.save_pretrained(scratch / SID_FOLDER)

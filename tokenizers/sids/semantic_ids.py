@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.core.folders import read_json, write_folder, write_json
+from sidtune.core.folders import read_json, write_files, write_json
 from sidtune.core.hub import push_saved, resolve_folder
 from sidtune.tokenizers.letters import LETTERS as LETTERS
 from sidtune.tokenizers.letters import SidLetters
@@ -352,7 +352,7 @@ class SemanticIds:
         import pyarrow.parquet as pq
         from safetensors.numpy import save_file
 
-        with write_folder(folder) as scratch:
+        with write_files(folder) as scratch:
             arrays = {"codes": self.codes, "popularity": self.popularity, "titles": self.titles}
             save_file(arrays, scratch / CODE_FILE)
             columns = {"item_id": self._id_array, "sid": pa.array(self._texts, type=pa.large_string())}
