@@ -1,7 +1,13 @@
-"""Readers by name. A reader is one file with `read(path, **options) -> Tables` and one line here."""
+"""Readers by name. A reader is one file with a dataclass `Options`, `read(path, **options) -> Tables`, and one line here."""
 
 from __future__ import annotations
 
+import inspect
+import sys
+from typing import Any
+
+from sidtune.core.config import build
+from sidtune.core.errors import ConfigError
 from sidtune.core.registry import Registry
 
 READERS = Registry(
@@ -18,3 +24,15 @@ READERS = Registry(
         "shop_world": "sidtune.data_builders.shop_world.world:read",
     },
 )
+
+
+def reader_options(name: str, options: dict[str, Any], path: str | None) -> Any:
+    """The filled `Options` of a reader, checked before anything is read.
+
+    Raises:
+        ConfigError: an unknown reader or option, a wrong value, or no path where the reader needs one.
+    """
+    read = READERS.get(name)
+    if path is None and inspect.signature(read).parameters["path"].default is inspect.Parameter.empty:
+        raise ConfigError(f"The reader '{name}' needs the path of its source; set path.")
+    return build(sys.modules[read.__module__].Options, options, f"reader '{name}'")

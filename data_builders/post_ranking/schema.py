@@ -211,7 +211,7 @@ class PostRankTable:
         notes: facts about the source, in full sentences.
 
     Raises:
-        DataError: a matrix is missing or has a wrong shape, or a row number is out of range.
+        DataError: a matrix is missing, has a wrong shape or holds an infinity, or a row number is out of range.
     """
 
     requests: pa.Table
@@ -366,6 +366,11 @@ class PostRankTable:
             found = self.matrices[key].shape if key in self.matrices else None
             if found != shape:
                 raise DataError(f"The post-ranking matrix '{key}' must have shape {shape}, got {found}.")
+        numbers = {f"matrix '{key}'": value for key, value in self.matrices.items()}
+        numbers |= {"relevance": self.relevance, "init_score": self.init_scores}
+        for what, values in numbers.items():
+            if np.isinf(values).any():
+                raise DataError(f"The post-ranking {what} holds infinite values; repair them, or NaN for unknown ones.")
         for name, texts, count in (
             ("item", self.item_texts, counts["item"]),
             ("user", self.user_texts, counts["user"]),

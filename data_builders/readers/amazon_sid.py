@@ -54,6 +54,10 @@ class Options:
     valid_share: float = 0.1
     category: str = "*"
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.valid_share < 1:
+            raise ConfigError(f"reader 'amazon_sid': valid_share must be from 0 to below 1, got {self.valid_share}.")
+
 
 @dataclass
 class _Row:
@@ -77,8 +81,6 @@ def read(path: str, **options: Any) -> Tables:
         DataError: a file is missing or damaged, or a window is no list of item ids.
     """
     chosen = build(Options, options, "reader 'amazon_sid'")
-    if not 0 <= chosen.valid_share < 1:
-        raise ConfigError(f"reader 'amazon_sid': valid_share must be from 0 to below 1, got {chosen.valid_share}.")
     folder = source_folder(path, "amazon_sid")
     counts: dict[str, int] = {}
     items = _read_items(one_file(folder, f"{chosen.category}.item.json"), counts)

@@ -16,16 +16,20 @@ requests are made from the log, as in the reader `sidtune`. Dataset scripts are 
 
 from __future__ import annotations
 
+import contextlib
 import re
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, config, load_dataset, load_from_disk
 
 from sidtune.core.config import build
 from sidtune.core.errors import ConfigError, DataError, nearest
+from sidtune.core.inputs import inputs_of
 from sidtune.data_builders.readers.own import complete
 from sidtune.data_builders.tables.schema import SCHEMAS, SPLITS, Tables
 from sidtune.data_builders.tables.store import ALL, REQUIRED, DataFolder
@@ -67,7 +71,7 @@ class Options:
             items). All four null: our own layout.
         revision: revision of a hub dataset (commit or tag).
         requests_from_events: see the reader `sidtune`.
-        cache_dir: where `datasets` keeps its Arrow files; default: its own cache.
+        cache_dir: where `datasets` keeps its Arrow files; default: its own cache. Nothing of local files stays there.
     """
 
     items: dict | None = None
@@ -77,6 +81,22 @@ class Options:
     revision: str | None = None
     requests_from_events: bool = True
     cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        self.sources()
+
+    def sources(self) -> dict[str, TableSource]:
+        """The tables that the source has."""
+        given = {name: getattr(self, name) for name in SCHEMAS}
+        if not any(given.values()):
+            given = {name: {"name": name} for name in SCHEMAS}
+            given["requests"]["splits"] = _OUR_SPLITS
+        sources = {name: build(TableSource, value, f"reader 'hub', {name}") for name, value in given.items() if value}
+        if "items" not in sources:
+            raise ConfigError("reader 'hub': the option 'items' is missing; say where the catalogue stands.")
+        for name, source in sources.items():
+            _check_source(name, source)
+        return sources
 
 
 def read(path: str, **options: Any) -> Tables:
@@ -92,15 +112,7 @@ def read(path: str, **options: Any) -> Tables:
             listed.
     """
     chosen = build(Options, options, "reader 'hub'")
-    given = {name: getattr(chosen, name) for name in SCHEMAS}
-    if not any(given.values()):
-        given = {name: {"name": name} for name in SCHEMAS}
-        given["requests"]["splits"] = _OUR_SPLITS
-    sources = {name: build(TableSource, value, f"reader 'hub', {name}") for name, value in given.items() if value}
-    if "items" not in sources:
-        raise ConfigError("reader 'hub': the option 'items' is missing; say where the catalogue stands.")
-    for name, source in sources.items():
-        _check_source(name, source)
+    sources = chosen.sources()
     findings, notes = Findings(), []
     tables = {name: SCHEMAS[name].arrow_schema.empty_table() for name in SCHEMAS}
     requests = {ALL: tables["requests"]}
@@ -164,6 +176,22 @@ def _soften(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
     return column
 
 
+@contextlib.contextmanager
+def _cache(local: Path, source: TableSource, chosen: Options) -> Iterator[str | None]:
+    """Where `datasets` keeps what it makes: for local files a folder of this call alone.
+
+    Its cache knows a local file by name and time, so that a file replaced with its old time (`cp -p`, `tar`, `rsync -t`) would be
+    read as it was. What was read stays mapped when the folder is gone.
+    """
+    if not inputs_of({"path": str(local), "data_files": source.data_files}):
+        yield chosen.cache_dir
+        return
+    keep = Path(chosen.cache_dir or config.HF_DATASETS_CACHE)
+    keep.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="local-", dir=keep) as folder:
+        yield folder
+
+
 def _load(path: str, source: TableSource, split: str, chosen: Options) -> pa.Table:
     local = Path(path).expanduser()
     if not local.exists() and (not _HUB_ID.fullmatch(path) or path.startswith(".")):
@@ -175,14 +203,15 @@ def _load(path: str, source: TableSource, split: str, chosen: Options) -> pa.Tab
             found = load_from_disk(str(local))
             found = found[split] if isinstance(found, DatasetDict) else found
         else:
-            found = load_dataset(
-                str(local) if local.exists() else path,
-                source.name,
-                split=split,
-                data_files=source.data_files,
-                revision=None if local.exists() else chosen.revision,
-                cache_dir=chosen.cache_dir,
-            )
+            with _cache(local, source, chosen) as cache:
+                found = load_dataset(
+                    str(local) if local.exists() else path,
+                    source.name,
+                    split=split,
+                    data_files=source.data_files,
+                    revision=None if local.exists() else chosen.revision,
+                    cache_dir=cache,
+                )
     except Exception as error:  # noqa: BLE001 - whatever the library raises, the user needs one sentence
         reason = " ".join(str(error).split())[:300]
         kind = "local dataset" if local.exists() else "hub dataset"

@@ -48,6 +48,10 @@ class Options:
 
     session_gap: int = 3600
 
+    def __post_init__(self) -> None:
+        if self.session_gap < 0:
+            raise ConfigError(f"reader 'jdsearch': session_gap must be 0 or more seconds, got {self.session_gap}.")
+
 
 @dataclass
 class _Log:
@@ -72,8 +76,6 @@ def read(path: str, **options: Any) -> Tables:
         DataError: a file is missing, not UTF-8, or a line has wrong fields; the message names the line.
     """
     chosen = build(Options, options, "reader 'jdsearch'")
-    if chosen.session_gap < 0:
-        raise ConfigError(f"reader 'jdsearch': session_gap must be 0 or more seconds, got {chosen.session_gap}.")
     folder = source_folder(path, "jdsearch")
     counts: dict[str, int] = {}
     lines = _read_behaviour(_find(folder, ("*behavior*.txt", "release_data*.txt")))

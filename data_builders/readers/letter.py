@@ -41,6 +41,10 @@ class Options:
     action: str = "order"
     category: str = "*"
 
+    def __post_init__(self) -> None:
+        if self.action not in ("click", "like", "order"):
+            raise ConfigError(f"reader 'letter': action must be click, like or order, got '{self.action}'.")
+
 
 def read(path: str, **options: Any) -> Tables:
     """Reads the folder; see the module's docstring.
@@ -54,8 +58,6 @@ def read(path: str, **options: Any) -> Tables:
         DataError: a file is missing or damaged, or a sequence is no list of item ids.
     """
     chosen = build(Options, options, "reader 'letter'")
-    if chosen.action not in ("click", "like", "order"):
-        raise ConfigError(f"reader 'letter': action must be click, like or order, got '{chosen.action}'.")
     folder = source_folder(path, "letter")
     users, items, lengths = _read_sequences(one_file(folder, f"{chosen.category}.inter.json"))
     index = one_file(folder, f"{chosen.category}.index.json", needed=False)

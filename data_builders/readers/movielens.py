@@ -55,6 +55,9 @@ class Options:
     layout: str = "auto"
     like_from: float = 4.0
 
+    def __post_init__(self) -> None:
+        _check_layout(self.layout)
+
 
 @dataclass(frozen=True)
 class Ratings:
@@ -120,6 +123,11 @@ def read(path: str, **options: Any) -> Tables:
     )
 
 
+def _check_layout(layout: str) -> None:
+    if layout not in LAYOUTS:
+        raise ConfigError(f"reader 'movielens': there is no layout '{layout}': {nearest(layout, LAYOUTS)}")
+
+
 def read_ratings(path: str | Path, layout: str = "auto") -> Ratings:
     """Reads the ratings with what is known of users and movies; of a repeated (user, movie) the first rating counts.
 
@@ -130,8 +138,7 @@ def read_ratings(path: str | Path, layout: str = "auto") -> Ratings:
     Raises:
         ConfigError: an unknown layout. DataError: a file is missing or damaged, or a number is none.
     """
-    if layout not in LAYOUTS:
-        raise ConfigError(f"reader 'movielens': there is no layout '{layout}': {nearest(layout, LAYOUTS)}")
+    _check_layout(layout)
     folder = source_folder(path, "movielens")
     if layout == "auto":
         layout = "dat" if (folder / "ratings.dat").is_file() else "recbole"

@@ -366,6 +366,9 @@ class ShopWorld:
         )
 
 
+Options = ShopWorldConfig  # of the reader
+
+
 def read(path: str | None = None, **options: Any) -> Tables:
     """Reader "shop_world": simulates a shop. `path` is not used (there is nothing to read); options = config fields.
 

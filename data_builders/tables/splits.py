@@ -14,18 +14,45 @@ checks it each time.
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sidtune.core.config import build
 from sidtune.core.errors import ConfigError, DataError, nearest
 from sidtune.data_builders.tables.history import FOREVER, TimeCut, action_strength, encode
 from sidtune.data_builders.tables.schema import SCHEMAS, Tables
 from sidtune.data_builders.tables.store import split_names
 
 KINDS = ("global_time", "leave_one_out", "source")
+
+
+@dataclass
+class SplitConfig:
+    """Options of `apply_split`, checked when they are made.
+
+    Attributes:
+        kind: `global_time`, `leave_one_out` or `source` (the reader must have set `split_of_request`).
+        valid_share, test_share, train_until, valid_until: see `global_time_split`.
+        min_rows: see `leave_one_out`, here counted in requests.
+    """
+
+    kind: str = "global_time"
+    valid_share: float = 0.1
+    test_share: float = 0.1
+    train_until: int | None = None
+    valid_until: int | None = None
+    min_rows: int = 2
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError(f"There is no split named '{self.kind}': {nearest(self.kind, KINDS)}")
+        _check_moments(self.train_until, self.valid_until)
+        _check_shares(self.valid_share, self.test_share)
+        _check_rows(self.min_rows)
 FEEDBACK = ("click", "like", "order")
 
 
@@ -55,14 +82,9 @@ def global_time_split(
     times = np.asarray(request_times)
     if not len(times):
         raise DataError("There are no requests to split; check that the reader found the requests or events.")
-    if train_until is not None or valid_until is not None:
-        if train_until is None:
-            raise ConfigError("A split with valid_until needs train_until too; set both.")
+    _check_moments(train_until, valid_until)
+    if train_until is not None:
         valid_until = train_until if valid_until is None else valid_until
-        if valid_until < train_until:
-            raise ConfigError(
-                f"valid_until ({valid_until}) lies before train_until ({train_until}); put them in order."
-            )
     else:
         train_until, valid_until = _cut_by_share(times, valid_share, test_share)
     names = np.where(times < train_until, "train", np.where(times < valid_until, "valid", "test"))
@@ -75,11 +97,27 @@ def global_time_split(
     return names, int(train_until), int(valid_until)
 
 
-def _cut_by_share(times: np.ndarray, valid_share: float, test_share: float) -> tuple[int, int]:
+def _check_moments(train_until: int | None, valid_until: int | None) -> None:
+    if train_until is None and valid_until is not None:
+        raise ConfigError("A split with valid_until needs train_until too; set both.")
+    if train_until is not None and valid_until is not None and valid_until < train_until:
+        raise ConfigError(f"valid_until ({valid_until}) lies before train_until ({train_until}); put them in order.")
+
+
+def _check_shares(valid_share: float, test_share: float) -> None:
     if not (0 <= valid_share < 1 and 0 < test_share < 1 and valid_share + test_share < 1):
         raise ConfigError(
             f"valid_share ({valid_share}) must be 0 or more, test_share ({test_share}) above 0, and their sum below 1."
         )
+
+
+def _check_rows(min_rows: int) -> None:
+    if min_rows < 2:
+        raise ConfigError(f"min_rows of leave_one_out must be 2 or more (one test and one valid row), got {min_rows}.")
+
+
+def _cut_by_share(times: np.ndarray, valid_share: float, test_share: float) -> tuple[int, int]:
+    _check_shares(valid_share, test_share)
     ordered = np.sort(times)
     count = len(ordered)
     first_test = min(count - 1, round(count * (1 - test_share)))
@@ -99,8 +137,7 @@ def leave_one_out(table: pa.Table, min_rows: int = 3) -> np.ndarray:
         table: with columns `user_id` and `time`, maybe `action`.
         min_rows: smallest number of rows of a user that is split, at least 2.
     """
-    if min_rows < 2:
-        raise ConfigError(f"min_rows of leave_one_out must be 2 or more (one test and one valid row), got {min_rows}.")
+    _check_rows(min_rows)
     users, ids = encode(table["user_id"])
     times = table["time"].to_numpy()
     strength = action_strength(table["action"]) if "action" in table.column_names else np.zeros(len(times), np.int8)
@@ -183,23 +220,12 @@ def candidate_lists(parts: dict[str, Any], offsets: np.ndarray, kind: pa.DataTyp
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), structs).cast(kind)
 
 
-def apply_split(
-    tables: Tables,
-    kind: str = "global_time",
-    *,
-    valid_share: float = 0.1,
-    test_share: float = 0.1,
-    train_until: int | None = None,
-    valid_until: int | None = None,
-    min_rows: int = 2,
-) -> tuple[Tables, dict[str, Any]]:
+def apply_split(tables: Tables, kind: str = "global_time", **options: Any) -> tuple[Tables, dict[str, Any]]:
     """Gives every request its split and proves that training cannot see the future.
 
     Args:
         tables: from a reader or a simulator.
-        kind: `global_time`, `leave_one_out` or `source` (the reader must have set `split_of_request`).
-        valid_share, test_share, train_until, valid_until: see `global_time_split`.
-        min_rows: see `leave_one_out`, here counted in requests.
+        kind, options: of `SplitConfig`.
 
     Returns:
         Tables with `split_of_request`, and the `split` record of `meta.json`.
@@ -208,20 +234,18 @@ def apply_split(
         ConfigError: an unknown kind or impossible numbers.
         DataError: no split is possible, or the prescribed one leaks.
     """
-    if kind not in KINDS:
-        raise ConfigError(f"There is no split named '{kind}': {nearest(kind, KINDS)}")
+    chosen = build(SplitConfig, {"kind": kind, **options}, "split")
     need(tables.requests, "requests", ("request_id", "user_id", "time"))
     need(tables.events, "events", ("user_id", "time"))
     times = tables.requests["time"].to_numpy()
     counts = dict(tables.counts)
     requests = tables.requests
     if kind == "global_time":
-        names, first, second = global_time_split(
-            times, valid_share, test_share, train_until=train_until, valid_until=valid_until
-        )
+        moments = {"train_until": chosen.train_until, "valid_until": chosen.valid_until}
+        names, first, second = global_time_split(times, chosen.valid_share, chosen.test_share, **moments)
         split: dict[str, Any] = {"kind": kind, "train_until": first, "valid_until": second}
     elif kind == "leave_one_out":
-        names = leave_one_out(requests, min_rows)
+        names = leave_one_out(requests, chosen.min_rows)
         dropped = int((names == "").sum())
         if dropped:
             counts["requests_tied_with_the_split_dropped"] = dropped

@@ -347,7 +347,7 @@ def test_the_preset_is_the_schedule_of_the_paper(table, rows, tmp_path):
 
 def test_wrong_input_is_told_in_one_sentence(table, rows, tmp_path):
     model, processor = made(table, rows)
-    with pytest.raises(ConfigError, match="do not go together"):
+    with pytest.raises(ConfigError, match="did you mean 'learning_rate'"):
         paper_arguments(tmp_path, learning_speed=1)
     with pytest.raises(ConfigError, match="adaptation"):
         PostRankExamples(table, rows, processor, "adaption")
