@@ -62,7 +62,8 @@ def broken_step(what: str, step: int, kept: Path | str | None = None) -> DataErr
         what: what was not finite, for example `loss`. step: counted from 1. kept: the last good checkpoint.
     """
     left = "there is no checkpoint yet, so the same command starts anew"
-    left = left if kept is None else f"the last good checkpoint is kept at {kept}, and the same command goes on from it"
+    if kept is not None:
+        left = f"the last good checkpoint is kept at {kept}, from which the same command goes on (a changed one starts anew)"
     return DataError(
         f"The {what} of step {step} is not finite (NaN or infinity), so the training stopped there and wrote nothing "
         f"more: lower learning_rate, or check the examples of that step for extreme values; {left}."

@@ -74,6 +74,10 @@ class PositionLog:
                 f"A position log needs equally many positions, clicks, groups and clusters, at least one, got {len(position)}, "
                 f"{len(click)}, {len(group)} and {len(cluster)}."
             )
+        if position.dtype.kind == "f" and not np.isfinite(position).all():
+            raise DataError(
+                "A position of a position log is NaN or infinite; leave impressions of unknown position out."
+            )
         if not np.isin(click, (0.0, 1.0)).all():
             raise DataError("Clicks of a position log must be 0 or 1; leave impressions with unknown feedback out.")
         positions, place = np.unique(position, return_inverse=True)

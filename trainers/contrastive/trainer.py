@@ -85,6 +85,8 @@ class AlignedExamples(Dataset):
                 if scores is None or len(scores) != len(rows):
                     raise DataError("Every row of 'relevance' needs one score; give as many scores as rows.")
                 self.scores = np.asarray(scores, dtype=np.float32)[keep]
+                if not ((self.scores >= 0) & (self.scores <= 1)).all():
+                    raise DataError("A score of 'relevance' lies outside [0, 1] or is no number; correct the scores.")
             if keep.any():
                 self.rows[term] = rows[keep]
         if not self.rows:
