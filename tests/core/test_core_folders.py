@@ -1,4 +1,4 @@
-"""Step folders are whole or absent, and nothing is lost: what a step may replace, its lock, its permissions, what fingerprints see."""
+"""Step folders are whole or absent, and nothing is lost: what a step may replace, locks, permissions, what fingerprints see."""
 
 import dataclasses
 import importlib
