@@ -1,4 +1,4 @@
-"""A NaN or an infinity in step k of any trainer stops it at step k, before the weights move, with the checkpoint before it whole."""
+"""A NaN or an infinity in step k stops any trainer at step k, before the weights move, with the checkpoint before it whole."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ K = 3
 def assert_last_checkpoint_is_good(folder: Path, step: int) -> Path:
     kept = last_complete_checkpoint(folder)
     assert kept.name == f"checkpoint-{step}"
-    files = [file for file in kept.glob("*.safetensors")]
+    files = list(kept.glob("*.safetensors"))
     assert files and all(first_broken(load_file(file).items()) is None for file in files)
     state = torch.load(kept / "optimizer.pt", weights_only=True)["state"]
     assert first_broken((f"{n}", v) for one in state.values() for n, v in one.items() if torch.is_tensor(v)) is None

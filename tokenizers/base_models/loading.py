@@ -17,13 +17,14 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.finite import check_weights
-from sidtune.tokenizers.base_models.settings import clean_settings
+from sidtune.tokenizers.base_models.settings import clean_settings, settings_of
 
 _TOKENIZER_FILES = ("tokenizer*.json", "*.model", "vocab*")
 _FEWEST_TOKENS = 64
@@ -76,7 +77,10 @@ def load_plain(
     try:
         config = AutoConfig.from_pretrained(place, **hub)
         family = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model, report = family.from_pretrained(place, dtype=kind, output_loading_info=True, **hub, **options)
+        given = settings_of(place, **hub)
+        tokens = GenerationConfig() if given is not None else GenerationConfig.from_model_config(config)
+        options = {"dtype": kind, "generation_config": tokens, "output_loading_info": True, **hub, **options}
+        model, report = family.from_pretrained(place, **options)
     except Exception as error:  # transformers, safetensors and the hub client each raise their own kinds here
         raise _unreadable("model", place, error) from None
     missing, stray = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
@@ -92,7 +96,7 @@ def load_plain(
             "the model again."
         )
     check_weights(model, place)
-    clean_settings(model)
+    clean_settings(model, given=given)
     return model
 
 

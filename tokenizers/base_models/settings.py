@@ -8,11 +8,14 @@ request 57 mended the same defect in one place.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Container
+from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 logger = logging.getLogger(__name__)
 
@@ -71,10 +74,18 @@ _CONFIG: dict[str, tuple[Any, str]] = {
     "return_dict": (True, "outputs are read by name"),
 }
 _TOKENS = ("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id")
-_QUIET = {"transformers_version", *_TOKENS}
 
 
-def clean_settings(model: Any, tokenizer: Any = None, sid_tokens: Container[int] = ()) -> list[str]:
+def settings_of(place: str, **hub: Any) -> dict[str, Any] | None:
+    """What stands in the `generation_config.json` of a folder or hub id, None without one. Not checked: transformers refuses
+    to read some settings that are reset anyway."""
+    file = cached_file(place, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+    return None if file is None else json.loads(Path(file).read_text("utf-8"))
+
+
+def clean_settings(
+    model: Any, tokenizer: Any = None, sid_tokens: Container[int] = (), given: dict[str, Any] | None = None
+) -> list[str]:
     """Resets, in place, what a model's configs must not carry; says it in one notice of the log.
 
     Afterwards `generation_config` holds special tokens only. A special token outside the embedding, or one that is a SID
@@ -82,19 +93,25 @@ def clean_settings(model: Any, tokenizer: Any = None, sid_tokens: Container[int]
 
     Args:
         model: plain model of transformers. tokenizer: its own, when it is saved. sid_tokens: ids of its SIDs.
+        given: its generation settings, default those in `generation_config`.
 
     Returns:
         `name=value` of each setting that was reset.
     """
     config, old = model.config, getattr(model, "generation_config", None)
-    configs = [config] if config.get_text_config() is config else [config, config.get_text_config()]
-    found = [told for one in configs for told in _clean_config(one)]
     rows = model.get_input_embeddings().num_embeddings
-    for holder in [*configs, *([old] if old is not None else [])]:
-        found += _clean_tokens(holder, range(rows), sid_tokens, tokenizer if holder is old else None)
+    found = []
+    for one in (config, *([] if config.get_text_config() is config else [config.get_text_config()])):
+        found += _clean_config(one)
+        for name in _TOKENS:
+            if hasattr(one, name):
+                setattr(one, name, _legal(name, getattr(one, name), rows, sid_tokens, found))
     if old is not None:
-        found += [f"{name}={value!r:.60}" for name, value in old.to_diff_dict().items() if name not in _QUIET]
-        model.generation_config = GenerationConfig(**{name: getattr(old, name, None) for name in _TOKENS})
+        given = old.to_dict() if given is None else given
+        found += [f"{name}={value!r:.60}" for name, value in given.items() if _tells(name, value)]
+        tokens = {name: _legal(name, given.get(name), rows, sid_tokens, found) for name in _TOKENS}
+        own = {name: getattr(tokenizer, name, None) for name in _TOKENS}
+        model.generation_config = GenerationConfig(**{n: own[n] if v is None else v for n, v in tokens.items()})
     found = list(dict.fromkeys(found))
     if found:
         logger.info(
@@ -115,15 +132,21 @@ def _clean_config(config: Any) -> list[str]:
     return found
 
 
-def _clean_tokens(holder: Any, legal: range, sid_tokens: Container[int], tokenizer: Any) -> list[str]:
-    found = []
-    for name in _TOKENS:
-        value = getattr(holder, name, None)
-        given = list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
-        kept = [token for token in given if token in legal and token not in sid_tokens]
-        if kept != given:
-            found.append(f"{name}={value}")
-            setattr(holder, name, (kept if isinstance(value, (list, tuple)) else kept[0]) if kept else None)
-        if not kept and getattr(tokenizer, name, None) is not None:
-            setattr(holder, name, getattr(tokenizer, name))
-    return found
+def _tells(name: str, value: Any) -> bool:
+    """Whether a generation setting does something, so that its reset is worth a word."""
+    if name.startswith("_") or name == "transformers_version" or name in _TOKENS:
+        return False
+    if value is False:
+        return name == "use_cache"
+    default = GenerationConfig._get_default_generation_params().get(name)
+    return value not in (None, {}, [], default, *RESET.get(name, ()))
+
+
+def _legal(name: str, value: Any, rows: int, sid_tokens: Container[int], found: list[str]) -> Any:
+    """A token id, or a list of them, without what no embedding row has or what is a SID; None where nothing is left."""
+    given = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    kept = [token for token in given if isinstance(token, int) and 0 <= token < rows and token not in sid_tokens]
+    if kept == list(given):
+        return value
+    found.append(f"{name}={value}")
+    return (kept if isinstance(value, (list, tuple)) else kept[0]) if kept else None
