@@ -28,6 +28,7 @@ from sidtune.core.stopping import stoppable
 
 T = TypeVar("T")
 ERROR_FILE_VARIABLE = "SIDTUNE_ERROR_FILE"
+MANY = 1_000_000  # more beams, places or rows at once than this are a slip of the pen, and no memory holds them
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -86,6 +87,7 @@ def build(cls: type[T], values: Any, where: str) -> T:
     """
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: expected a mapping of key: value, got {values!r}.")
+    values = renamed(cls, values, where)
     names = [f.name for f in dataclasses.fields(cls) if f.init]
     check_keys(values, names, where)
     check_types(cls, values, where)
@@ -100,6 +102,24 @@ def build(cls: type[T], values: Any, where: str) -> T:
     if missing:
         raise ConfigError(f"{where}: the required key '{missing[0]}' is missing; set it.")
     return cls(**values)
+
+
+def renamed(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
+    """`values` with today's names: a class may say in `RENAMED` what its options were called before."""
+    before = getattr(cls, "RENAMED", {})
+    for old, new in before.items():
+        if old in values and new in values:
+            raise ConfigError(f"{where}: '{old}' is the former name of '{new}'; keep one of them.")
+    return {before.get(name, name): value for name, value in values.items()}
+
+
+def check_range(config: Any, least: float, *names: str, most: float = MANY) -> None:
+    """Refuses numbers of `config`, also those in a list, outside [least, most]; null is none. Raises ConfigError."""
+    for name in names:
+        value = getattr(config, name)
+        for one in value if isinstance(value, (list, tuple)) else [value]:
+            if one is not None and not least <= one <= most:
+                raise ConfigError(f"{name} must be from {least:,} to {most:,}, got {one}; correct it.")
 
 
 def check_types(cls: type, values: dict[str, Any], where: str) -> None:
@@ -279,13 +299,15 @@ def parse(cls: type[T], argv: Sequence[str] | None = None) -> T:
     if flags:
         print(help_text(cls))
         sys.exit(0)
-    values = load_yaml(config_path) if config_path else {}
-    names = [f.name for f in dataclasses.fields(cls) if f.init]
     where = f"In {config_path}" if config_path else "On the command line"
+    values = renamed(cls, load_yaml(config_path) if config_path else {}, where)
+    names = [f.name for f in dataclasses.fields(cls) if f.init]
     check_keys(values, names, where)
-    check_keys({key.split(".")[0]: None for key in options}, names, "On the command line")
+    former = getattr(cls, "RENAMED", {})
+    check_keys({former.get(name := key.split(".")[0], name): None for key in options}, names, "On the command line")
     for key, value in options.items():
-        _assign(values, key.split("."), value, key)
+        name, *below = key.split(".")
+        _assign(values, [former.get(name, name), *below], value, key)
     if "root" in names and config_path:
         values.setdefault("root", str(Path(config_path).parent))
     return build(cls, values, where)

@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from sidtune.core.config import ERROR_FILE_VARIABLE, as_dict, build, load_yaml, merged
+from sidtune.core.config import ERROR_FILE_VARIABLE, as_dict, build, load_yaml, merged, renamed
 from sidtune.core.errors import ConfigError, SidtuneError, nearest
 from sidtune.core.folders import RUN_FILE, is_whole, locked, read_json, same_inputs
 from sidtune.core.scripts import Script, find_script
@@ -149,7 +149,7 @@ def _resolved(spec: StepConfig, arguments: RunArguments, steps: list[Step]) -> S
     script = find_script(spec.script)
     cls = importlib.import_module(script.module).Arguments
     values = load_yaml(Path(arguments.root or ".") / spec.config) if spec.config else {}
-    values = merged(values, spec.args, "args")
+    values = merged(renamed(cls, values, "config"), renamed(cls, spec.args, "args"), "args")
     names = {one.name for one in dataclasses.fields(cls)}
     if "seed" in names:
         values.setdefault("seed", arguments.seed)
@@ -190,7 +190,8 @@ def is_done(step: Step) -> bool:
     if not is_whole(step.folder):
         return False
     record = read_json(step.folder / RUN_FILE)
-    old = {k: v for k, v in record.get("config", {}).items() if k not in (*_PLACES, *step.inputs)}
+    old = renamed(type(step.config), record.get("config", {}), str(step.folder / RUN_FILE))
+    old = {k: v for k, v in old.items() if k not in (*_PLACES, *step.inputs)}
     if {**_defaults(type(step.config)), **old} != {**_defaults(type(step.config)), **step.record()}:
         return False
     return set(step.inputs) <= set(record.get("inputs", {})) and same_inputs(record, step.config)

@@ -30,12 +30,13 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow.parquet as pq
 
-from sidtune.core.config import as_dict, build, command, merged
+from sidtune.core.config import as_dict, build, command, merged, renamed
 from sidtune.core.errors import ConfigError, DataError, SidtuneError
 from sidtune.core.folders import fingerprint, read_json, write_json, write_run, writes
 from sidtune.core.pipeline import Step, is_done, launch_options, run_step
 from sidtune.core.scripts import find_script
 from sidtune.metrics.statistics.bootstrap import PairedResult, paired_bootstrap
+from sidtune.recipes.steps import sft
 
 LAUNCH = "alone"
 HISTORY = "rounds.json"
@@ -179,7 +180,7 @@ class Loop:
     def _fine_tune(self, name: str, config: dict[str, Any], base: str | Path) -> Path:
         from sidtune.decoding.retrieval.loading import final_model
 
-        return self._do(f"{name}/sft", "sft", {**rendering(self.arguments.model_dir), **config}, final_model(base))
+        return self._do(f"{name}/sft", "sft", {**rendering(self.arguments.model_dir), **renamed(sft.Arguments, config, "sft")}, final_model(base))
 
     def _validate(self, name: str, model: str | Path, reasoning: bool = True) -> None:
         config = {"split": "valid", **self.arguments.validate, "reasoning": reasoning}
@@ -267,7 +268,8 @@ def rendering(model_dir: str | Path) -> dict[str, Any]:
     from sidtune.decoding.retrieval.model_folder import final_model, read_settings
 
     folder, settings = read_settings(final_model(model_dir))
-    return {"templates": str(folder / "templates"), **as_dict(settings), "max_chars": settings.max_chars or {}}
+    told = {"templates": str(folder / "templates"), **as_dict(settings), "max_chars": settings.max_chars or {}}
+    return renamed(sft.Arguments, told, str(folder))
 
 
 def build_primary(validate: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 
 from sidtune.core.config import as_dict, command
 from sidtune.core.errors import DataError
-from sidtune.core.folders import RUN_FILE, fingerprint, read_json, write_json, write_run, writes
+from sidtune.core.folders import RUN_FILE, check_output, read_json, write_json, write_run, writes
 from sidtune.core.processes import launch, on_main
 from sidtune.core.resume import Work
 from sidtune.data_builders.sequences.item_sequences import ItemSequences, SequenceExamples
@@ -80,11 +80,11 @@ def fit(arguments: Arguments, name: str, seed: int, sequences: ItemSequences) ->
 
     system, folder, started = arguments.system(name), arguments.folder(seed, name), time.time()
     config = record_of(arguments, name, seed)
-    content = on_main(lambda: fingerprint(arguments.data().path))
-    work = Work(folder, {**config, "content": content}, place=launch())
+    work = Work(folder, on_main(lambda: identity_of(config)), place=launch())
     if on_main(lambda: work.is_done() or _of_before(folder, config)):
         print(f"{folder}: unchanged, skipped", flush=True)
         return
+    on_main(lambda: check_output(folder, "next_item"))
     catalogue = SidCatalogue.of(make_sids(system.sids, arguments.data(), sequences), sequences)
     sizes = catalogue.sids.level_sizes
     shape, noise, settings = system.parts(f"systems.{name}", list(sizes), len(sequences.item_ids))

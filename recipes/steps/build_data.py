@@ -6,15 +6,16 @@ sidtune build-data --config recipes/quickstart/build_data.yaml --output_dir runs
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import os
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from sidtune.core.config import as_dict, check_keys, command
+from sidtune.core.config import as_dict, build, command
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import write_folder, write_run, writes
-from sidtune.data_builders.registry import READERS
+from sidtune.core.pipeline import Step
+from sidtune.data_builders.registry import READERS, reader_options
 from sidtune.data_builders.shop_world.config import config_from_options
 from sidtune.data_builders.tables import splits
 from sidtune.data_builders.tables.schema import Tables
@@ -22,8 +23,6 @@ from sidtune.data_builders.tables.store import save_tables, split_names
 from sidtune.data_builders.tables.validate import check_folder, check_tables
 
 LAUNCH = "alone"
-
-SPLIT_OPTIONS = [name for name in inspect.signature(splits.apply_split).parameters if name != "tables"]
 
 
 @dataclass
@@ -36,7 +35,7 @@ class Arguments:
         path: folder or id the reader reads; null for the embedded shop. `$NAME` and `~` are expanded.
         options: options of the reader.
         split: `kind` (`global_time` by default, `leave_one_out` for a published protocol, `source` if the reader prescribes it) and
-            the options of `splits.apply_split`.
+            the other fields of `splits.SplitConfig`.
         seed: seed of the reader, where it draws anything and `options` does not set one.
     """
 
@@ -54,13 +53,21 @@ class Arguments:
                 raise ConfigError(
                     f"The path {self.path} names an environment variable that is not set; set it or give --path."
                 )
+        reader_options(self.reader, self.options, self.path)
+        build(splits.SplitConfig, self.split, "split")
+
+
+def preflight(step: Step) -> None:
+    """Refuses a source that is not there, unless it is on the hub or an earlier step makes it."""
+    config = step.config
+    if config.path and config.reader not in ("hub", "shop_world") and not (step.before or Path(config.path).exists()):
+        raise ConfigError(f"path: {config.path} does not exist; check the path.")
 
 
 @writes("build_data")
 def main(arguments: Arguments) -> None:
     """Builds the folder; prints what was read, what was mended, and rows per second."""
     started = time.time()
-    check_keys(arguments.split, SPLIT_OPTIONS, "split")
     read = READERS.get(arguments.reader)
     options = dict(arguments.options)
     if arguments.reader == "shop_world":

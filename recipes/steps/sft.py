@@ -13,13 +13,13 @@ import logging
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from sidtune.core.config import as_dict, command
-from sidtune.core.errors import ConfigError
+from sidtune.core.config import as_dict, check_range, command
 from sidtune.core.folders import read_json, write_run, writes
 
 if TYPE_CHECKING:
+    from sidtune.core.pipeline import Step
     from sidtune.trainers.sft.task_examples import TaskExamples
 
 logger = logging.getLogger(__name__)
@@ -36,8 +36,8 @@ class Arguments:
         templates: `plain`, `chatml`, or a folder with templates of your own.
         max_chars: field → longest text in characters, over the defaults of the serializer.
         history_context: render the context of past turns too (whole-history training needs it).
-        max_history: most past turns in prompts at evaluation and serving; null for all that fit.
-        max_length: most tokens of prompt and SID at evaluation and serving; null for no limit.
+        prompt_max_history: most past turns in prompts at evaluation and serving; null for all that fit.
+        prompt_max_length: most tokens of prompt and SID at evaluation and serving; null for no limit.
         query_sids: show the SID of every query behind its text, from the encoder and quantizer in sids_dir (best learned with
             `queries: true`); costs one token per level and query.
         seed: seed of mixtures, order and LoRA.
@@ -51,10 +51,13 @@ class Arguments:
     templates: str = "plain"
     max_chars: dict = field(default_factory=dict)
     history_context: bool = True
-    max_history: int | None = 20
-    max_length: int | None = 1024
+    prompt_max_history: int | None = 20
+    prompt_max_length: int | None = 1024
     query_sids: bool = False
     seed: int = 0
+
+    # Beside these stand the `max_history` and `max_length` of the stages, which are of training.
+    RENAMED: ClassVar[dict[str, str]] = {"max_history": "prompt_max_history", "max_length": "prompt_max_length"}
 
     def __post_init__(self) -> None:
         from sidtune.trainers.common.args import checked_sft
@@ -65,18 +68,20 @@ class Arguments:
         for stage in stages:
             where = f"stage '{stage.name}', args"
             checked_sft(stage.args, max_length=stage.max_length, evaluate=bool(stage.eval_tasks), where=where)
-        if self.max_history is not None and self.max_history < 0:
-            raise ConfigError(f"max_history must be 0 or more turns, or null for all, got {self.max_history}.")
+        check_range(self, 0, "prompt_max_history", "seed")
+        check_range(self, 2, "prompt_max_length")
 
     def examples(self) -> TaskExamples:
         """What builds the examples of a stage."""
         from sidtune.trainers.sft.task_examples import TaskExamples
 
-        names = ("seed", "templates", "max_chars", "history_context", "max_history", "max_length")
+        names = ("seed", "templates", "max_chars", "history_context")
         return TaskExamples(
             self.data_dir,
             Path(self.sids_dir) / "sids",
             query_coder=self.sids_dir if self.query_sids else None,
+            max_history=self.prompt_max_history,
+            max_length=self.prompt_max_length,
             **{name: getattr(self, name) for name in names},
         )
 

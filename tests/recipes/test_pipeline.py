@@ -232,7 +232,7 @@ def test_one_value_of_a_step_s_config_file_can_be_changed(tmp_path):
     steps = run.resolve(parse(run.RunArguments, argv))
     stages = steps[3].config.stages
     assert stages[1]["args"] == {**pipeline()["steps"][3]["args"]["stages"][1]["args"], "max_steps": 5}
-    assert stages[0] == pipeline()["steps"][3]["args"]["stages"][0] and steps[3].config.max_length == 256
+    assert stages[0] == pipeline()["steps"][3]["args"]["stages"][0] and steps[3].config.prompt_max_length == 256
     with pytest.raises(ConfigError, match="element 7 of a list of 2"):
         run.resolve(parse(run.RunArguments, [*argv, "--steps.3.args.stages.7.name", "x"]))
 

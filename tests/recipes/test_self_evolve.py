@@ -108,7 +108,7 @@ def test_the_result_is_a_model_like_any_other(loop):
     output, _ = loop
     record = read_json(output / "run.json")["metrics"]
     model = final_model(output)
-    assert (model / "config.json").exists() and (model.parent / "serializer.json").exists()
+    assert (model / "config.json").exists() and (model / "serializer.json").exists()
     assert model == output / record["final"] and record["best"] in ("cold_start", "round_1")
     assert set(record["valid"]) == {"aligned", "cold_start", "round_1"}
     best = max(("cold_start", "round_1"), key=lambda name: record["valid"][name]["ndcg@10"])
@@ -221,7 +221,7 @@ def faked(tmp_path, values, counts=(5, 5), **more):
         aligned.mkdir(parents=True)
         (aligned / "config.json").write_text("{}")
         (tmp_path / "sft" / "run.json").write_text(json.dumps({"metrics": {"final": "stage_1_align"}}))
-        fake_prompt_settings(tmp_path / "sft")
+        fake_prompt_settings(aligned)
     launch = Faked(values, *counts)
     return Loop(arguments(tmp_path, tmp_path / "evolve", **{"rounds": 3, **more}), launch).run(), launch
 
@@ -255,7 +255,7 @@ def test_rounds_go_on_while_they_gain(values, tmp_path):
     stage = by_name["round_2/sft"].config.stages[0]["tasks"]["reason_to_sid"]["options"]
     assert stage["file"] == str(output / "round_2/trajectories/trajectories.jsonl") and len(stage["sha256"]) == 64
     # Prompts are rendered as the aligned model knows them.
-    assert by_name["cold_start/sft"].config.max_history == 3
+    assert by_name["cold_start/sft"].config.prompt_max_history == 3
     assert by_name["cold_start/sft"].config.templates == str(tmp_path / "sft/templates")
     assert by_name["aligned/valid"].config.reasoning is False and by_name["round_1/valid"].config.reasoning is True
 

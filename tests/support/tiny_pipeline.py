@@ -44,7 +44,7 @@ PIPELINE: dict[str, Any] = {
             "script": "sft",
             "inputs": {"data_dir": "data", "sids_dir": "sids", "model_dir": "model"},
             "args": {
-                "max_length": 256,
+                "prompt_max_length": 256,
                 "stages": [
                     {"name": "align", "tasks": {"item_to_sid": {}}, "max_length": 256, "args": dict(TRAIN)},
                     {"name": "personalise", "tasks": {"whole_history": {}}, "max_length": 256, "args": dict(TRAIN)},
