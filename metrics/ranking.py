@@ -27,6 +27,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from sidtune.core.config import MANY
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.metrics.registry import METRICS
 
@@ -162,8 +163,7 @@ def evaluate_ranking(
         DataError: wrong shapes or types, a prediction row that names an item twice, a request without relevant items.
         ConfigError: a bad cut-off or an unknown metric.
     """
-    if isinstance(ks, str) or not len(ks) or not all(_is_count(k) for k in ks):
-        raise ConfigError(f"ks must be a list of positive integers such as [5, 10, 20], got {ks!r}.")
+    check_metrics(ks, metrics)
     if empty not in ("refuse", "exclude"):
         raise ConfigError(f"empty must be 'refuse' or 'exclude', got '{empty}'.")
     functions = {name: METRICS.get(name) for name in metrics}
@@ -185,6 +185,16 @@ def evaluate_ranking(
         for k in ks:
             per_request[f"{name}@{k}"] = np.where(included, function(ranked, int(k)), np.nan)
     return RankingResult(per_request, included)
+
+
+def check_metrics(ks: Sequence[int], metrics: Sequence[str], primary: str | None = None) -> None:
+    """Refuses cut-offs that are none, unknown metrics, and a `primary` that these do not compute. Raises ConfigError."""
+    if isinstance(ks, str) or not len(ks) or not all(_is_count(k) for k in ks) or max(ks) > MANY:
+        raise ConfigError(f"ks must be a list of positive integers such as [5, 10, 20], at most {MANY:,}, got {ks!r}.")
+    for name in metrics:
+        METRICS.get(name)
+    if primary is not None and primary not in {f"{name}@{k}" for name in metrics for k in ks}:
+        raise ConfigError(f"primary is '{primary}', which metrics and ks do not compute; choose one they do.")
 
 
 def rank_against(predictions: Any, relevance: RaggedRows) -> Ranked:

@@ -113,6 +113,9 @@ class Serializer:
         for name in max_chars or {}:
             if name not in MAX_CHARS:
                 raise ConfigError(f"max_chars names the unknown field '{name}': {nearest(name, MAX_CHARS)}")
+            most = (max_chars or {})[name]
+            if most is not None and (not isinstance(most, int) or most < 0):
+                raise ConfigError(f"max_chars.{name} must be 0 or more characters, or null for all, got {most!r}.")
         self.tokenizer = tokenizer
         self.history_context = history_context
         self.max_chars: dict[str, int | None] = {**MAX_CHARS, **(max_chars or {})}

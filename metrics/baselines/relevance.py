@@ -12,10 +12,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sidtune.core.errors import ConfigError, nearest
 from sidtune.metrics.baselines.tables import item_rows
 from sidtune.metrics.ranking import Relevance
 
 LABELS = ("click", "like", "order")
+
+
+def check_labels(labels: Sequence[str]) -> None:
+    """Raises ConfigError for no label at all, or one that candidates do not have."""
+    for label in labels:
+        if label not in LABELS:
+            raise ConfigError(f"labels: there is no feedback '{label}': {nearest(str(label), LABELS)}")
+    if not labels:
+        raise ConfigError(f"labels must name at least one of {', '.join(LABELS)}.")
 
 
 def relevance_of(requests: pa.Table, items: pa.Table, labels: Sequence[str] = LABELS) -> Relevance:
@@ -29,6 +39,7 @@ def relevance_of(requests: pa.Table, items: pa.Table, labels: Sequence[str] = LA
     Raises:
         DataError: a relevant candidate is not in the catalogue.
     """
+    check_labels(labels)
     lists = requests["candidates"].combine_chunks()
     flat = lists.flatten()
     owner = np.repeat(

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from sidtune.core.config import MANY
 from sidtune.core.errors import ConfigError, DataError
 
 _BLOCK = 1 << 22  # drawn numbers held at once: 32 MB
@@ -112,6 +113,14 @@ def paired_bootstrap(
     return PairedResult(difference, float(low), float(high), p_value, level, len(a), len(sums), samples)
 
 
+def check_bootstrap(level: float, samples: int) -> None:
+    """Raises ConfigError for a level outside (0, 1), or too few resamples or more than any memory holds."""
+    if not 0 < level < 1:
+        raise ConfigError(f"The level of an interval must lie between 0 and 1, got {level}.")
+    if not isinstance(samples, int) or not 100 <= samples <= 100 * MANY:
+        raise ConfigError(f"A bootstrap needs samples of at least 100 and at most {100 * MANY:,} resamples, got {samples}.")
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm-Bonferroni adjusted p-values, in the order given: they control the family-wise error."""
     values = np.asarray(p_values, dtype=np.float64)
@@ -177,10 +186,7 @@ def _codes(labels: Sequence[Any]) -> np.ndarray:
 
 def _resample(sums: np.ndarray, sizes: np.ndarray, samples: int, level: float, seed: int) -> np.ndarray:
     """(samples,) resampled means: sum over drawn clusters / number of requests in them."""
-    if not 0 < level < 1:
-        raise ConfigError(f"The level of an interval must lie between 0 and 1, got {level}.")
-    if not isinstance(samples, int) or samples < 100:
-        raise ConfigError(f"A bootstrap needs at least 100 resamples, got {samples}.")
+    check_bootstrap(level, samples)
     generator = np.random.default_rng(seed)
     pairs, counts = np.unique(np.stack([sums, sizes], axis=1), axis=0, return_counts=True)
     units = len(sums)

@@ -7,8 +7,10 @@ Our choice; no paper is involved. For real use replace both by a pretrained mode
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -32,6 +35,10 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _BYTES = 256
+_SIZES = {
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size"),
+    *("max_position_embeddings", "n_embd", "n_layer", "n_head", "n_positions", "d_model", "num_layers", "num_heads"),
+}
 
 # A tiny model of each family: about a million parameters, trains on a laptop.
 _SMALL: dict[str, dict[str, Any]] = {
@@ -147,6 +154,45 @@ def build_model(
     Raises:
         ConfigError: unknown `model_type` or field, values that do not go together.
     """
+    pad, first, last = tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id
+    kind, made = _config(config, len(tokenizer), pad, first, last)
+    with _told(kind), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _family(made).from_config(made, dtype=dtype)
+
+
+def check_model(config: dict[str, Any] | None, vocab_size: int) -> None:
+    """Refuses a config that makes no model, or one that this machine cannot hold; needs no memory for it.
+
+    Args:
+        config: see `build_model`. vocab_size: about the size of the tokenizer.
+
+    Raises:
+        ConfigError: as `build_model`, or the wrong size.
+    """
+    if vocab_size < _BYTES + 4:
+        raise ConfigError(f"A vocabulary must have at least {_BYTES + 4} tokens, 256 bytes and 4 special ones, got {vocab_size}.")
+    kind, made = _config(config, vocab_size, 0, None, 1)
+    where = f"The config of the {kind} model"
+    for name in _SIZES & set(config or {}):
+        if not isinstance(size := (config or {})[name], int) or size < 1:
+            raise ConfigError(f"{where}: {name} must be at least 1, got {size}; correct it.")
+    with _told(kind), torch.device("meta"):
+        model = _family(made).from_config(made)
+    sizes = [weight.numel() for weight in model.parameters()]
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if not all(sizes) or 4 * sum(sizes) > memory:
+        wrong = f"weights of {4 * sum(sizes) / 1e9:,.0f} GB, more than this machine has" if all(sizes) else "weights of size 0"
+        raise ConfigError(f"{where} gives {wrong}; correct its sizes.")
+    heads, shared = (getattr(made, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
+        raise ConfigError(f"{where}: {heads} num_attention_heads cannot share {shared} num_key_value_heads; make it a divisor.")
+
+
+def _config(
+    config: dict[str, Any] | None, vocab_size: int, pad: int | None, first: int | None, last: int | None
+) -> tuple[str, PreTrainedConfig]:
+    """Model type and filled config."""
     fields = dict(config or {})
     kind = fields.pop("model_type", "qwen3")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
@@ -155,27 +201,35 @@ def build_model(
     known = _config_fields(kind)
     check_keys(fields, known, f"The config of the {kind} model")
     tokens = {
-        "vocab_size": len(tokenizer),
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "decoder_start_token_id": tokenizer.pad_token_id,
-        "forced_eos_token_id": tokenizer.eos_token_id,
+        "vocab_size": vocab_size,
+        "pad_token_id": pad,
+        "bos_token_id": first,
+        "eos_token_id": last,
+        "decoder_start_token_id": pad,
+        "forced_eos_token_id": last,
     }
     clash = sorted(set(tokens) & set(fields))
     if clash:
         raise ConfigError(f"The config of the {kind} model: '{clash[0]}' comes from the tokenizer; remove it.")
     always = {"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"}
     tokens = {key: value for key, value in tokens.items() if key in known or key in always}
-    try:
+    with _told(kind):
         made = AutoConfig.for_model(kind, **{**_SMALL.get(kind, {}), **fields, **tokens})
-        if made.is_encoder_decoder and getattr(made, "decoder_start_token_id", None) is None:
-            made.decoder_start_token_id = tokenizer.pad_token_id
-        family = AutoModelForSeq2SeqLM if made.is_encoder_decoder else AutoModelForCausalLM
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return family.from_config(made, dtype=dtype)
-    except (ValueError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+    if made.is_encoder_decoder and getattr(made, "decoder_start_token_id", None) is None:
+        made.decoder_start_token_id = pad
+    return kind, made
+
+
+def _family(made: PreTrainedConfig) -> Any:
+    return AutoModelForSeq2SeqLM if made.is_encoder_decoder else AutoModelForCausalLM
+
+
+@contextlib.contextmanager
+def _told(kind: str) -> Iterator[None]:
+    """Another library's errors about a config as one sentence."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, RuntimeError, ZeroDivisionError, AssertionError, KeyError) as error:
         raise ConfigError(f"The config of the {kind} model makes no model ({_sentence(error)}); correct it.") from None
     except Exception as error:  # the strict config classes of the hub client have their own error base
         if "validation" not in type(error).__name__.lower():
