@@ -23,7 +23,7 @@ from sidtune.core.config import as_dict, command
 from sidtune.core.errors import DataError
 from sidtune.core.folders import RUN_FILE, check_output, read_json, write_json, write_run, writes
 from sidtune.core.processes import launch, on_main
-from sidtune.core.resume import Work
+from sidtune.core.resume import Work, identity_of
 from sidtune.data_builders.sequences.item_sequences import ItemSequences, SequenceExamples
 from sidtune.metrics.report.readme_table import check_readme
 from sidtune.recipes.next_item.config import Arguments, System

@@ -10,9 +10,9 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from data_folders import sound_rows
+from safetensors.numpy import load_file
 
 from sidtune.core.config import as_dict, build
 from sidtune.core.errors import DataError
@@ -199,7 +199,7 @@ def test_what_was_read_is_what_stood_there_at_the_start(tmp_path, monkeypatch):
 
 
 def test_a_real_step_sees_other_vectors(tmp_path):
-    """Not only in the record: `learn_sids` of vectors that were replaced runs again and gives other codes."""
+    """Not only in the record: `learn_sids` of vectors that were replaced runs again and reads them."""
     from sidtune.recipes.steps import build_data, learn_sids
 
     raw, rows = tmp_path / "raw", sound_rows()
@@ -216,11 +216,11 @@ def test_a_real_step_sees_other_vectors(tmp_path):
     step = Step("sids", find_script("learn_sids"), arguments, {"data_dir": "data"})
     learn_sids.main(arguments)
     assert is_done(step)
-    first = pq.read_table(tmp_path / "sids" / "sids" / "item_ids.parquet")["sid"].to_pylist()
+    assert (load_file(tmp_path / "sids" / "vectors.safetensors")["vectors"] == vectors).all()
     np.save(tmp_path / "v.npy", vectors[::-1].copy())
     assert not is_done(step)
     learn_sids.main(arguments)
-    assert pq.read_table(tmp_path / "sids" / "sids" / "item_ids.parquet")["sid"].to_pylist() != first and is_done(step)
+    assert (load_file(tmp_path / "sids" / "vectors.safetensors")["vectors"] == vectors[::-1]).all() and is_done(step)
 
 
 @pytest.mark.parametrize("name", ["items.jsonl", "items.jsonl.gz", "elsewhere"])

@@ -21,7 +21,7 @@ from typing import Any
 from datasets import Dataset, load_from_disk
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from sidtune.core.folders import RUN_FILE, locked, read_json, write_json, write_run
+from sidtune.core.folders import RUN_FILE, check_output, locked, read_json, write_json, write_run
 from sidtune.core.processes import launch, on_main
 from sidtune.core.resume import Work, work_folder
 from sidtune.trainers.common.callbacks import go_on
@@ -116,6 +116,7 @@ class Stage(abc.ABC):
         if on_main(work.is_done):
             logger.info("%s is unchanged and is skipped.", self.title)
             return on_main(lambda: read_json(self.output / RUN_FILE)["metrics"])
+        on_main(lambda: check_output(self.output, self.step))
         model = StageModel.open(self.source, self.args, name=self.title, train=self.train, lora=self.lora)
         told = on_main(lambda: work.begin(lambda folder: self._prepare(folder, model)))
         data = {split: load_from_disk(str(work.folder / split)) for split in told["splits"]}
