@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from sidtune.core.config import as_dict, build
 from sidtune.core.errors import ConfigError, DataError
+from sidtune.core.finite import check_weights
 from sidtune.core.folders import read_json, write_json
 from sidtune.models.registry import NETWORKS
 
@@ -212,7 +213,7 @@ def load_network(folder: str | Path) -> NextItemNetwork:
     """The network that `save_pretrained` wrote, in evaluation mode.
 
     Raises:
-        DataError: missing or damaged files, or weights of another shape.
+        DataError: missing or damaged files, or weights of another shape or not finite.
     """
     folder = Path(folder)
     network = make_network(build(NextItemConfig, read_json(folder / CONFIG_FILE), str(folder / CONFIG_FILE)))
@@ -223,4 +224,5 @@ def load_network(folder: str | Path) -> NextItemNetwork:
         raise DataError(
             f"{folder / WEIGHT_FILE} does not hold the weights of its config ({first}); train anew."
         ) from None
+    check_weights(network, folder)
     return network.eval()

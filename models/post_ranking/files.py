@@ -28,6 +28,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sidtune.core.errors import ConfigError, DataError
+from sidtune.core.finite import check_weights
+from sidtune.core.folders import read_json, write_json
 from sidtune.models.post_ranking.config import PostRankConfig
 
 QIA_FILE = "qia.safetensors"
@@ -157,6 +159,7 @@ def push_post_rank(model: Any, repo_id: str, processor: Any = None, **options: A
     message = options.pop("commit_message", "Upload a post-ranking model with sidtune")
     with tempfile.TemporaryDirectory() as scratch:
         save_post_rank(model, scratch, processor)
+        _forget_local_base(Path(scratch))
         api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=options.pop("token", None))
         try:
             repo = api.create_repo(repo_id, exist_ok=True, **options)
@@ -167,6 +170,15 @@ def push_post_rank(model: Any, repo_id: str, processor: Any = None, **options: A
                 "token and the network."
             ) from error
     return str(commit.commit_url)
+
+
+def _forget_local_base(folder: Path) -> None:
+    """A folder of this machine is no name for others: who loads the upload is asked for the language model instead."""
+    for file in (folder / "config.json", folder / "adapter_config.json"):
+        record = read_json(file) if file.exists() else {}
+        if record.get("base_model_name_or_path") and Path(record["base_model_name_or_path"]).exists():
+            write_json(file, {**record, "base_model_name_or_path": None})
+            (folder / "README.md").unlink(missing_ok=True)  # PEFT's card, which names it too
 
 
 def load_post_rank(
@@ -201,17 +213,22 @@ def load_post_rank(
     options.pop("config", None)
     with _one_sentence("post-ranking model", folder):
         if not lora and not adapters:
-            return kind.load_whole(folder, **options)
+            model = kind.load_whole(folder, **options)
+            check_weights(model, folder)
+            return model
         model = _around_base(kind, PostRankConfig.from_pretrained(folder), base, folder, options)
         if not adapters:
             from peft import PeftModel
 
-            return PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
+            model = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable)
+            check_weights(model, folder)
+            return model
         _load_adapters(model, folder)
         if lora:
             from peft import PeftModel
 
             model.language_model = PeftModel.from_pretrained(model.language_model, folder, is_trainable=is_trainable)
+        check_weights(model, folder)
     for parameter in model.adapter_parameters():
         parameter.requires_grad_(is_trainable)
     return model.eval()

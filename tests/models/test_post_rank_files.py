@@ -119,7 +119,12 @@ def test_push_and_load_from_the_hub(layout, monkeypatch, tmp_path):
         push = tuned.push_to_hub if layout == "B" else lambda *a, **k: push_post_rank(tuned, *a, **k)
         url = push("tester/ranker", processor, token="hf_test", private=True)
         assert url.startswith(endpoint) and state.private["tester/ranker"] and state.tokens == {"hf_test"}
-        loaded = PostRankForCausalLM.from_pretrained("tester/ranker", cache_dir=tmp_path / "cache")
+        named = [name for name, content in state.repos["tester/ranker"].items() if str(tmp_path).encode() in content]
+        assert not named  # a folder of this machine is no base for others
+        with pytest.raises(DataError, match="names no language model and none was given; pass base="):
+            PostRankForCausalLM.from_pretrained("tester/ranker", cache_dir=tmp_path / "cache")
+        base = {"base": tmp_path / "base", "cache_dir": tmp_path / "cache"}
+        loaded = PostRankForCausalLM.from_pretrained("tester/ranker", **base)
         assert torch.equal(loaded(**inputs).logits, tuned(**inputs).logits)
         with pytest.raises(DataError, match="could not be fetched from the hub .*RepositoryNotFound"):
             PostRankForCausalLM.from_pretrained("tester/none", cache_dir=tmp_path / "cache")

@@ -122,6 +122,28 @@ def test_the_card_holds_table_revision_and_command(finished):
     assert "upper bound" in text and "Seed: 0" in text
 
 
+def test_the_bundle_carries_no_setting_that_cuts_sids_and_no_path_of_this_machine(finished):
+    bundle = finished / "bundle"
+    assert set(read_json(bundle / "generation_config.json")) == {"eos_token_id", "pad_token_id", "transformers_version"}
+    assert read_json(bundle / "config.json").get("use_cache", True)  # a trainer switches it off
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json", "README.md"):
+        assert str(finished) not in (bundle / name).read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("base", "inputs", "expected"),
+    [
+        ("Qwen/Qwen3-0.6B", {}, "Qwen/Qwen3-0.6B"),
+        ("/srv/models/base", {}, None),
+        ("models/base", {"base": {"path": "models/base"}}, None),  # a relative folder of the run looks like a hub id
+    ],
+)
+def test_the_card_names_a_base_of_the_hub_only(finished, monkeypatch, base, inputs, expected):
+    start = {"step": "init_model", "config": {"base": base}, "inputs": inputs, "metrics": {}}
+    monkeypatch.setattr("sidtune.decoding.retrieval.loading.training_runs", lambda folder: [start])
+    assert publish.card_data(publish.Arguments(**folders(finished), output_dir="b")).base_model == expected
+
+
 def test_a_stranger_s_name_cannot_break_the_card(finished, tmp_path):
     nasty = 'x"\n---\n# [click](http://bad) {{ 7 * 7 }} <script>'
     arguments = publish.Arguments(

@@ -289,6 +289,7 @@ def _load_weights(module: nn.Module, given: dict[str, Tensor], what: str) -> Non
             f"{what} does not fit the config beside it (tensor '{wrong[0]}' is missing or of another shape); write it again."
         )
     module.load_state_dict({key: given[key] for key in known})
+    check_weights(module, what)
 
 
 def _save_checkpoint(

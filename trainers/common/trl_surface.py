@@ -58,6 +58,9 @@ NAMES: tuple[Name, ...] = (
     Name(f"{_TRAINER}._save", ("output_dir", "state_dict"), "checkpoints hold what trains"),
     Name(f"{_TRAINER}._load_from_checkpoint", ("resume_from_checkpoint", "model"), "resuming a stage"),
     Name(f"{_TRAINER}.train", ("resume_from_checkpoint",), "resuming a stage"),
+    Name(f"{_TRAINER}.training_step", (), "stops at a loss that is not finite"),
+    Name(f"{_TRAINER}._get_grad_norm", ("model", "grad_norm"), "stops at a gradient that is not finite"),
+    Name(f"{_TRAINER}._maybe_log_save_evaluate", (), "no checkpoint of weights that are not finite"),
     Name(
         "trl.trainer.sft_trainer:DataCollatorForLanguageModeling",
         ("pad_token_id", "padding_free", "return_position_ids", "pad_to_multiple_of", "return_tensors"),

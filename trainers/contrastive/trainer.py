@@ -37,6 +37,7 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sidtune.core.errors import ConfigError, DataError
+from sidtune.core.finite import check_weights
 from sidtune.tokenizers.encoders.pooling import POOLINGS, pooled, write_pooling
 from sidtune.tokenizers.encoders.text import TransformersConfig
 from sidtune.trainers.common.args import RESERVED, built, check_together, checked_fields, fields_of
@@ -285,7 +286,7 @@ def load_encoder(folder_or_id: str, revision: str | None = None) -> tuple[PreTra
     """A pretrained text model in float32 and its tokenizer, padded on the right.
 
     Raises:
-        DataError: no such folder or hub model, or no tokenizer in it.
+        DataError: no such folder or hub model, no tokenizer in it, or weights that are not finite.
     """
     from sidtune.tokenizers.base_models.loading import check_place, load_tokenizer
 
@@ -296,6 +297,7 @@ def load_encoder(folder_or_id: str, revision: str | None = None) -> tuple[PreTra
     except Exception as error:  # transformers, safetensors and the hub client each raise their own kinds here
         reason = " ".join(str(error).split())[:300].rstrip(".")
         raise DataError(f"No text model can be read from {place} ({type(error).__name__}: {reason}).") from None
+    check_weights(model, place)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token is None:
