@@ -118,6 +118,14 @@ class Step:
         return {key: value for key, value in values.items() if key not in (*_PLACES, *self.inputs)}
 
 
+def check_there(step: Step, **paths: str | None) -> None:
+    """Raises ConfigError for an option that names what is not there, unless a step of the same run may write it."""
+    for option, path in paths.items():
+        own = step.folder.parent.resolve() in Path(path or "").resolve().parents
+        if path and option not in step.before and not own and not Path(path).exists():
+            raise ConfigError(f"{option}: {path} does not exist; check the path.")
+
+
 def resolve(arguments: RunArguments) -> list[Step]:
     """Checks every step and fills its config. Raises ConfigError for the first wrong one, before anything runs."""
     steps: list[Step] = []

@@ -28,6 +28,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy.special import gammaln
 
+from sidtune.core.config import MANY
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.data_builders.post_ranking.targets import target_order
 from sidtune.metrics.ranking import RankingResult
@@ -75,7 +76,7 @@ class ListMetrics:
             if getattr(self, name) not in values:
                 listed = ", ".join(str(value) for value in values)
                 raise ConfigError(f"The list metrics' '{name}' must be one of {listed}, got {getattr(self, name)!r}.")
-        if not self.ks or any(not isinstance(k, int) or isinstance(k, bool) or k < 1 for k in self.ks):
+        if not self.ks or any(not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= MANY for k in self.ks):
             raise ConfigError(f"The cut-offs of list metrics must be positive whole numbers, got {self.ks!r}.")
         if not self.metrics or any(name not in NAMES for name in self.metrics):
             raise ConfigError(f"List metrics are {', '.join(NAMES)}; got {self.metrics!r}.")

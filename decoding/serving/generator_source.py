@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sidtune.core.config import build
+from sidtune.core.config import build, check_range
 from sidtune.core.errors import ConfigError, DataError, nearest
 from sidtune.data_builders.post_ranking.generated_lists import GeneratedLists, generator_fields, logged_table, shop_of
 from sidtune.data_builders.post_ranking.schema import PostRankTable
@@ -80,6 +80,7 @@ class GeneratorSource:
         known = ("auto", "logged", *LABELS)
         if self.label not in known:
             raise ConfigError(f"source.label: there is no label '{self.label}': {nearest(self.label, known)}")
+        check_range(self, 1, "num_beams", "candidates", "batch_size", "shard_size")
         if not 2 <= self.candidates <= self.num_beams:
             raise ConfigError(
                 f"source: candidates must lie between 2 and num_beams, got {self.candidates} of {self.num_beams} beams."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from sidtune.core.config import check_range
 from sidtune.core.errors import ConfigError
 
 
@@ -68,9 +69,8 @@ class BatchOptions:
             raise ConfigError(f"split must be train, valid or test, got '{self.split}'.")
         if self.max_requests is not None and self.data_dir is None:
             raise ConfigError("max_requests draws from a data folder; give data_dir, or shorten the file of requests.")
-        for name in ("k", "num_beams", "batch_size", "shard_size", "max_requests"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}.")
+        check_range(self, 1, "k", "num_beams", "batch_size", "shard_size")
+        check_range(self, 1, "max_requests", most=2**63)
+        check_range(self, 0, "seed", most=2**63)
         check_policy("unknown_items", self.unknown_items)
         check_policy("extra_columns", self.extra_columns)

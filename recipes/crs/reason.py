@@ -18,11 +18,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sidtune.core.config import as_dict, command
+from sidtune.core.config import as_dict, check_range, command
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import write_folder, write_json, write_run, writes
-from sidtune.metrics.baselines.relevance import LABELS, relevance_of
-from sidtune.metrics.ranking import RankingResult, evaluate_ranking
+from sidtune.core.pipeline import Step
+from sidtune.metrics.baselines.relevance import LABELS, check_labels, relevance_of
+from sidtune.metrics.ranking import RankingResult, check_metrics, evaluate_ranking
 
 
 @dataclass
@@ -64,10 +65,21 @@ class Arguments:
     def __post_init__(self) -> None:
         if self.split not in ("train", "valid", "test"):
             raise ConfigError(f"split must be train, valid or test, got '{self.split}'.")
-        if self.primary not in {f"{m}@{k}" for m in self.metrics for k in self.ks}:
-            raise ConfigError(f"primary is '{self.primary}', which metrics and ks do not compute; choose one they do.")
-        if self.hard_k is not None and self.hard_k < 1:
-            raise ConfigError(f"hard_k must be at least 1 or null, got {self.hard_k}.")
+        check_metrics(self.ks, self.metrics, self.primary)
+        check_labels(self.labels)
+        check_range(self, 1, "num_beams", "max_requests", "batch_size", "max_reasoning_tokens", "hard_k")
+        check_range(self, 0, "seed", most=2**63)
+        if self.num_beams < max(self.ks):
+            raise ConfigError(
+                f"{self.num_beams} num_beams do not fill the {max(self.ks)} places of ks; raise num_beams."
+            )
+
+
+def preflight(step: Step) -> None:
+    """Refuses a split without requests, and lists longer than the catalogue."""
+    from sidtune.recipes.steps.build_data import check_data
+
+    check_data(step, step.config.split, max(step.config.ks))
 
 
 @writes("reason")

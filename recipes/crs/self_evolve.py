@@ -30,12 +30,12 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow.parquet as pq
 
-from sidtune.core.config import as_dict, build, command, merged, renamed
+from sidtune.core.config import as_dict, build, check_range, command, merged, renamed
 from sidtune.core.errors import ConfigError, DataError, SidtuneError
 from sidtune.core.folders import fingerprint, read_json, write_json, write_run, writes
 from sidtune.core.pipeline import Step, is_done, launch_options, run_step
 from sidtune.core.scripts import find_script
-from sidtune.metrics.statistics.bootstrap import PairedResult, paired_bootstrap
+from sidtune.metrics.statistics.bootstrap import PairedResult, check_bootstrap, paired_bootstrap
 from sidtune.recipes.steps import sft
 
 LAUNCH = "alone"
@@ -87,18 +87,25 @@ class Arguments:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.rounds < 0:
-            raise ConfigError(f"rounds must be at least 0, got {self.rounds}.")
-        if not 0 < self.level < 1 or self.samples < 100:
-            raise ConfigError(
-                f"level must lie between 0 and 1 and samples be at least 100, got {self.level}, {self.samples}."
-            )
+        check_range(self, 0, "rounds")
+        check_range(self, 0, "seed", most=2**63)
+        check_bootstrap(self.level, self.samples)
+        launch_options(self.launch)
         for name in ("seeds", "cold_start", "hard", "grpo", "trajectories", "sft", "validate"):
             if found := [key for key in getattr(self, name) if key in _RESERVED]:
                 raise ConfigError(f"{name}: '{found[0]}' is set by the loop; remove it.")
         if "source" in self.trajectories:
             raise ConfigError("trajectories: the loop samples them from its own model; remove 'source'.")
-        Loop(self).check()
+        Loop(self).steps()
+
+
+def preflight(step: Step) -> None:
+    """Refuses what the steps of the loop refuse."""
+    for part in Loop(step.config).steps():
+        part.before = step.before
+        preflight = getattr(importlib.import_module(part.module), "preflight", None)
+        if preflight is not None:
+            preflight(part)
 
 
 Launch = Callable[[Step, dict[str, Any]], None]
@@ -143,12 +150,13 @@ class Loop:
             previous = model
         return self._finish(best, best_name, rounds, reason)
 
-    def check(self) -> None:
-        """Fills every config once with stand-in folders, so that a mistake in the last step shows before the first runs.
+    def steps(self) -> list[Step]:
+        """Every kind of step once, with stand-in folders, so that a mistake in the last one shows before the first runs.
 
         Raises:
             ConfigError: an unknown option, a value of the wrong type, or a stage that does not take the trajectories.
         """
+        made = []
         for name, script in (
             ("seeds", "trajectories"),
             ("trajectories", "trajectories"),
@@ -156,9 +164,10 @@ class Loop:
             ("validate", "reason"),
             ("grpo", "grpo"),
         ):
-            self._step(f"check/{name}", script, getattr(self.arguments, name), "model", where=name)
+            made.append(self._step(f"check/{name}", script, getattr(self.arguments, name), "model", where=name))
         for name in ("cold_start", "sft"):
-            self._step(f"check/{name}", "sft", self._stages(name, None), "model", where=name)
+            made.append(self._step(f"check/{name}", "sft", self._stages(name, None), "model", where=name))
+        return made
 
     def _round(self, name: str, previous: Path, seeds: Path) -> Path | None:
         arguments = self.arguments
@@ -180,7 +189,8 @@ class Loop:
     def _fine_tune(self, name: str, config: dict[str, Any], base: str | Path) -> Path:
         from sidtune.decoding.retrieval.loading import final_model
 
-        return self._do(f"{name}/sft", "sft", {**rendering(self.arguments.model_dir), **renamed(sft.Arguments, config, "sft")}, final_model(base))
+        config = {**rendering(self.arguments.model_dir), **renamed(sft.Arguments, config, "sft")}
+        return self._do(f"{name}/sft", "sft", config, final_model(base))
 
     def _validate(self, name: str, model: str | Path, reasoning: bool = True) -> None:
         config = {"split": "valid", **self.arguments.validate, "reasoning": reasoning}

@@ -21,9 +21,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sidtune.core.config import as_dict, command
-from sidtune.core.errors import ConfigError, DataError
+from sidtune.core.config import as_dict, check_range, command
+from sidtune.core.errors import ConfigError, DataError, nearest
 from sidtune.core.folders import write_folder, write_run, writes
+from sidtune.core.pipeline import Step, check_there
 from sidtune.data_builders.tasks.input import rows_of
 
 FILE = "trajectories.jsonl"
@@ -73,15 +74,26 @@ class Arguments:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        from sidtune.data_builders.tasks.reasoning import ASPECTS
+
         if (self.source == "file") != (self.file is not None):
             raise ConfigError("source 'file' and the option 'file' go together; set both or neither.")
         if self.hard_set is not None and self.source != "sampled":
             raise ConfigError("hard_set limits what is sampled; set source: sampled or remove it.")
-        if min(self.samples, self.keep, self.top_k or 1) < 1 or not self.temperature > 0 or not self.replay_share >= 0:
-            raise ConfigError(
-                "samples, keep and top_k must be at least 1, temperature above 0 and replay_share at least 0, got "
-                f"{self.samples}, {self.keep}, {self.top_k}, {self.temperature} and {self.replay_share}."
-            )
+        check_range(self, 1, "samples", "keep", "top_k", "num_beams", "batch_size", "max_requests", "longest")
+        check_range(self, 1, "max_reasoning_tokens")
+        check_range(self, 0, "replay_share", "shortest")
+        check_range(self, 0, "seed", most=2**63)
+        if not self.temperature > 0:
+            raise ConfigError(f"temperature must be above 0, got {self.temperature}.")
+        for aspect in self.aspects or []:
+            if aspect not in ASPECTS:
+                raise ConfigError(f"aspects: there is no '{aspect}': {nearest(aspect, ASPECTS)}")
+
+
+def preflight(step: Step) -> None:
+    """Refuses files that are not there."""
+    check_there(step, **{name: getattr(step.config, name) for name in ("file", "hard_set", "replay")})
 
 
 @writes("trajectories")

@@ -25,9 +25,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sidtune.core.config import as_dict, build, command
+from sidtune.core.config import as_dict, build, check_range, command
 from sidtune.core.errors import ConfigError, nearest
 from sidtune.core.folders import fingerprint, inputs_of, read_json, write_json, write_run, writes
+from sidtune.core.pipeline import Step, check_there
 from sidtune.core.resume import Work, digest
 from sidtune.data_builders.post_ranking.sources import Source, load_source, parse_source
 from sidtune.decoding.serving.generator_source import FOLDERS, KINDS, with_folders
@@ -43,7 +44,7 @@ from sidtune.metrics.list_ranking import (
 )
 from sidtune.metrics.ranking import RankingResult
 from sidtune.metrics.report.readme_table import check_readme, replace_table
-from sidtune.metrics.statistics.bootstrap import holm, paired_bootstrap
+from sidtune.metrics.statistics.bootstrap import check_bootstrap, holm, paired_bootstrap
 from sidtune.metrics.statistics.compare import compare_systems
 from sidtune.models.registry import RERANKERS
 from sidtune.recipes.llm4pr.systems import VARIANTS, Training, cost_table
@@ -119,18 +120,23 @@ class Arguments:
             raise ConfigError("post_rank needs at least one method, and one baseline or variant.")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(f"seeds must be different integers, at least one, got {self.seeds}.")
-        if self.shuffles < 0 or self.cost_requests < 1:
-            raise ConfigError("shuffles cannot be negative, and cost_requests must be at least 1.")
-        if self.samples < 100 or not 0 < self.level < 1:
-            raise ConfigError(
-                f"A bootstrap needs samples >= 100 and a level in (0, 1), got {self.samples}, {self.level}."
-            )
+        check_range(self, 0, "shuffles")
+        check_range(self, 0, "seeds", most=2**63)
+        check_range(self, 1, "cost_requests", "max_train", "max_test")
+        check_bootstrap(self.level, self.samples)
         self.list_metrics(), self.train_settings(), self.reranker_config(0)
         if self.primary not in {
             CLICKS,
             *(f"{m}@{k}" for m in self.list_metrics().metrics for k in self.list_metrics().ks),
         }:
             raise ConfigError(f"primary is '{self.primary}', which metrics do not compute; choose one they do.")
+        simulated = self.source["kind"] == "shop" or (
+            self.source["kind"] == "generator" and self.source.get("label") != "logged"
+        )
+        if self.primary == CLICKS and not simulated:
+            raise ConfigError(
+                f"primary is '{CLICKS}', which only simulated sessions have; choose a metric of the lists."
+            )
 
     def whole_source(self) -> dict[str, Any]:
         """The source with the folders given beside it."""
@@ -164,6 +170,23 @@ class _Data:
     test: np.ndarray
     width: int
     identity: str
+
+
+def preflight(step: Step) -> None:
+    """Refuses sources that are not there, clicks that no simulator knows, and lists longer than the catalogue."""
+    from sidtune.recipes.steps.build_data import check_data
+
+    config, made = step.config, step.before.get("data_dir")
+    if config.source["kind"] == "generator":
+        options = parse_source(config.whole_source(), KINDS)
+        check_data(step, largest=options.candidates)
+        shop = made is None or getattr(made.config, "reader", "shop_world") == "shop_world"
+        if not shop and (config.primary == CLICKS or options.label not in ("auto", "logged")):
+            raise ConfigError(
+                f"Expected clicks and labels of sessions need a simulated shop, but '{made.name}' reads '{made.config.reader}'; "
+                "choose a metric of the lists as primary, and label logged or auto."
+            )
+    check_there(step, **{"source.path": config.source.get("path")})
 
 
 @writes("post_rank", tree=True)

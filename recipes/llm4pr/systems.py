@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from sidtune.core.config import check_range
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import RUN_FILE, read_json, write_run
 from sidtune.core.resume import Work
@@ -117,10 +118,26 @@ class Training:
         unknown = set(self.lora) - {"r", "alpha", "dropout", "targets"}
         if unknown:
             raise ConfigError(f"training.lora knows r, alpha, dropout and targets, got {sorted(unknown)}.")
+        check_range(self, 0, "max_history", "adapter_learning_rate")
+        check_range(self, 1, "d_h")
         if not 0 <= self.shuffle <= 1 or self.aux_weight < 0 or not 2 <= self.max_candidates <= 26:
             raise ConfigError(
                 "training: shuffle lies in [0, 1], aux_weight is not negative, max_candidates is 2 to 26."
             )
+        self._check_heavy()
+
+    def _check_heavy(self) -> None:
+        """What the libraries say of the arguments of each step, and of a backbone from scratch."""
+        from sidtune.tokenizers.base_models.from_scratch import check_model
+        from sidtune.trainers.post_ranking.trainer import checked_paper
+
+        both = {**self.post_rank, **self.ptpr}
+        for name, values in (("adaptation", self.adaptation), ("post_rank", self.post_rank), ("ptpr", both)):
+            checked_paper(values, f"training.{name}")
+        if self.drill:
+            checked_paper(self.drill, "training.drill")
+        if self.backbone is None:
+            check_model(self.scratch, self.vocab_size)
 
 
 @dataclass(frozen=True)

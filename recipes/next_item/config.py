@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from sidtune.core.config import build, merged
+from sidtune.core.config import build, check_range, merged
 from sidtune.core.errors import ConfigError, nearest
 from sidtune.data_builders.sequences.source import SequenceSource
 from sidtune.metrics.registry import BASELINES
+from sidtune.metrics.statistics.bootstrap import check_bootstrap
 from sidtune.tokenizers.registry import QUANTIZERS
 from sidtune.tokenizers.sids.learned import made_by
 from sidtune.tokenizers.sids.sequence_sids import PUBLISHED, quantizer_spec
@@ -128,8 +129,9 @@ class Arguments:
                 raise ConfigError(f"only: there is no system '{name}': {nearest(name, self.systems)}")
         for name in self.baselines:
             BASELINES.get(name)
-        if self.num_beams < 10:
-            raise ConfigError(f"num_beams must be 10 or more to fill ten places, got {self.num_beams}.")
+        check_range(self, 10, "num_beams")  # to fill ten places
+        check_range(self, 0, "seeds", most=2**63)
+        check_bootstrap(self.level, self.samples)
 
     def data(self) -> SequenceSource:
         """The source."""

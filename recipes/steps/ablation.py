@@ -26,7 +26,8 @@ from sidtune.core.errors import ConfigError, DataError, nearest
 from sidtune.core.folders import versions, writes
 from sidtune.core.pipeline import RunArguments, resolve, run_pipeline
 from sidtune.metrics.report.readme_table import check_readme, publish
-from sidtune.metrics.statistics.bootstrap import holm, paired_bootstrap
+from sidtune.metrics.statistics.bootstrap import check_bootstrap, holm, paired_bootstrap
+from sidtune.recipes.steps.seeds import check_computed
 
 LAUNCH = "alone"
 
@@ -80,6 +81,7 @@ class Arguments:
     def __post_init__(self) -> None:
         if len(set(self.seeds)) != len(self.seeds) or len(self.seeds) < 2:
             raise ConfigError(f"seeds must be at least two different integers, got {self.seeds}.")
+        check_bootstrap(self.level, self.samples)
         names = [*self.variants, *self.models]
         wrong = [name for name in names if name == START or not isinstance(name, str) or "/" in name]
         if not names or wrong or len(set(names)) < len(names):
@@ -140,7 +142,7 @@ def main(arguments: Arguments) -> None:
         check_readme(readme)
     pipelines = {seed: arguments.pipeline_of(seed) for seed in arguments.seeds}
     for pipeline in pipelines.values():
-        resolve(pipeline)
+        check_computed(resolve(pipeline), f"{arguments.split}_{START}", [arguments.metric, *arguments.shown])
     started = time.time()
     for pipeline in pipelines.values():
         run_pipeline(pipeline)

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sidtune.core.config import as_dict, build, command
+from sidtune.core.config import as_dict, build, check_range, command
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import read_json, write_folder, write_json, write_run, writes
 from sidtune.core.processes import launch, on_main
@@ -86,6 +86,8 @@ class Arguments:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        from sidtune.tokenizers.encoders.scratch import check_text_model
+        from sidtune.tokenizers.registry import ENCODERS
         from sidtune.trainers.contrastive.losses import AlignedLossConfig
         from sidtune.trainers.contrastive.trainer import checked_aligned_args
 
@@ -94,10 +96,15 @@ class Arguments:
         self.relevance_config = build(RelevanceConfig, self.relevance, "relevance")
         self.loss_config = build(AlignedLossConfig, self.loss, "loss")
         checked_aligned_args(self.args)
+        made_by(ENCODERS, {"name": "tfidf_svd", **self.base}, self.seed)
+        check_range(self, 1, "max_length", "k")
+        check_range(self, 0, "seed", most=2**63)
+        if self.backbone is None:
+            check_text_model(self.scratch, self.text_vocab_size)
         if self.pooling not in ("auto", "mean", "cls", "last"):
             raise ConfigError(f"pooling must be 'auto', 'mean', 'cls' or 'last', got '{self.pooling}'.")
-        if self.split not in ("valid", "test") or self.k < 1:
-            raise ConfigError(f"split must be 'valid' or 'test' and k at least 1, got '{self.split}' and {self.k}.")
+        if self.split not in ("valid", "test"):
+            raise ConfigError(f"split must be 'valid' or 'test', got '{self.split}'.")
 
 
 @writes("align_encoder")

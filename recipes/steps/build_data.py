@@ -9,12 +9,11 @@ import dataclasses
 import os
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from sidtune.core.config import as_dict, build, command
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import write_folder, write_run, writes
-from sidtune.core.pipeline import Step
+from sidtune.core.pipeline import Step, check_there
 from sidtune.data_builders.registry import READERS, reader_options
 from sidtune.data_builders.shop_world.config import config_from_options
 from sidtune.data_builders.tables import splits
@@ -58,10 +57,32 @@ class Arguments:
 
 
 def preflight(step: Step) -> None:
-    """Refuses a source that is not there, unless it is on the hub or an earlier step makes it."""
-    config = step.config
-    if config.path and config.reader not in ("hub", "shop_world") and not (step.before or Path(config.path).exists()):
-        raise ConfigError(f"path: {config.path} does not exist; check the path.")
+    """Refuses a source that is not there, unless it is on the hub."""
+    if step.config.reader not in ("hub", "shop_world"):
+        check_there(step, path=step.config.path)
+
+
+def check_data(step: Step, split: str | None = None, largest: int = 0) -> None:
+    """For steps that read data: refuses a split without requests, and lists that are longer than a simulated catalogue.
+
+    Raises:
+        ConfigError: as far as the pipeline itself says what the data will be.
+    """
+    made = step.before.get("data_dir")
+    if made is None or not isinstance(made.config, Arguments):
+        return
+    wanted = build(splits.SplitConfig, made.config.split, "split")
+    by_share = wanted.kind == "global_time" and wanted.train_until is None
+    if split == "valid" and by_share and wanted.valid_share == 0:
+        raise ConfigError(
+            f"split is valid, but '{made.name}' makes no valid requests (valid_share 0); raise valid_share."
+        )
+    if made.config.reader == "shop_world":
+        items = config_from_options(made.config.options).n_items
+        if largest > items:
+            raise ConfigError(
+                f"{largest:,} places cannot be filled, '{made.name}' makes {items:,} items; lower the number."
+            )
 
 
 @writes("build_data")

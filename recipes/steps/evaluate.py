@@ -20,17 +20,18 @@ import pyarrow.parquet as pq
 import rich
 from tqdm.auto import tqdm
 
-from sidtune.core.config import as_dict, command
+from sidtune.core.config import as_dict, check_range, command
 from sidtune.core.errors import ConfigError, DataError, SidtuneError
 from sidtune.core.folders import write_folder, write_json, write_run, writes
+from sidtune.core.pipeline import Step, check_there
 from sidtune.data_builders.tables.history import History
 from sidtune.data_builders.tables.store import DataFolder, load_folder
 from sidtune.metrics.baselines.base import BaselineRequests
-from sidtune.metrics.baselines.relevance import LABELS, relevance_of
+from sidtune.metrics.baselines.relevance import LABELS, check_labels, relevance_of
 from sidtune.metrics.baselines.tables import training_events
-from sidtune.metrics.ranking import RankingResult, evaluate_ranking
+from sidtune.metrics.ranking import RankingResult, check_metrics, evaluate_ranking
 from sidtune.metrics.registry import BASELINES
-from sidtune.metrics.statistics.bootstrap import paired_bootstrap
+from sidtune.metrics.statistics.bootstrap import check_bootstrap, paired_bootstrap
 from sidtune.metrics.statistics.compare import MODEL, SystemRow, compare_systems
 from sidtune.metrics.statistics.slices import build_slices, slice_rows
 
@@ -85,12 +86,27 @@ class Arguments:
     def __post_init__(self) -> None:
         if self.split not in ("test", "valid"):
             raise ConfigError(f"split must be test or valid, got '{self.split}'.")
-        if self.primary not in {f"{m}@{k}" for m in self.metrics for k in self.ks}:
-            raise ConfigError(f"primary is '{self.primary}', which metrics and ks do not compute; choose one they do.")
+        check_metrics(self.ks, self.metrics, self.primary)
+        check_labels(self.labels)
+        check_bootstrap(self.level, self.samples)
+        check_range(self, 1, "num_beams", "max_requests", "batch_size")
+        check_range(self, 0, "sample_requests", "seed", most=2**63)
+        if self.num_beams < max(self.ks):
+            raise ConfigError(
+                f"{self.num_beams} num_beams do not fill the {max(self.ks)} places of ks; raise num_beams."
+            )
         for name in self.baselines:
             BASELINES.get(name)
         if self.start_dir is not None and self.start_name in (MODEL, "oracle", *self.baselines, *self.compare_to):
             raise ConfigError(f"start_name '{self.start_name}' is the name of another system; choose another one.")
+
+
+def preflight(step: Step) -> None:
+    """Refuses a split without requests, lists longer than the catalogue, and an evaluation to compare with that is not there."""
+    from sidtune.recipes.steps.build_data import check_data
+
+    check_data(step, step.config.split, max(step.config.ks))
+    check_there(step, **step.config.compare_to)
 
 
 @writes("evaluate")
@@ -104,6 +120,10 @@ def main(arguments: Arguments) -> None:
     # Several CPU processes form a group only when told that the CPU is meant.
     started, state = time.time(), PartialState(cpu=not torch.accelerator.is_available())
     data = load_folder(arguments.data_dir)
+    if max(arguments.ks) > data.items.num_rows:
+        raise ConfigError(
+            f"ks: {max(arguments.ks):,} places, but the catalogue has {data.items.num_rows:,} items; lower it."
+        )
     requests = _choose(data, arguments)
     ranked, scores, decoding = _rank_with_model(arguments, arguments.model_dir, data, requests, state)
     others = {}

@@ -25,7 +25,7 @@ from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import write_folder, write_json, write_run, writes
 from sidtune.data_builders.tables.store import load_folder
 from sidtune.tokenizers.encoders.base import Encoder, make_encoder, warn_empty
-from sidtune.tokenizers.registry import COLLISIONS
+from sidtune.tokenizers.registry import COLLISIONS, ENCODERS
 from sidtune.tokenizers.sids.catalogue_updates import (
     Drift,
     DriftLimits,
@@ -89,6 +89,10 @@ class Arguments:
         if not 0 <= self.held_out_share < 1:
             raise ConfigError(f"held_out_share is a share in [0, 1), got {self.held_out_share}.")
         build(DriftLimits, self.limits, "limits")
+        if self.encoder:
+            made_by(ENCODERS, {"name": "precomputed", **self.encoder})
+        if self.collisions:
+            made_by(COLLISIONS, {"name": "expand", **self.collisions})
         if Path(self.output_dir).resolve() == Path(self.sids_dir).resolve():
             raise ConfigError(
                 "output_dir is sids_dir; write the extended SIDs into another folder, so that the old stay."

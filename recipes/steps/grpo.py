@@ -16,6 +16,7 @@ from pathlib import Path
 
 from sidtune.core.config import command
 from sidtune.core.folders import writes
+from sidtune.core.pipeline import Step, check_there
 from sidtune.trainers.grpo.options import GRPOOptions
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,23 @@ class Arguments(GRPOOptions):
     sids_dir: str
     model_dir: str
     output_dir: str
+
+
+def preflight(step: Step) -> None:
+    """Refuses batches that do not hold whole groups, limits that a SID alone fills, and files that are not there."""
+    from sidtune.recipes.steps.build_data import check_data
+    from sidtune.recipes.steps.learn_sids import check_lengths, sids_before
+    from sidtune.trainers.grpo.args import checked_args
+    from sidtune.trainers.grpo.config import position_weights
+
+    config, learned = step.config, sids_before(step)
+    checked_args(config.args, "args", step.processes)
+    check_lengths(step, max_length=config.max_length)
+    check_data(step, config.split)
+    if learned is not None and config.args.get("position_weights") is not None:
+        position_weights(config.args["position_weights"], learned.depth())
+    bias = None if config.position_bias in ("interventions", "em") else config.position_bias
+    check_there(step, hard_set=config.hard_set, position_bias=bias)
 
 
 @writes("grpo")

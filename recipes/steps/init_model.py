@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sidtune.core.config import as_dict, command
+from sidtune.core.config import as_dict, check_range, command
 from sidtune.core.folders import write_folder, write_run, writes
+from sidtune.core.pipeline import Step
 from sidtune.data_builders.prompts.serializer import Serializer
 from sidtune.data_builders.tables.store import DataFolder, load_folder
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
@@ -58,6 +59,28 @@ class Arguments:
     pad_to_multiple_of: int = 64
     dtype: str = "float32"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        from sidtune.tokenizers.base_models.from_scratch import check_model
+        from sidtune.tokenizers.base_models.loading import check_dtype
+        from sidtune.tokenizers.vocabulary.extension import check_options, check_words
+
+        check_options(self.init, self.pad_to_multiple_of)
+        check_range(self, 0, "pad_to_multiple_of", "text_vocab_size")
+        check_range(self, 0, "seed", most=2**63)
+        check_words(self.extra_tokens)
+        check_dtype(self.dtype)
+        Serializer(None, self.templates)
+        if self.base is None:
+            check_model(self.scratch, self.text_vocab_size)
+
+
+def preflight(step: Step) -> None:
+    """Refuses a base that is neither a folder nor the name of a model on the hub."""
+    from sidtune.tokenizers.base_models.loading import check_place
+
+    if step.config.base is not None and "base" not in step.before:
+        check_place(step.config.base)
 
 
 @writes("init_model")

@@ -22,9 +22,10 @@ import numpy as np
 import pyarrow as pa
 import safetensors.numpy
 
-from sidtune.core.config import as_dict, command
+from sidtune.core.config import as_dict, check_range, command
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import write_folder, write_json, write_run, writes
+from sidtune.core.pipeline import Step, check_there
 from sidtune.data_builders.mining.query_pairs import distinct_queries
 from sidtune.data_builders.tables.store import DataFolder, load_folder
 from sidtune.tokenizers.encoders.base import Encoder, warn_empty
@@ -87,6 +88,29 @@ class Arguments:
             raise ConfigError("Give either suffix: true or collisions, not both; suffix is collisions: {name: suffix}.")
         if not 0 < self.learn_share <= 1:
             raise ConfigError(f"learn_share is a share in (0, 1], got {self.learn_share}.")
+        check_range(self, 0, "seed", most=2**63)
+        encoder, quantizer, _ = self.parts()
+        if self.queries:
+            check_text_encoder(encoder)
+            if getattr(quantizer.config, "collaborative_path", None):
+                raise ConfigError(
+                    "collaborative_path holds vectors of items only, and queries: true trains on queries too; leave out one "
+                    "of them."
+                )
+
+    def parts(self) -> tuple[Encoder, Quantizer, CollisionMethod]:
+        """Encoder, quantizer and treatment of collisions, untrained."""
+        encoder = made_by(ENCODERS, self.encoder_spec(), self.seed)
+        quantizer = made_by(QUANTIZERS, {"name": "residual_kmeans", **self.quantizer}, self.seed)
+        return encoder, quantizer, made_by(COLLISIONS, self.collision_spec())
+
+    def collision_spec(self) -> dict:
+        """Name and options of the treatment of collisions."""
+        return {"name": "suffix"} if self.suffix else {"name": "expand", **self.collisions}
+
+    def depth(self) -> int:
+        """Tokens of a SID."""
+        return self.parts()[1].depth + (self.collision_spec()["name"] == "suffix")
 
     def encoder_spec(self) -> dict:
         """Name and options of the encoder."""
@@ -95,15 +119,37 @@ class Arguments:
         return {"name": "tfidf_svd", **self.encoder}
 
 
+def preflight(step: Step) -> None:
+    """Refuses vectors that are not there."""
+    options = {**step.config.quantizer, **step.config.encoder}
+    check_there(step, **{name: options[name] for name in ("path", "ids_path", "collaborative_path") if name in options})
+
+
+def sids_before(step: Step) -> Arguments | None:
+    """How the SIDs that a step reads are learned, as far as the pipeline says."""
+    made = step.before.get("sids_dir")
+    while made is not None and "sids_dir" in made.before:  # extend_sids
+        made = made.before["sids_dir"]
+    return made.config if made is not None and isinstance(made.config, Arguments) else None
+
+
+def check_lengths(step: Step, **lengths: int | None) -> None:
+    """For steps that write or read SIDs in prompts: refuses a limit in tokens that a SID alone fills. Raises ConfigError."""
+    learned = sids_before(step)
+    for option, most in lengths.items():
+        if learned is not None and most is not None and most <= learned.depth():
+            raise ConfigError(
+                f"{option}: {most} tokens leave no room beside a SID of {learned.depth()} tokens; raise it."
+            )
+
+
 @writes("learn_sids")
 def main(arguments: Arguments) -> None:
     """Learns the SIDs; prints the quality table and its warnings."""
     started = time.time()
-    encoder = made_by(ENCODERS, arguments.encoder_spec(), arguments.seed)
-    quantizer = made_by(QUANTIZERS, {"name": "residual_kmeans", **arguments.quantizer}, arguments.seed)
-    spec = {"name": "suffix"} if arguments.suffix else {"name": "expand", **arguments.collisions}
-    method, data = made_by(COLLISIONS, spec), load_folder(arguments.data_dir)
-    queries = _queries(data, encoder, quantizer) if arguments.queries else []
+    encoder, quantizer, method = arguments.parts()
+    spec, data = arguments.collision_spec(), load_folder(arguments.data_dir)
+    queries = _queries(data) if arguments.queries else []
     items = _learned(data.items, arguments)
     _mine_keywords(encoder, data)
     texts, ids = texts_of(items), items["item_id"].to_pylist()
@@ -137,13 +183,8 @@ def main(arguments: Arguments) -> None:
     _show(quality, costs, recall)
 
 
-def _queries(data: DataFolder, encoder: Encoder, quantizer: Quantizer) -> list[str]:
-    """Distinct queries of the training requests; refuses what cannot have a common code space, before any work."""
-    check_text_encoder(encoder)
-    if getattr(quantizer.config, "collaborative_path", None):
-        raise ConfigError(
-            "collaborative_path holds vectors of items only, and queries: true trains on queries too; leave out one of them."
-        )
+def _queries(data: DataFolder) -> list[str]:
+    """Distinct queries of the training requests."""
     queries = distinct_queries(data.requests["train"])
     if not queries:
         raise DataError(f"The training requests in {data.path} have no query; leave queries: true out for this data.")

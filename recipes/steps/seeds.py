@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from sidtune.core.config import command
-from sidtune.core.errors import ConfigError
+from sidtune.core.errors import ConfigError, nearest
 from sidtune.core.folders import read_json, versions, writes
-from sidtune.core.pipeline import RunArguments, run_pipeline
+from sidtune.core.pipeline import RunArguments, Step, resolve, run_pipeline
+from sidtune.metrics.ranking import check_metrics
 from sidtune.metrics.report.readme_table import check_readme, publish
 from sidtune.metrics.statistics.compare import MODEL
 
@@ -43,24 +44,43 @@ class Arguments(RunArguments):
     results: str | None = None
     readme: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        if len(set(self.seeds)) != len(self.seeds) or len(self.seeds) < 2:
+            raise ConfigError(f"seeds must be at least two different integers, got {self.seeds}.")
+
+    def pipeline_of(self, seed: int) -> RunArguments:
+        """The pipeline of one seed."""
+        fields = {name: getattr(self, name) for name in RunArguments.__dataclass_fields__}
+        folder = Path(self.output_dir) / f"seed_{seed}"
+        return RunArguments(**{**fields, "seed": seed, "output_dir": str(folder)})
+
 
 @writes(None, tree=True)
 def main(arguments: Arguments) -> None:
     """Runs all seeds and writes results and table."""
-    if len(set(arguments.seeds)) != len(arguments.seeds) or len(arguments.seeds) < 2:
-        raise ConfigError(f"seeds must be at least two different integers, got {arguments.seeds}.")
+    for seed in arguments.seeds:
+        check_computed(resolve(arguments.pipeline_of(seed)), arguments.eval_step, arguments.metrics)
     for readme in arguments.readme:
         check_readme(readme)
     started = time.time()
     found = {}
     for seed in arguments.seeds:
-        fields = {name: getattr(arguments, name) for name in RunArguments.__dataclass_fields__}
-        folder = Path(arguments.output_dir) / f"seed_{seed}"
-        run_pipeline(RunArguments(**{**fields, "seed": seed, "output_dir": str(folder)}))
-        found[seed] = read_json(folder / arguments.eval_step / "metrics.json")
+        pipeline = arguments.pipeline_of(seed)
+        run_pipeline(pipeline)
+        found[seed] = read_json(Path(pipeline.output_dir) / arguments.eval_step / "metrics.json")
     record = summarise(found, arguments.metrics)
     record["seconds"] = round(time.time() - started)
     publish(record, markdown(record), arguments.results, arguments.readme)
+
+
+def check_computed(steps: list[Step], name: str, metrics: list[str]) -> None:
+    """Refuses a name that is no evaluation of the pipeline, and metrics that it does not compute. Raises ConfigError."""
+    evaluations = {step.name: step for step in steps if hasattr(step.config, "ks")}
+    if name not in evaluations:
+        raise ConfigError(f"There is no evaluation '{name}' in the pipeline: {nearest(name, evaluations)}")
+    config = evaluations[name].config
+    for metric in metrics:
+        check_metrics(config.ks, config.metrics, metric)
 
 
 def summarise(found: dict[int, dict[str, Any]], metrics: list[str]) -> dict[str, Any]:

@@ -14,8 +14,9 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
-from sidtune.core.config import build, command
+from sidtune.core.config import build, check_range, command
 from sidtune.core.errors import ConfigError, SidtuneError
+from sidtune.core.stopping import own_signals
 
 LAUNCH = "alone"
 
@@ -60,10 +61,15 @@ class Arguments:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be between 0 and 65535, got {self.port}.")
+        check_range(self, 1, "max_batch", "max_queue")
+        check_range(self, 1, "max_body_bytes", most=2**40)
+        check_range(self, 1e-3, "timeout_s")
+        check_range(self, 0, "max_wait_ms", "shutdown_s")
 
 
 def main(arguments: Arguments) -> None:
     """Serves until it is told to stop. Raises SidtuneError when the model cannot be loaded or the port is taken."""
+    own_signals()  # what is queued is answered first
     server, failures = make_server(arguments)
     try:
         server.run()

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from sidtune.core.config import as_dict, check_range, command
+from sidtune.core.errors import ConfigError
 from sidtune.core.folders import read_json, write_run, writes
+from sidtune.core.pipeline import Step, check_there
 
 if TYPE_CHECKING:
-    from sidtune.core.pipeline import Step
     from sidtune.trainers.sft.task_examples import TaskExamples
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,8 @@ class Arguments:
         for stage in stages:
             where = f"stage '{stage.name}', args"
             checked_sft(stage.args, max_length=stage.max_length, evaluate=bool(stage.eval_tasks), where=where)
-        check_range(self, 0, "prompt_max_history", "seed")
+        check_range(self, 0, "prompt_max_history")
+        check_range(self, 0, "seed", most=2**63)
         check_range(self, 2, "prompt_max_length")
 
     def examples(self) -> TaskExamples:
@@ -84,6 +86,23 @@ class Arguments:
             max_length=self.prompt_max_length,
             **{name: getattr(self, name) for name in names},
         )
+
+
+def preflight(step: Step) -> None:
+    """Refuses limits that a SID alone fills, SIDs that no query can have, and files that are not there."""
+    from sidtune.recipes.steps.build_data import check_data
+    from sidtune.recipes.steps.learn_sids import check_lengths, sids_before
+
+    config, learned = step.config, sids_before(step)
+    lengths = {f"stages.{stage['name']}.max_length": stage.get("max_length") for stage in config.stages}
+    check_lengths(step, prompt_max_length=config.prompt_max_length, **lengths)
+    if config.query_sids and learned is not None and learned.encoder_spec()["name"] == "precomputed":
+        raise ConfigError("query_sids needs SIDs of texts, but the encoder is 'precomputed'; leave query_sids out.")
+    for stage in config.stages:
+        check_data(step, "valid" if stage.get("eval_tasks") else None)
+        options = [(mix or {}).get("options") or {} for mix in (stage.get("tasks") or {}).values()]
+        for one in options:
+            check_there(step, file=one.get("file"))
 
 
 @writes("sft", tree=True)

@@ -36,7 +36,14 @@ CHAT_TEMPLATE = (
 )
 _BYTES = 256
 _SIZES = {
-    *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size"),
+    *(
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "intermediate_size",
+    ),
     *("max_position_embeddings", "n_embd", "n_layer", "n_head", "n_positions", "d_model", "num_layers", "num_heads"),
 }
 
@@ -93,12 +100,7 @@ def train_lm_tokenizer(
         DataError: no text at all, or one that is not a string.
     """
     special = [PAD, END_OF_TEXT, *((TURN_START, TURN_END) if chat_tokens else ())]
-    smallest = _BYTES + len(special)
-    if vocab_size < smallest:
-        raise ConfigError(
-            f"vocab_size must be at least {smallest} ({_BYTES} bytes and {len(special)} special tokens), got "
-            f"{vocab_size}."
-        )
+    check_vocab_size(vocab_size, len(special))
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -170,8 +172,7 @@ def check_model(config: dict[str, Any] | None, vocab_size: int) -> None:
     Raises:
         ConfigError: as `build_model`, or the wrong size.
     """
-    if vocab_size < _BYTES + 4:
-        raise ConfigError(f"A vocabulary must have at least {_BYTES + 4} tokens, 256 bytes and 4 special ones, got {vocab_size}.")
+    check_vocab_size(vocab_size)
     kind, made = _config(config, vocab_size, 0, None, 1)
     where = f"The config of the {kind} model"
     for name in _SIZES & set(config or {}):
@@ -179,14 +180,33 @@ def check_model(config: dict[str, Any] | None, vocab_size: int) -> None:
             raise ConfigError(f"{where}: {name} must be at least 1, got {size}; correct it.")
     with _told(kind), torch.device("meta"):
         model = _family(made).from_config(made)
+    check_weights(model, where)
+    heads, shared = (getattr(made, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
+        raise ConfigError(
+            f"{where}: {heads} num_attention_heads cannot share {shared} num_key_value_heads; make it a divisor."
+        )
+
+
+def check_vocab_size(size: int, special: int = 4) -> None:
+    """Raises ConfigError for a vocabulary without room for the bytes and the special tokens."""
+    if size < _BYTES + special:
+        raise ConfigError(
+            f"vocab_size must be at least {_BYTES + special} ({_BYTES} bytes and {special} special tokens), got {size}."
+        )
+
+
+def check_weights(model: torch.nn.Module, where: str) -> None:
+    """Raises ConfigError for a model, made on the meta device, with weights of size 0 or more than this machine can hold."""
     sizes = [weight.numel() for weight in model.parameters()]
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if not all(sizes) or 4 * sum(sizes) > memory:
-        wrong = f"weights of {4 * sum(sizes) / 1e9:,.0f} GB, more than this machine has" if all(sizes) else "weights of size 0"
+        wrong = (
+            f"weights of {4 * sum(sizes) / 1e9:,.0f} GB, more than this machine has"
+            if all(sizes)
+            else "weights of size 0"
+        )
         raise ConfigError(f"{where} gives {wrong}; correct its sizes.")
-    heads, shared = (getattr(made, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
-    if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
-        raise ConfigError(f"{where}: {heads} num_attention_heads cannot share {shared} num_key_value_heads; make it a divisor.")
 
 
 def _config(

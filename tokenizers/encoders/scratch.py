@@ -14,7 +14,7 @@ from tokenizers import processors
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from sidtune.core.errors import ConfigError, nearest
-from sidtune.tokenizers.base_models.from_scratch import train_lm_tokenizer
+from sidtune.tokenizers.base_models.from_scratch import check_vocab_size, check_weights, train_lm_tokenizer
 
 FIRST = "<|cls|>"
 _SMALL = {
@@ -40,24 +40,36 @@ def scratch_encoder(
     Raises:
         ConfigError: unknown model type, or fields that make no text model. DataError: no text.
     """
-    fields = dict(config or {})
-    kind = fields.pop("model_type", "bert")
-    if kind not in CONFIG_MAPPING:
-        raise ConfigError(
-            f"There is no model_type '{kind}' in transformers: {nearest(str(kind), CONFIG_MAPPING.keys())}"
-        )
     tokenizer = train_lm_tokenizer(texts, vocab_size=vocab_size, chat_tokens=False)
     tokenizer.add_special_tokens({"cls_token": FIRST})
     first = processors.TemplateProcessing(
         single=f"{FIRST} $A", special_tokens=[(FIRST, tokenizer.convert_tokens_to_ids(FIRST))]
     )
     tokenizer.backend_tokenizer.post_processor = first
-    tokens = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _made(config, len(tokenizer), tokenizer.pad_token_id), tokenizer
+
+
+def check_text_model(config: dict[str, Any] | None, vocab_size: int) -> None:
+    """Refuses a config or a vocabulary that `scratch_encoder` would refuse, without the memory. Raises ConfigError."""
+    check_vocab_size(vocab_size)
+    with torch.device("meta"):
+        model = _made(config, vocab_size, 0)
+    check_weights(model, "The config of the encoder")
+
+
+def _made(config: dict[str, Any] | None, vocab_size: int, pad: int | None) -> PreTrainedModel:
+    fields = dict(config or {})
+    kind = fields.pop("model_type", "bert")
+    if kind not in CONFIG_MAPPING:
+        raise ConfigError(
+            f"There is no model_type '{kind}' in transformers: {nearest(str(kind), CONFIG_MAPPING.keys())}"
+        )
+    tokens = {"vocab_size": vocab_size, "pad_token_id": pad}
     try:
         made = AutoConfig.for_model(kind, **{**(_SMALL if kind == "bert" else {}), **fields, **tokens})
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return AutoModel.from_config(made), tokenizer
+        return AutoModel.from_config(made)
     except Exception as error:  # config classes raise many kinds
         reason = " ".join(str(error).split())[:300].rstrip(".")
         raise ConfigError(f"The config of the {kind} encoder makes no model ({reason}); correct it.") from None

@@ -141,7 +141,7 @@ class QueryCoder:
 
 
 def check_text_encoder(encoder: Encoder) -> None:
-    """Raises DataError for an encoder that only looks item vectors up."""
+    """Raises ConfigError for an encoder that only looks item vectors up."""
     if encoder.name == "precomputed":
         raise DataError(
             "Precomputed vectors are of items only, so queries have none; use an encoder of texts (tfidf_svd, "

@@ -246,7 +246,7 @@ def extend_vocabulary(
             or cannot take them, or one that does not belong to the model. Nothing has changed then.
         DataError: codebooks or texts that do not fit the semantic IDs. Nothing has changed then.
     """
-    _check_options(init, pad_to_multiple_of, noise, shrink)
+    check_options(init, pad_to_multiple_of, noise, shrink)
     _check_model(model)
     codes = check_codebooks(codebooks, sids.level_sizes, sids.suffix_level) if init == "codebook" else []
     texts = check_texts(item_texts, sids) if init == "text" else []
@@ -284,6 +284,15 @@ def extend_vocabulary(
     )
 
 
+def check_words(tokens: Sequence[str]) -> None:
+    """Raises ConfigError for an extra token that can be none."""
+    for token in tokens:
+        if not isinstance(token, str) or not token or any(c.isspace() for c in token) or is_sid(token):
+            raise ConfigError(
+                f"An extra token must be a word without white space that is no semantic ID, got {token!r}."
+            )
+
+
 def add_plain_tokens(
     tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], model: PreTrainedModel | None = None, seed: int = 0
 ) -> list[int]:
@@ -304,11 +313,7 @@ def add_plain_tokens(
     Raises:
         ConfigError: a word that can be no token of its own.
     """
-    for token in tokens:
-        if not isinstance(token, str) or not token or any(c.isspace() for c in token) or is_sid(token):
-            raise ConfigError(
-                f"An extra token must be a word without white space that is no semantic ID, got {token!r}."
-            )
+    check_words(tokens)
     known, base = tokenizer.get_vocab(), len(tokenizer)
     new = [token for token in dict.fromkeys(tokens) if token not in known]
     tokenizer.add_tokens(_added(new))
@@ -335,7 +340,8 @@ def _added(tokens: list[str]) -> list[AddedToken]:
     ]
 
 
-def _check_options(init: str, multiple: int | None, noise: float, shrink: float) -> None:
+def check_options(init: str, multiple: int | None, noise: float = 0.0, shrink: float = 0.0) -> None:
+    """Raises ConfigError for options of `extend_vocabulary` that are none."""
     if init not in INITS:
         raise ConfigError(f"There is no init '{init}' for new token rows: {nearest(str(init), INITS)}")
     if multiple is not None and (not isinstance(multiple, int) or multiple < 1):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sidtune.core.config import build
+from sidtune.core.config import build, check_range
 from sidtune.core.errors import ConfigError
 
 
@@ -51,5 +51,5 @@ class GRPOOptions:
         build(GainsConfig, self.gains, "gains")
         if self.lora and self.train != "lora":
             raise ConfigError(f"LoRA options need train: lora, but train is '{self.train}'; change one of them.")
-        if self.max_requests is not None and self.max_requests < 1:
-            raise ConfigError(f"max_requests must be at least 1, or null for all, got {self.max_requests}.")
+        check_range(self, 1, "max_requests", "max_length", most=10**9)
+        check_range(self, 0, "seed", most=2**63)

@@ -80,11 +80,12 @@ class TaskExamples:
         return {**asdict(self.settings), **queries, "templates": fingerprint(folder), "seed": self.seed}
 
     def check(self, stages: Sequence[StageConfig]) -> None:
-        """Refuses unknown tasks, unknown options and tasks that cannot be evaluated, before any work.
+        """Refuses unknown tasks, unknown options, tasks that cannot be evaluated, and wrong templates, before any work.
 
         Raises:
             ConfigError: with the nearest known name.
         """
+        Serializer(None, self.templates, self.settings.max_chars, self.settings.history_context)
         for stage in stages:
             for mixes in (stage.tasks, stage.eval_tasks):
                 for task, mix in mixes.items():
