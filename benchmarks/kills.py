@@ -157,7 +157,7 @@ def trial(
 
 
 def moments(events: list[str], count: int) -> list[int]:
-    """`count` numbers of events, spread over each phase."""
+    """`count` numbers of events, spread over each phase; two are one in a checkpoint and one in the result."""
     chosen: list[int] = []
     for phase, share in PHASES.items():
         places = [n for n, event in enumerate(events) if event.startswith(f"{phase}\t")]
@@ -165,7 +165,7 @@ def moments(events: list[str], count: int) -> list[int]:
         chosen += [places[int((n + 0.5) * len(places) / many)] for n in range(many)]
     rest = [n for n, event in enumerate(events) if not event.startswith("preparation") and n not in chosen]
     missing = max(0, count - len(set(chosen)))
-    return sorted({*chosen, *(rest[n] for n in np.linspace(0, len(rest) - 1, missing).round().astype(int))})
+    return sorted({*chosen[-count:], *(rest[n] for n in np.linspace(0, len(rest) - 1, missing).round().astype(int))})
 
 
 def measure(
@@ -237,7 +237,12 @@ def commands(root: Path) -> dict[str, Callable[[Path], None]]:
         {"name": "adapt", "train": "lora", "lora": {"r": 4, "lora_dropout": 0.1}, **common},
     ]
     rollouts = {**_SAVING, "num_generations": 4, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "beta": 0.02}
-    shop = {"kind": "shop", "world": {"n_items": 200, "n_users": 40, "n_requests": 400, "days": 10}, "count": 60, "candidates": 4}
+    shop = {
+        "kind": "shop",
+        "world": {"n_items": 200, "n_users": 40, "n_requests": 400, "days": 10},
+        "count": 60,
+        "candidates": 4,
+    }
     language = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 24}
     training = {
         "scratch": language, "vocab_size": 320, "train": "all", "adaptation_trains": "all", "d_h": 8, "max_history": 2,
@@ -245,7 +250,13 @@ def commands(root: Path) -> dict[str, Callable[[Path], None]]:
         "post_rank": {**_SAVING, "per_device_train_batch_size": 4},
     }  # fmt: skip
     ranking = {"baselines": ["initial"], "variants": ["llm4pr"], "methods": ["greedy"], "save": ["llm4pr"]}
-    ranking |= {"primary": "ndcg@4", "seeds": [0], "samples": 100, "cost_requests": 1, "metrics": {"ks": [4], "gain": "linear"}}
+    ranking |= {
+        "primary": "ndcg@4",
+        "seeds": [0],
+        "samples": 100,
+        "cost_requests": 1,
+        "metrics": {"ks": [4], "gain": "linear"},
+    }
     arguments = {"num_train_epochs": 4, "per_device_train_batch_size": 48, "learning_rate": 1e-2, "warmup_steps": 2}
     system = {
         "network": {"width": 16, "layers": 1, "heads": 2, "feed_forward": 32, "dropout": 0.1},

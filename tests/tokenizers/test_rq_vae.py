@@ -315,6 +315,13 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path):
     assert (tmp_path / "mine" / "training.json").exists()
 
 
+def test_collaborative_vectors_belong_to_what_a_checkpoint_is_of(tmp_path):
+    vectors, side = clusters(300), clusters(300)[::-1].copy()
+    vae(epochs=1, alignment_weight=0.1).fit(vectors, checkpoint=tmp_path / "state", side=side)
+    with pytest.raises(ConfigError, match="differs in side"):
+        vae(epochs=1, alignment_weight=0.1).fit(vectors, checkpoint=tmp_path / "state", side=side + 1)
+
+
 def test_a_checkpoint_that_was_cut_short_is_not_used(tmp_path):
     vectors = clusters(300)
     whole = vae(epochs=2).fit(vectors, checkpoint=tmp_path / "state")

@@ -1,5 +1,6 @@
 """Training of next-item networks: every loss term against plain loops, averaged weights, noise, choice of the model, resuming."""
 
+import contextlib
 import math
 import shutil
 
@@ -216,6 +217,30 @@ def test_the_best_validated_average_is_kept_and_a_resumed_run_is_the_same(tmp_pa
         assert torch.equal(value, again.state_dict()[name]), name
     for name, value in trainer.average.weights.items():
         assert torch.equal(value, resumed.average.weights[name]), name
+
+
+def test_patience_counts_the_evaluations_before_an_interruption(tmp_path):
+    """No evaluation is better than the first one, so the run ends after `patience` more, stopped or not."""
+
+    class Stop(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == stop_at:
+                raise KeyboardInterrupt
+
+    ends = []
+    for stop_at in (0, 2, 4, 6):
+        network, folder = small_network("items", dropout=0.2), tmp_path / str(stop_at)
+        options = {"patience": 2, "args": {**settings().args, "learning_rate": 0.0}}
+        given = (rows_of(), HistoryRanker(SEQUENCES, CATALOGUE, num_beams=30), settings(**options), folder)
+        seen = NextItemTrainer.__init__
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(NextItemTrainer, "__init__", lambda self, *a: (seen(self, *a), self.add_callback(Stop()))[0])
+            with pytest.raises(KeyboardInterrupt) if stop_at else contextlib.nullcontext():
+                trainer = train_next_item(network, *given, seed=3)
+        if stop_at:
+            trainer = train_next_item(network, *given, seed=3)
+        ends.append([log["step"] for log in trainer.state.log_history if "eval_ndcg@10" in log])
+    assert ends == [[2, 4, 6]] * 4
 
 
 def test_training_does_not_read_the_last_item_of_anyone(tmp_path):

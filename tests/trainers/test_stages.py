@@ -194,6 +194,19 @@ def test_a_killed_stage_resumes_and_ends_with_the_weights_of_an_uninterrupted_on
     assert sum(agree) >= len(agree) - 2 and agree[-1]
 
 
+@pytest.mark.parametrize("train", ["all", "lora"])
+def test_a_stage_stopped_behind_its_last_step_is_not_trained_further(world, train):
+    """The last checkpoint lies in the middle of an epoch; transformers would go on from it by one step more."""
+    plan = stage("x", train, args={"max_steps": 7, "save_steps": 7})
+    (whole,) = world(plan, output="whole")
+    with pytest.raises(Kill.Killed):
+        world(plan, output="killed", callbacks=[Kill(save=7)])
+    steps = Steps()
+    (folder,) = world(plan, output="killed", callbacks=[steps])
+    assert steps.seen == [] and json.loads((folder / "run.json").read_text())["metrics"]["steps"] == 7
+    assert_same_weights(whole, folder, 0)
+
+
 def test_a_half_written_checkpoint_is_skipped(world):
     plan = stage("x")
     (whole,) = world(plan, output="whole")
