@@ -227,14 +227,13 @@ def test_patience_counts_the_evaluations_before_an_interruption(tmp_path):
             if state.global_step == stop_at:
                 raise KeyboardInterrupt
 
-    ends = []
+    ends, begin = [], NextItemTrainer.__init__
     for stop_at in (0, 2, 4, 6):
         network, folder = small_network("items", dropout=0.2), tmp_path / str(stop_at)
         options = {"patience": 2, "args": {**settings().args, "learning_rate": 0.0}}
         given = (rows_of(), HistoryRanker(SEQUENCES, CATALOGUE, num_beams=30), settings(**options), folder)
-        seen = NextItemTrainer.__init__
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(NextItemTrainer, "__init__", lambda self, *a: (seen(self, *a), self.add_callback(Stop()))[0])
+            patch.setattr(NextItemTrainer, "__init__", lambda self, *a: (begin(self, *a), self.add_callback(Stop()))[0])
             with pytest.raises(KeyboardInterrupt) if stop_at else contextlib.nullcontext():
                 trainer = train_next_item(network, *given, seed=3)
         if stop_at:
