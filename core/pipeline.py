@@ -131,7 +131,8 @@ def resolve(arguments: RunArguments) -> list[Step]:
     steps: list[Step] = []
     processes = _processes(launch_options(arguments.launch))
     for place, raw in enumerate(arguments.steps):
-        spec = build(StepConfig, raw, f"steps[{place}]")
+        named = f" ('{raw['name']}')" if isinstance(raw, dict) and "name" in raw else ""
+        spec = build(StepConfig, raw, f"steps[{place}]{named}")
         where = f"steps[{place}] ('{spec.name}', {spec.config or 'inline args'})"
         if spec.name in (step.name for step in steps):
             raise ConfigError(f"{where}: the name '{spec.name}' is used twice; give every step its own name.")
