@@ -159,8 +159,9 @@ def read_settings(path: Path) -> tuple[Path, PromptSettings]:
         DataError: a part is missing or damaged.
     """
     place = path
-    if Vocabulary.from_pretrained(path).sids_fingerprint is None and not (path / SERIALIZER_FILE).exists():
-        place = path.parent if _is_stage(path) else path
+    if not (path / SERIALIZER_FILE).exists() and _is_stage(path):
+        # Before models carried the fingerprint, all stages shared what lay in the folder above.
+        place = path.parent if Vocabulary.from_pretrained(path).sids_fingerprint is None else path
     _require(place, SERIALIZER_FILE, "the settings of its prompts")
     for name in TEMPLATES:
         _require(place, f"{TEMPLATES_FOLDER}/{name}", "a template of its prompts")
@@ -199,7 +200,10 @@ def final_model(folder: str | Path) -> Path:
         final = read_json(folder / RUN_FILE).get("metrics", {}).get("final")
         if final and (folder / final).is_dir():
             return folder / final
-    raise DataError(f"{folder} holds no model (no config.json) and no finished training; run the step that writes it.")
+    raise DataError(
+        f"{folder} holds no model (no config.json) and no finished training, so it is no sidtune bundle; run the step that "
+        "writes it."
+    )
 
 
 def training_runs(folder: str | Path) -> list[dict[str, Any]]:

@@ -19,9 +19,9 @@ from sidtune.data_builders.prompts.encoding import encode_prompts, token_ids
 from sidtune.data_builders.prompts.sanitizer import check_pieces
 from sidtune.data_builders.prompts.serializer import Serializer
 from sidtune.data_builders.tables.store import load_folder
-from sidtune.decoding.retrieval.loading import final_model, load_parts, load_retriever, prompts_of
-from sidtune.decoding.retrieval.prompter import PromptSettings, make_serializer
-from sidtune.recipes.steps import build_data, init_model, learn_sids, publish, sft
+from sidtune.decoding.retrieval.loading import ModelFolder, final_model, load_retriever, prompts_of
+from sidtune.decoding.retrieval.model_folder import PromptSettings, make_serializer
+from sidtune.recipes.steps import build_data, init_model, learn_sids, sft
 from sidtune.tokenizers.sids.query_codes import QueryCoder
 from sidtune.trainers.sft.mixture import parse_stages
 from sidtune.trainers.sft.task_examples import TaskExamples
@@ -104,7 +104,7 @@ def trained(tmp_path_factory) -> Path:
     )
     init_model.main(init_model.Arguments(data, sids, model, scratch=TINY, text_vocab_size=512))
     stage = {"name": "all", "tasks": {"whole_history": {}}, "max_length": 256, "args": {**TRAIN, "max_steps": 2}}
-    sft.main(sft.Arguments(data, sids, model, str(folder / "sft"), [stage], max_length=256, query_sids=True))
+    sft.main(sft.Arguments(data, sids, model, str(folder / "sft"), [stage], prompt_max_length=256, query_sids=True))
     return folder
 
 
@@ -122,14 +122,15 @@ def test_prompts_carry_query_sids_from_training_on(trained):
     tokens = set(retriever.vocabulary.sid_token_ids.tolist())
     last = encoded[next(n for n, query in enumerate(queries) if query)]
     assert sum(token in tokens for token in last) >= 3
-    assert read_json(trained / "sft" / "serializer.json")["query_sids"] is True
+    assert read_json(final_model(trained / "sft") / "serializer.json")["query_sids"] is True
 
 
 def test_training_examples_hold_the_sids_of_their_queries(trained):
-    _, tokenizer, vocabulary = load_parts(final_model(trained / "sft"))
+    opened = ModelFolder.open(trained / "sft")
+    tokenizer = opened.tokenizer
     stage = parse_stages([{"name": "all", "tasks": {"request_to_sid": {}}, "max_length": 256}])[0]
     build = TaskExamples(trained / "data", trained / "sids" / "sids", query_coder=trained / "sids")
-    rows = build(stage, "train", SimpleNamespace(tokenizer=tokenizer, vocabulary=vocabulary))["request_to_sid"]
+    rows = build(stage, "train", SimpleNamespace(tokenizer=tokenizer, vocabulary=opened.vocabulary))["request_to_sid"]
     coder, found = QueryCoder.from_pretrained(trained / "sids"), 0
     for row in rows:
         prompt = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100]
@@ -144,15 +145,8 @@ def test_a_bundle_codes_queries_without_the_folder_of_learn_sids(trained, tmp_pa
     from sidtune.decoding.retrieval.prompter import Prompter
     from sidtune.decoding.retrieval.search_request import SearchRequest
 
-    bundle = tmp_path / "bundle"
-    bundle.mkdir()
-    arguments = publish.Arguments(
-        str(trained / "data"), str(trained / "sids"), str(trained / "sft"), str(tmp_path), str(bundle)
-    )
-    publish._copy_model(arguments, bundle)
-    publish._write_catalogue(arguments, bundle)
-    shutil.copytree(bundle, tmp_path / "moved")
-    prompter = Prompter.from_bundle(tmp_path / "moved")
+    shutil.copytree(final_model(trained / "sft"), tmp_path / "moved")
+    prompter = Prompter.of(ModelFolder.open(tmp_path / "moved"))
     coder = QueryCoder.from_pretrained(trained / "sids")
     for query in (next(iter(coder.known)), "words nobody asked before", "<a_1> desk"):
         turn = prompter.pieces(SearchRequest(query=query))[-1]

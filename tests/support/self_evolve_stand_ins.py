@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from sidtune.core.config import as_dict
 from sidtune.core.folders import write_folder, write_json, write_run
 from sidtune.core.scripts import Script, find_script
+from sidtune.data_builders.prompts.serializer import Serializer
 
 REASONED = {"per_device_train_batch_size": 16, "learning_rate": 0.01, "num_train_epochs": 25, "logging_steps": 50}
 STAGE = {"name": "reason", "tasks": {"reason_to_sid": {}}, "max_length": 256, "args": REASONED}
@@ -40,9 +41,6 @@ def main(arguments: Arguments) -> None:
     assert pq.read_table(arguments.hard_set).num_rows
     with write_folder(arguments.output_dir) as scratch:
         shutil.copytree(source, scratch, dirs_exist_ok=True)
-        beside = source if (source / "serializer.json").exists() else source.parent
-        shutil.copytree(beside / "templates", scratch / "templates", dirs_exist_ok=True)
-        shutil.copy(beside / "serializer.json", scratch / "serializer.json")
         inputs = {n: getattr(arguments, n) for n in ("data_dir", "sids_dir", "model_dir", "hard_set")}
         write_run(scratch, step="grpo", config=as_dict(arguments), inputs=inputs)
 
@@ -96,15 +94,15 @@ class Faked:
                 stage = scratch if kind == "rl" else scratch / "stage_1_reason"
                 stage.mkdir(exist_ok=True)
                 (stage / "config.json").write_text("{}")
-                fake_prompt_settings(scratch)
+                fake_prompt_settings(stage)
                 metrics = {"final": stage.name}
             inputs = {n: getattr(step.config, n) for n in ("data_dir", "sids_dir", "model_dir")}
             write_run(scratch, step=kind, config=as_dict(step.config), inputs=inputs, metrics=metrics)
 
 
 def fake_prompt_settings(folder: Path) -> None:
-    """What `recipes/sft` writes beside its stages."""
-    (folder / "templates").mkdir(exist_ok=True)
+    """What every stage holds of its prompts."""
+    Serializer(None).save_templates(folder / "templates")
     write_json(
         folder / "serializer.json", {"max_history": 3, "max_length": 99, "max_chars": None, "history_context": True}
     )

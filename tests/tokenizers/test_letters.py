@@ -16,7 +16,6 @@ from quantizer_data import clusters
 from tiny_pipeline import SHOP
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.decoding.retrieval.retriever import check_levels
 from sidtune.decoding.trie import SidTrie
 from sidtune.recipes.steps import build_data, extend_sids, learn_sids
 from sidtune.tokenizers.letters import SidLetters
@@ -162,7 +161,7 @@ def test_vocabulary_knows_its_letters(tmp_path):
     assert loaded.letters == "abcdd" and loaded.level_sizes == SIZES
     loaded.check(tokenizer, sids)
     other = SemanticIds(sids.item_ids, sids.codes, SIZES)
-    for refuse in (lambda: loaded.check(sids=other), lambda: check_levels(loaded, other)):
+    for refuse in (lambda: loaded.check(sids=other), lambda: loaded.of(other)):
         with pytest.raises(DataError, match="letters 'abcdd', the semantic IDs with 'abcde'"):
             refuse()
     plain_tokenizer = tiny_tokenizer()

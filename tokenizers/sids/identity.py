@@ -7,22 +7,18 @@ import json
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from sidtune.core.errors import DataError
 
-if TYPE_CHECKING:
-    from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 
-
-def fingerprint_of(sids: SemanticIds) -> str:
-    """SHA-256 of levels, item ids and codes; the same for every order of the rows."""
+def fingerprint_of(sids: Any) -> str:
+    """SHA-256 of item ids and codes; the same for every order of the rows."""
     order = sorted(range(len(sids)), key=sids.item_ids.__getitem__)
-    told = [list(sids.level_sizes), sids.letters, [sids.item_ids[row] for row in order]]
-    digest = hashlib.sha256(json.dumps(told).encode())
+    digest = hashlib.sha256(json.dumps([sids.item_ids[row] for row in order]).encode())
     digest.update(np.ascontiguousarray(sids.codes[order], "<i4"))
     return digest.hexdigest()
 
@@ -32,7 +28,7 @@ def title_hashes(titles: Sequence[str | None]) -> np.ndarray:
     return np.fromiter((0 if t is None else zlib.crc32(t.encode()) or 1 for t in titles), np.uint32, len(titles))
 
 
-def check_items(sids: SemanticIds, items: pa.Table, where: str | Path | None = None, whole: bool = False) -> None:
+def check_items(sids: Any, items: pa.Table, where: str | Path | None = None, whole: bool = False) -> None:
     """Refuses the items of another catalogue.
 
     Args:

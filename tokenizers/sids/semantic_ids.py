@@ -122,7 +122,7 @@ class SemanticIds:
         return SemanticIds(**{"item_ids": ids, **kept, **changes})
 
     def fingerprint(self) -> str:
-        """SHA-256 of levels, item ids and codes, whatever the order of the rows: what a model learns by heart."""
+        """SHA-256 of item ids and codes, whatever the order of the rows: what a model learns by heart."""
         if self._fingerprint is None:
             self._fingerprint = fingerprint_of(self)
         return self._fingerprint

@@ -151,9 +151,9 @@ class Vocabulary:
         """Sizes and letters first, which say more; then the codes themselves."""
         problem = None
         if tuple(sids.level_sizes) != self.level_sizes:
-            problem = f"the vocabulary has levels of {list(self.level_sizes)} codes, they of {list(sids.level_sizes)}"
+            problem = f"the vocabulary has levels of {list(self.level_sizes)} codes, the semantic IDs of {list(sids.level_sizes)}"
         elif sids.letters != self.letters:
-            problem = f"the vocabulary writes its levels with the letters '{self.letters}', they with '{sids.letters}'"
+            problem = f"the vocabulary writes its levels with the letters '{self.letters}', the semantic IDs with '{sids.letters}'"
         elif self.sids_fingerprint is None:
             logger.warning("%s carries no fingerprint of its semantic IDs: only their sizes are compared.", self.source)
         elif self.sids_fingerprint not in (sids.fingerprint(), *sids.extends):

@@ -77,7 +77,8 @@ class TaskExamples:
             raise ConfigError(f"There are no templates '{folder.name}': {nearest(folder.name, serializer.BUILT_IN)}")
         coder = [fingerprint(self.query_coder / part) for part in CODER_PARTS] if self.query_coder else []
         queries = {"query_coder": coder} if coder else {}
-        return {**asdict(self.settings), **queries, "templates": fingerprint(folder), "seed": self.seed}
+        rendering = {name: value for name, value in asdict(self.settings).items() if name != "query_sids"}
+        return {**rendering, **queries, "templates": fingerprint(folder), "seed": self.seed}
 
     def check(self, stages: Sequence[StageConfig]) -> None:
         """Refuses unknown tasks, unknown options, tasks that cannot be evaluated, and wrong templates, before any work.
