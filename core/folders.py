@@ -135,10 +135,11 @@ def _check_replaced(final: Path, path: str | Path, step: str | None, tree: bool)
     if not standing and record.get("step", step) == step:
         return
     way = "move it away or name another folder"
-    if "step" not in record or step is None:
+    if "step" not in record:
         raise ConfigError(f"The output folder {path} holds {(standing or [RUN_FILE])[0]}, which no step wrote; {way}.")
     if record["step"] != step:
-        raise ConfigError(f"The output folder {path} holds the result of '{record['step']}', not of '{step}'; {way}.")
+        other = f", not of '{step}'" if step else ""
+        raise ConfigError(f"The output folder {path} holds the result of '{record['step']}'{other}; {way}.")
     if "files" not in record:
         raise ConfigError(f"The output folder {path} is of an earlier version that did not list its files; {way}.")
     foreign = [name for name in standing if name not in record["files"]]

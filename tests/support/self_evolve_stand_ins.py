@@ -74,7 +74,7 @@ class Faked:
     def __call__(self, step: Any, options: dict[str, Any]) -> None:
         self.steps.append(step)
         name, kind = step.name.rpartition("/")[::2]
-        with write_folder(step.folder) as scratch:
+        with write_folder(step.folder, kind) as scratch:
             metrics: dict[str, Any] = {}
             if kind == "valid":
                 value = self.values[name]
