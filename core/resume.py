@@ -7,9 +7,9 @@
         with work.finish() as scratch:                          # the output at once, then the work folder goes
             ...
 
-*Identity*: everything the result depends on, role by role, inputs by their content. What lies in the work folder belongs to one
-identity; what belongs to another is never used. *Checkpoint*: a folder `checkpoint-<n>` that holds every file of a list with sizes,
-which is written last. *Finish*: the identity stands in `run.json` of the output, so that a finished run is known again.
+*Identity*: everything the result depends on, role by role, inputs by their content; what is of another identity is never used.
+*Checkpoint*: a folder `checkpoint-<n>` that holds every file of a list with sizes, which is written last. *Finish*: the identity
+stands in `run.json` of the output, so that a finished run is known again.
 """
 
 from __future__ import annotations

@@ -55,7 +55,9 @@ def answer_requests(options: BatchOptions) -> None:
         if state.is_main_process:
             print(f"{options.output_dir}: complete already, nothing to do")
         return
-    on_main(lambda: _begin(work, options.restart))
+    if options.restart:
+        on_main(work.close)
+    on_main(lambda: work.begin(refuse="set restart: true to throw it away"))
     shards = Shards(work.folder, options.shard_size, requests.ids, SCHEMA)
     mine = [n for n in range(len(shards)) if n % state.num_processes == state.process_index]
     todo = [n for n in mine if not shards.is_done(n)]
@@ -97,12 +99,6 @@ def _identity(options: BatchOptions, count: int) -> dict[str, Any]:
     numbers = {f"version of {name}": version for name, version in versions().items() if name in _PACKAGES}
     values = {**identity_of(options), "number of requests": count, **numbers}
     return {name: value for name, value in values.items() if name != "restart"}
-
-
-def _begin(work: Work, restart: bool) -> None:
-    if restart:
-        work.close()
-    work.begin(refuse="set restart: true to throw it away")
 
 
 def _check(prompter: Prompter, requests: Requests, shards: Shards, todo: list[int]) -> None:

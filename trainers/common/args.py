@@ -26,35 +26,32 @@ from sidtune.core.errors import ConfigError, nearest
 
 T = TypeVar("T")
 
+# What no training can be told, and why.
+COMMON = {
+    "output_dir": "the run has its own folder",
+    "resume_from_checkpoint": "an interrupted run resumes by itself",
+    "save_only_model": "an interrupted run could not resume",
+    "ignore_data_skip": "a resumed run would train on other examples",
+    "load_best_model_at_end": "a run ends with its last step; choose max_steps instead",
+    "remove_unused_columns": "the trainer reads every column",
+    "label_names": "the label column is fixed",
+    "do_train": "a run always trains",
+    "auto_find_batch_size": "it would change the global batch size silently",
+    "trust_remote_code": "sidtune runs no code from model folders",
+    **dict.fromkeys(("do_eval", "do_predict"), "evaluate in its own step"),
+    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config"), "choose it with accelerate launch --config_file"),
+    **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_token"), "publishing is a step of the recipe"),
+}
+_TOKENISED = ("dataset_kwargs", "dataset_text_field", "dataset_num_proc")
 RESERVED = {
-    "output_dir": "the stage has its own folder",
+    **COMMON,
     "max_length": "set max_length of the stage",
     "truncation_mode": "an example is never cut",
-    "dataset_kwargs": "examples are tokenised before training",
-    "dataset_text_field": "examples are tokenised before training",
-    "dataset_num_proc": "examples are tokenised before training",
-    "completion_only_loss": "the learn flags of the examples decide what is learned",
-    "assistant_only_loss": "the learn flags of the examples decide what is learned",
-    "eos_token": "the tokenizer of the model decides",
-    "pad_token": "the tokenizer of the model decides",
-    "chat_template_path": "the templates of the data set decide",
-    "remove_unused_columns": "the trainer needs the column 'task'",
-    "label_names": "the label column is fixed",
-    "resume_from_checkpoint": "an interrupted stage resumes by itself",
-    "save_only_model": "an interrupted stage could not resume",
-    "ignore_data_skip": "a resumed stage would train on other examples",
-    "load_best_model_at_end": "a stage ends with its last step; choose max_steps instead",
-    "do_train": "a stage always trains",
     "do_eval": "name eval_tasks instead",
-    "do_predict": "evaluate in its own step",
-    "deepspeed": "choose it with accelerate launch --config_file",
-    "fsdp": "choose it with accelerate launch --config_file",
-    "fsdp_config": "choose it with accelerate launch --config_file",
-    "push_to_hub": "publishing is a step of the recipe",
-    "hub_model_id": "publishing is a step of the recipe",
-    "hub_token": "publishing is a step of the recipe",
-    "trust_remote_code": "sidtune runs no code from model folders",
-    "auto_find_batch_size": "it would change the global batch size silently",
+    "chat_template_path": "the templates of the data set decide",
+    **dict.fromkeys(_TOKENISED, "examples are tokenised before training"),
+    **dict.fromkeys(("completion_only_loss", "assistant_only_loss"), "the learn flags of the examples decide"),
+    **dict.fromkeys(("eos_token", "pad_token"), "the tokenizer of the model decides"),
 }
 _LEAST = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),

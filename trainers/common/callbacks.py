@@ -47,14 +47,14 @@ class MarkComplete(TrainerCallback):
         PartialState().wait_for_everyone()
 
 
-def go_on(trainer: Trainer) -> TrainOutput:
+def go_on(trainer: Trainer, resume: bool = True) -> TrainOutput:
     """Trains, from the last complete checkpoint in `args.output_dir` where there is one; a finished training is only loaded.
 
-    The folder must be this run's alone, see `core.resume.Work`. Collective: every process must call it.
+    The folder must be this run's alone, see `core.resume.Work`. `resume` false starts anew. Collective: every process calls it.
     """
     folder = Path(trainer.args.output_dir)
     found = on_main(lambda: str(last_complete_checkpoint(folder, remove_broken=True) or ""))
-    if not found:
+    if not (found and resume):
         return trainer.train()
     logger.info("The training goes on from %s.", Path(found).name)
     state = TrainerState.load_from_json(str(Path(found) / TRAINER_STATE_NAME))

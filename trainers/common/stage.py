@@ -14,7 +14,7 @@ import gc
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from sidtune.core.folders import RUN_FILE, check_output, locked, read_json, write_json, write_run
 from sidtune.core.processes import launch, on_main
-from sidtune.core.resume import Work, work_folder
+from sidtune.core.resume import Work
 from sidtune.trainers.common.callbacks import go_on
 from sidtune.trainers.common.stage_model import StageModel
 
@@ -32,48 +32,31 @@ logger = logging.getLogger(__name__)
 
 
 class Stage(abc.ABC):
-    """What a kind of training says: its identity, its examples, its trainer.
+    """What a kind of training says: where it reads and writes, its identity, its examples, its trainer.
 
     Attributes:
         step: its name in `run.json`. title: how messages call it.
         source: model folder to start from. output: folder to write. work: folder of the unfinished parts.
         train, lora: what trains, see `StageConfig` in `trainers/sft/mixture.py`.
-        args: the trainer's, made by `arguments` when the training begins.
-        config: JSON-ready, for `run.json`.
-        inputs: role → what was read and the config does not name, for `run.json`.
-        callbacks: further callbacks of the trainer.
+        config: JSON-ready, for `run.json`. inputs: role → what was read and the config does not name.
+        callbacks: further callbacks of the trainer. args: the trainer's, made by `arguments` when the training begins.
     """
 
     step: str
-
-    def __init__(
-        self,
-        source: Path,
-        output: Path,
-        *,
-        title: str,
-        train: str,
-        lora: Mapping[str, Any],
-        config: dict[str, Any],
-        inputs: Mapping[str, str | Path],
-        work: Path | None = None,
-        callbacks: Sequence[TrainerCallback] = (),
-    ) -> None:
-        self.source, self.output, self.title = source, output, title
-        self.train, self.lora, self.config = train, dict(lora), config
-        self.inputs = {role: str(path) for role, path in inputs.items()}
-        self.work = work or work_folder(output)
-        self.callbacks = list(callbacks)
-        self.args: Any = None
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where checkpoints lie."""
-        return self.work / "checkpoints"
+    title: str
+    source: Path
+    output: Path
+    work: Path
+    train: str
+    lora: dict[str, Any]
+    config: dict[str, Any]
+    inputs: dict[str, Path]
+    callbacks: Sequence[TrainerCallback]
+    args: Any
 
     @abc.abstractmethod
     def arguments(self) -> TrainingArguments:
-        """The trainer's arguments, checked; making them forms the group of processes. Raises ConfigError."""
+        """The trainer's arguments, checked, with checkpoints below `work`; making them forms the group of processes."""
 
     @abc.abstractmethod
     def identity(self) -> dict[str, Any]:

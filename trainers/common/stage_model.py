@@ -9,6 +9,7 @@ that fit the stage's input model. The work itself is done by `trainable_tokens.p
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from sidtune.tokenizers.vocabulary.trainable_tokens import set_trainable
 TRAINED_FOLDER = "trained"
 
 
+@dataclass
 class StageModel:
     """Model, tokenizer and vocabulary of a stage.
 
@@ -38,16 +40,11 @@ class StageModel:
         source: the folder it came from.
     """
 
-    def __init__(
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, source: Path, train: str
-    ) -> None:
-        self.model, self.tokenizer, self.vocabulary, self.source, self.train = (
-            model,
-            tokenizer,
-            vocabulary,
-            source,
-            train,
-        )
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: Vocabulary
+    source: Path
+    train: str
 
     @classmethod
     def open(cls, source: str | Path, args: SFTConfig | GRPOConfig, *, name: str, train: str, lora: dict) -> StageModel:

@@ -9,30 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sidtune.trainers.common.args import built, check_together, checked_fields
+from sidtune.trainers.common.args import COMMON, built, check_together, checked_fields
 from sidtune.trainers.grpo.config import DebiasedGRPOConfig
 
 RESERVED = {
-    "output_dir": "the run has its own folder",
+    **COMMON,
     "reward_weights": "weights stand in `rewards`",
-    "remove_unused_columns": "the rewards read every column",
-    "label_names": "there are no label columns",
-    "resume_from_checkpoint": "an interrupted run resumes by itself",
-    "save_only_model": "an interrupted run could not resume",
-    "ignore_data_skip": "a resumed run would see other prompts",
-    "load_best_model_at_end": "a run ends with its last step; choose max_steps instead",
-    "do_train": "a run always trains",
-    "do_eval": "evaluate in its own step",
-    "do_predict": "evaluate in its own step",
     "eval_strategy": "evaluate in its own step",
-    "deepspeed": "choose it with accelerate launch --config_file",
-    "fsdp": "choose it with accelerate launch --config_file",
-    "fsdp_config": "choose it with accelerate launch --config_file",
-    "push_to_hub": "publishing is a step of the recipe",
-    "hub_model_id": "publishing is a step of the recipe",
-    "hub_token": "publishing is a step of the recipe",
-    "trust_remote_code": "sidtune runs no code from model folders",
-    "auto_find_batch_size": "it would change the groups silently",
     "use_vllm": "rollouts are decoded over the catalogue's trie by the model itself",
     "chat_template_kwargs": "the templates of the model folder decide",
     "log_completions_hub_repo": "publishing is a step of the recipe",

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback
 from sidtune.core.config import as_dict, build
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import fingerprint
+from sidtune.core.resume import work_folder
 from sidtune.data_builders.prompts.serializer import Serializer
 from sidtune.data_builders.tables.store import DataFolder, load_folder
 from sidtune.decoding.trie import SidTrie
@@ -36,9 +37,9 @@ from sidtune.trainers.rewards.gains import GainsConfig, LeafFacts
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class GRPOStage:
-    """Where a run reads and writes.
+@dataclass
+class GRPOStage(Stage):
+    """One run.
 
     Attributes:
         model_dir: model folder to start from. data_dir, sids_dir: data folder and semantic-ID folder. output_dir:
@@ -46,6 +47,8 @@ class GRPOStage:
         serializer: renders requests as for the model before. max_history: most past turns.
         max_length: most tokens of prompt and answer; None for no limit.
         save_prompts: puts into a folder what makes a saved model complete, how prompts are rendered above all.
+        options: what the run is told.
+        callbacks: further callbacks of the trainer.
     """
 
     model_dir: Path
@@ -56,60 +59,27 @@ class GRPOStage:
     max_history: int | None
     max_length: int | None
     save_prompts: Callable[[Path], None]
-
-
-def run_grpo(
-    stage: GRPOStage, options: GRPOOptions, callbacks: list[TrainerCallback] | None = None
-) -> dict[str, Any] | None:
-    """Trains, unless the output folder is this run's already. Every process calls this; only the main one writes.
-
-    Args:
-        stage: folders and prompts.
-        options: what the run is told.
-        callbacks: further callbacks of the trainer.
-
-    Returns:
-        The metrics of `run.json` on the main process, None on the others.
-
-    Raises:
-        ConfigError, DataError: before anything is trained, where the input is to blame.
-        SidtuneError: when the run can no longer learn.
-    """
-    metrics = GRPORun(stage, options, callbacks or []).run()
-    return metrics if PartialState().is_main_process else None
-
-
-class GRPORun(Stage):
-    """One run."""
+    options: GRPOOptions = field(default_factory=GRPOOptions)
+    callbacks: Sequence[TrainerCallback] = ()
 
     step = "grpo"
 
-    def __init__(self, folders: GRPOStage, options: GRPOOptions, callbacks: list[TrainerCallback]) -> None:
-        self.folders, self.options = folders, options
-        config, places = (
-            as_dict(options),
-            {name: getattr(folders, name) for name in ("data_dir", "sids_dir", "model_dir")},
-        )
-        super().__init__(
-            folders.model_dir,
-            folders.output_dir,
-            title=folders.output_dir.name,
-            train=options.train,
-            lora=options.lora,
-            config=config,
-            inputs={name: path for name, path in places.items() if name not in config},
-            callbacks=callbacks,
-        )
+    def __post_init__(self) -> None:
+        self.source, self.output, self.work = self.model_dir, self.output_dir, work_folder(self.output_dir)
+        self.title, self.train, self.lora = self.output.name, self.options.train, self.options.lora
+        self.config = as_dict(self.options)
+        places = {name: getattr(self, name) for name in ("data_dir", "sids_dir", "model_dir")}
+        self.inputs = {name: path for name, path in places.items() if name not in self.config}
 
     @functools.cached_property
     def data(self) -> DataFolder:
         """The data folder, read once."""
-        return load_folder(self.folders.data_dir)
+        return load_folder(self.data_dir)
 
     @functools.cached_property
     def sids(self) -> SemanticIds:
         """The semantic IDs, read once."""
-        return SemanticIds.from_pretrained(self.folders.sids_dir)
+        return SemanticIds.from_pretrained(self.sids_dir)
 
     @functools.cached_property
     def facts(self) -> LeafFacts:
@@ -117,16 +87,15 @@ class GRPORun(Stage):
         return LeafFacts.of(self.data.items, self.sids)
 
     def arguments(self) -> DebiasedGRPOConfig:
-        return grpo_config(self.options.args, output_dir=self.checkpoints, seed=self.options.seed)
+        return grpo_config(self.options.args, output_dir=self.work / "checkpoints", seed=self.options.seed)
 
     def identity(self) -> dict[str, Any]:
         """The options but the names of folders, and the content of everything read."""
-        folders, options = self.folders, self.options
-        told = {name: getattr(options, name) for name in GRPOOptions.__dataclass_fields__}
-        read = {"model": folders.model_dir, "data": folders.data_dir, "sids": folders.sids_dir}
+        told = {name: getattr(self.options, name) for name in GRPOOptions.__dataclass_fields__}
+        read = {"model": self.model_dir, "data": self.data_dir, "sids": self.sids_dir}
         further = {name: told[name] for name in ("hard_set", "position_bias") if told[name]}
         read |= {name: path for name, path in further.items() if Path(path).exists()}
-        limits = {"max_history": folders.max_history, "max_length": folders.max_length}
+        limits = {"max_history": self.max_history, "max_length": self.max_length}
         return {**told, **limits, **{role: fingerprint(path) for role, path in read.items()}}
 
     def examples(self, model: StageModel) -> tuple[dict[str, Dataset], dict[str, Any]]:
@@ -139,11 +108,11 @@ class GRPORun(Stage):
         answer = self.args.max_completion_length + 2 if self.args.rollout == "reasoning" else 0
         examples, counts = grpo_examples(
             *(self.data, chosen_requests(requests, options.max_requests, options.seed), sids, self.facts),
-            *(self.folders.serializer, model.tokenizer),
+            *(self.serializer, model.tokenizer),
             bias=position_bias(options.position_bias, self.data.requests["train"]),
             gains=build(GainsConfig, options.gains, "gains"),
-            max_history=self.folders.max_history,
-            max_length=self.folders.max_length,
+            max_history=self.max_history,
+            max_length=self.max_length,
             split=options.split,
             reserve=sids.depth + answer,
         )
@@ -169,7 +138,7 @@ class GRPORun(Stage):
         }
 
     def complete(self, folder: Path, model: StageModel) -> None:
-        self.folders.save_prompts(folder)
+        self.save_prompts(folder)
 
     def _catalogue(self, model: StageModel) -> SidCatalogue:
         return SidCatalogue(
@@ -191,3 +160,22 @@ class GRPORun(Stage):
                 "model with init_model and extra_tokens, or name another end."
             )
         return ids[0]
+
+
+def run_grpo(
+    stage: GRPOStage, options: GRPOOptions, callbacks: Sequence[TrainerCallback] | None = None
+) -> dict[str, Any] | None:
+    """Trains, unless the output folder is this run's already. Every process calls this; only the main one writes.
+
+    Args:
+        stage: folders and prompts. options: what the run is told. callbacks: further callbacks of the trainer.
+
+    Returns:
+        The metrics of `run.json` on the main process, None on the others.
+
+    Raises:
+        ConfigError, DataError: before anything is trained, where the input is to blame.
+        SidtuneError: when the run can no longer learn.
+    """
+    metrics = replace(stage, options=options, callbacks=callbacks or ()).run()
+    return metrics if PartialState().is_main_process else None

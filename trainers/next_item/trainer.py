@@ -36,7 +36,7 @@ from sidtune.data_builders.sequences.item_sequences import ItemSequences, Sequen
 from sidtune.decoding.next_item.ranking import HistoryRanker
 from sidtune.metrics.ranking import RankingResult, Relevance, evaluate_ranking
 from sidtune.models.next_item.network import WEIGHT_FILE, NextItemNetwork
-from sidtune.trainers.common.args import built, check_together, checked_fields
+from sidtune.trainers.common.args import COMMON, built, check_together, checked_fields
 from sidtune.trainers.common.batches import EpochSampler
 from sidtune.trainers.common.callbacks import MarkComplete, SetEpoch, go_on
 from sidtune.trainers.common.finite import FiniteSteps
@@ -46,20 +46,13 @@ from sidtune.trainers.next_item.loss import LossConfig, NextItemLoss
 AVERAGE_FILE = "average.safetensors"
 BEST = "eval_ndcg@10"
 RESERVED = {
-    "output_dir": "the run has its own folder",
+    **COMMON,
     "seed": "set seed of the run",
-    "eval_strategy": "set evaluate_every",
-    "eval_steps": "set evaluate_every",
-    "save_strategy": "a checkpoint belongs to each evaluation",
-    "save_steps": "a checkpoint belongs to each evaluation",
-    "save_only_model": "an interrupted run could not resume",
+    **dict.fromkeys(("eval_strategy", "eval_steps"), "set evaluate_every"),
+    **dict.fromkeys(("save_strategy", "save_steps"), "a checkpoint belongs to each evaluation"),
+    **dict.fromkeys(("metric_for_best_model", "greater_is_better"), "models are chosen by validation NDCG@10"),
     "load_best_model_at_end": "the best checkpoint is always taken",
-    "metric_for_best_model": "models are chosen by validation NDCG@10",
-    "greater_is_better": "models are chosen by validation NDCG@10",
-    "remove_unused_columns": "batches are made here",
-    "resume_from_checkpoint": "an interrupted run resumes by itself",
     "gradient_checkpointing": "the networks are small",
-    "push_to_hub": "publishing is a step of its own",
     "group_by_length": "rows of like length always share a batch",
 }
 logger = logging.getLogger(__name__)

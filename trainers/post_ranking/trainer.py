@@ -243,7 +243,9 @@ def adapt_features(
         model.requires_grad_(True)
     else:
         model.train_adapters_only()
-    return _run(PostRankTrainer(model, args, examples, **options), resume)
+    trainer = PostRankTrainer(model, args, examples, **options)
+    go_on(trainer, resume)
+    return trainer
 
 
 def learn_to_post_rank(
@@ -272,14 +274,8 @@ def learn_to_post_rank(
     drawn = {"aux": aux, "ties": ties, "max_candidates": max_candidates, "seed": args.seed}
     examples = PostRankExamples(table, rows, processor, shuffle=shuffle, **drawn)
     valid = PostRankExamples(table, valid_rows, processor, shuffle=0.0, **drawn) if len(valid_rows) else None
-    return _run(PostRankTrainer(model, args, examples, valid, **options), resume)
-
-
-def _run(trainer: PostRankTrainer, resume: bool) -> PostRankTrainer:
-    if resume:
-        go_on(trainer)
-    else:
-        trainer.train()
+    trainer = PostRankTrainer(model, args, examples, valid, **options)
+    go_on(trainer, resume)
     return trainer
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,7 @@ def run_stages(
     return [run.output for run in runs]
 
 
+@dataclass
 class SFTStage(Stage):
     """One stage.
 
@@ -109,32 +111,28 @@ class SFTStage(Stage):
         known: role → what the examples of all stages depend on, inputs by content.
     """
 
+    stage: StageConfig
+    number: int
+    source: Path
+    output_dir: Path
+    inputs: dict[str, Path]
+    seed: int
+    build: BuildExamples
+    callbacks: Sequence[TrainerCallback]
+    known: dict[str, Any] = field(default_factory=dict)
+
     step = "sft_stage"
 
-    def __init__(
-        self,
-        stage: StageConfig,
-        number: int,
-        source: Path,
-        output_dir: Path,
-        inputs: dict[str, Path],
-        seed: int,
-        build: BuildExamples,
-        callbacks: Sequence[TrainerCallback],
-    ) -> None:
-        self.stage, self.seed, self.build = stage, seed, build
-        self.known: dict[str, Any] = {}
-        super().__init__(
-            source,
-            stage_folder(output_dir, number, stage),
-            title=f"stage {number} '{stage.name}'",
-            train=stage.train,
-            lora=stage.lora,
-            config={"stage": as_dict(stage), "seed": seed},
-            inputs={"model": source, **inputs},
-            work=output_dir / f".work_stage_{number}",
-            callbacks=callbacks,
+    def __post_init__(self) -> None:
+        self.title, self.train, self.lora = (
+            f"stage {self.number} '{self.stage.name}'",
+            self.stage.train,
+            self.stage.lora,
         )
+        self.output = stage_folder(self.output_dir, self.number, self.stage)
+        self.work = self.output_dir / f".work_stage_{self.number}"
+        self.config = {"stage": as_dict(self.stage), "seed": self.seed}
+        self.inputs = {"model": self.source, **self.inputs}
 
     def arguments(self) -> SFTConfig:
         if self.train != "all" and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
@@ -144,7 +142,7 @@ class SFTStage(Stage):
             )
         return sft_config(
             self.stage.args,
-            output_dir=self.checkpoints,
+            output_dir=self.work / "checkpoints",
             max_length=self.stage.max_length,
             seed=self.seed,
             evaluate=bool(self.stage.eval_tasks),
