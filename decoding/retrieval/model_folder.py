@@ -21,10 +21,10 @@ from sidtune.tokenizers.base_models.loading import load_tokenizer
 from sidtune.tokenizers.sids.query_codes import CODER_FOLDER, CODER_PARTS, QueryCoder
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 from sidtune.tokenizers.vocabulary.extension import VOCABULARY_FILE, Vocabulary
-from sidtune.tokenizers.vocabulary.saving import load_model
+from sidtune.tokenizers.vocabulary.saving import ADAPTER_FILE, ROWS_FILE, load_model
 
 SERIALIZER_FILE, TEMPLATES_FOLDER, SIDS_FOLDER = "serializer.json", "templates", "sids"
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin")
+_WEIGHTS = ("model.safetensors", "model*.safetensors", "pytorch_model*.bin", ROWS_FILE, ADAPTER_FILE)
 _LONGEST_CHAIN = 100
 
 

@@ -339,7 +339,7 @@ def test_files_that_are_none_are_named(shop, tmp_path, no_model):
     refused("holds no item ids", requests=good, in_stock=tmp_path / "empty.txt")
     (tmp_path / "stock.txt").write_text("zz\n")
     refused("'zz' of the stock list is not in the catalogue", requests=good, in_stock=tmp_path / "stock.txt")
-    refused("no sidtune bundle", requests=good, model_dir=tmp_path)
+    refused("no sidtune bundle", requests=good, model_dir=tmp_path / "empty")
     refused("There is no category 'shoe'", requests=good, only_categories=["shoe"])
 
 
