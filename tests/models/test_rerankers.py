@@ -211,7 +211,7 @@ def test_wrong_requests_for_a_baseline_are_refused(table):
         fit_reranker("mlp", table, [0], config=RerankerConfig(options={"hiden": 3}))
     with pytest.raises(DataError, match="no training requests"):
         fit_reranker("mlp", table, [])
-    with pytest.raises(DataError, match="lower the learning rate"):
+    with pytest.raises(DataError, match="lower learning_rate"):
         fit_reranker("mlp", table, np.arange(200), config=RerankerConfig(learning_rate=1e30, batch_size=8))
     for change in ({"epochs": 0}, {"shuffle": 2.0}, {"learning_rate": 0.0}):
         with pytest.raises(ConfigError):
