@@ -17,7 +17,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -240,8 +240,25 @@ def run_step(step: Step, options: dict[str, Any]) -> None:
                 error_file.read_text("utf-8") if error_file.exists() else f"it ended with exit code {code}, see above"
             )
             raise SidtuneError(f"The step '{step.name}' failed: {reason}")
+
+
+def do_step(
+    step: Step, options: dict[str, Any], title: str, force: bool = False, launch: Callable[..., None] = run_step
+) -> None:
+    """Runs a step that is not done, or is to be run again by `force`; prints a line for it.
+
+    Args:
+        options: of the launcher. title: how the line begins. launch: starts the step.
+    """
+    if not force and is_done(step):
+        print(f"{title}: unchanged, skipped", flush=True)
+        return
+    print(f"{title}: started", flush=True)
+    begin = time.time()
+    launch(step, launch_options(options))
     if not (step.folder / RUN_FILE).exists():
         raise SidtuneError(f"The step '{step.name}' ended but left no {step.folder / RUN_FILE}; run it again.")
+    print(f"{title}: done in {time.time() - begin:.0f} s", flush=True)
 
 
 def run_pipeline(arguments: RunArguments) -> None:
@@ -254,14 +271,7 @@ def run_pipeline(arguments: RunArguments) -> None:
 def _run_steps(arguments: RunArguments, steps: list[Step]) -> None:
     started = time.time()
     for number, step in enumerate(steps, 1):
-        title = f"[{number}/{len(steps)}] {step.name}"
-        if step.name not in arguments.force and is_done(step):
-            print(f"{title}: unchanged, skipped", flush=True)
-        else:
-            print(f"{title}: started", flush=True)
-            begin = time.time()
-            run_step(step, launch_options(arguments.launch))
-            print(f"{title}: done in {time.time() - begin:.0f} s", flush=True)
+        do_step(step, arguments.launch, f"[{number}/{len(steps)}] {step.name}", step.name in arguments.force)
         if step.name == arguments.until:
             break
     print(f"{arguments.name}: finished in {time.time() - started:.0f} s, results in {arguments.output_dir}", flush=True)

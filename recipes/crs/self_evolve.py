@@ -21,7 +21,6 @@ reasoning than the aligned model without.
 from __future__ import annotations
 
 import importlib
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,9 +30,9 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from sidtune.core.config import as_dict, build, check_range, command, merged, renamed
-from sidtune.core.errors import ConfigError, DataError, SidtuneError
+from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import fingerprint, read_json, write_json, write_run, writes
-from sidtune.core.pipeline import Step, is_done, launch_options, run_step
+from sidtune.core.pipeline import Step, do_step, launch_options, run_step
 from sidtune.core.scripts import find_script
 from sidtune.metrics.statistics.bootstrap import PairedResult, check_bootstrap, paired_bootstrap
 from sidtune.recipes.steps import sft
@@ -219,15 +218,7 @@ class Loop:
     def _do(self, name: str, script: str, config: dict[str, Any], model: str | Path) -> Path:
         """Runs a step unless it is done; returns its folder."""
         step = self._step(name, script, config, model)
-        if is_done(step):
-            print(f"{name}: unchanged, skipped", flush=True)
-            return step.folder
-        print(f"{name}: started", flush=True)
-        begin = time.time()
-        self.launch(step, launch_options(self.arguments.launch))
-        if not (step.folder / "run.json").exists():
-            raise SidtuneError(f"The step '{name}' ended but left no {step.folder / 'run.json'}; run it again.")
-        print(f"{name}: done in {time.time() - begin:.0f} s", flush=True)
+        do_step(step, self.arguments.launch, name, launch=self.launch)
         return step.folder
 
     def _gain(self, new: str, old: str) -> PairedResult:
