@@ -58,7 +58,7 @@ def answer_requests(options: BatchOptions) -> None:
     if options.restart:
         on_main(work.close)
     on_main(lambda: work.begin(refuse="set restart: true to throw it away"))
-    shards = Shards(work.folder, options.shard_size, requests.ids, SCHEMA)
+    shards = Shards(work.folder, options.shard_size, len(requests.ids), SCHEMA)
     mine = [n for n in range(len(shards)) if n % state.num_processes == state.process_index]
     todo = [n for n in mine if not shards.is_done(n)]
     on_all(lambda: _check(prompter, requests, shards, todo))

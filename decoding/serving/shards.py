@@ -14,8 +14,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sidtune.core.errors import SidtuneError
-
 _POLL_S = 0.2
 
 
@@ -23,19 +21,17 @@ class Shards:
     """The parts of the result.
 
     Args:
-        folder: where they lie. size: rows of a shard.
-        ids: of all rows, the first column of `schema`. schema: of the result.
-
+        folder: where they lie. size: rows of a shard. count: of all rows. schema: of the result.
     """
 
-    def __init__(self, folder: Path, size: int, ids: list[str], schema: pa.Schema) -> None:
-        self.folder, self._size, self._ids, self._schema = folder, size, ids, schema
+    def __init__(self, folder: Path, size: int, count: int, schema: pa.Schema) -> None:
+        self.folder, self._size, self._count, self._schema = folder, size, count, schema
 
     def __len__(self) -> int:
-        return -(-len(self._ids) // self._size)
+        return -(-self._count // self._size)
 
     def rows(self, number: int) -> range:
-        return range(number * self._size, min((number + 1) * self._size, len(self._ids)))
+        return range(number * self._size, min((number + 1) * self._size, self._count))
 
     def path(self, number: int) -> Path:
         return self.folder / f"{number:06d}.parquet"
@@ -53,13 +49,7 @@ class Shards:
         os.replace(scratch, self.path(number))
 
     def read(self, number: int) -> pa.Table:
-        table = pq.read_table(self.path(number), schema=self._schema)
-        rows = self.rows(number)
-        if table.column(0).to_pylist() != self._ids[rows.start : rows.stop]:
-            raise SidtuneError(
-                f"The shard {self.path(number)} holds other requests; delete {self.folder} and run again."
-            )
-        return table
+        return pq.read_table(self.path(number), schema=self._schema)
 
     def joined(self) -> Iterator[pa.Table]:
         """All shards in their order, once the other processes have written theirs.
