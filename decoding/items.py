@@ -19,6 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from sidtune.core.errors import ConfigError, DataError
+from sidtune.core.ragged import Ragged
 
 if TYPE_CHECKING:
     from sidtune.tokenizers.sids.semantic_ids import SemanticIds
@@ -38,16 +39,13 @@ class BeamOutput:
 
 
 @dataclass(frozen=True)
-class LeafItems:
+class LeafItems(Ragged):
     """Leaf -> item rows, in expansion order. Make it once per catalogue and pass it to every `rank_items`.
 
     Attributes:
         offsets: (M + 1,) int64; leaf m owns `rows[offsets[m] : offsets[m + 1]]`.
         rows: (N,) int64 item rows.
     """
-
-    offsets: np.ndarray
-    rows: np.ndarray
 
     @classmethod
     def from_semantic_ids(cls, sids: SemanticIds) -> LeafItems:

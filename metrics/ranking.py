@@ -23,30 +23,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
 from sidtune.core.config import MANY
 from sidtune.core.errors import ConfigError, DataError
+from sidtune.core.ragged import Ragged, offsets_of
 from sidtune.metrics.registry import METRICS
 
 _BLOCK = 1 << 21  # comparisons made at once
 DEFAULT_METRICS = ("hr", "recall", "precision", "ndcg", "mrr", "map")
 
 
-class RaggedRows(Protocol):
-    """Ragged rows: `offsets` (R + 1,) and `rows` (total,); request r owns rows[offsets[r]:offsets[r + 1]]."""
-
-    @property
-    def offsets(self) -> np.ndarray: ...
-
-    @property
-    def rows(self) -> np.ndarray: ...
-
-
 @dataclass(frozen=True)
-class Relevance:
+class Relevance(Ragged):
     """Relevant items of each request.
 
     Attributes:
@@ -55,8 +46,6 @@ class Relevance:
         gains: (total,) float64 or None (all 1). A gain of 0 means judged and not relevant.
     """
 
-    offsets: np.ndarray
-    rows: np.ndarray
     gains: np.ndarray | None = None
 
     @classmethod
@@ -75,10 +64,7 @@ class Relevance:
                     "The gains differ in shape from the relevant rows; give one gain for each relevant row."
                 )
             flat_gains = np.fromiter((gain for one in gains for gain in one), dtype=np.float64, count=len(flat))
-        return cls(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), flat, flat_gains)
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return cls(offsets_of(lengths), flat, flat_gains)
 
 
 @dataclass(frozen=True)
@@ -142,7 +128,7 @@ class RankingResult:
 
 def evaluate_ranking(
     predictions: Any,
-    relevance: RaggedRows,
+    relevance: Ragged,
     ks: Sequence[int] = (5, 10, 20),
     metrics: Sequence[str] = DEFAULT_METRICS,
     empty: Literal["refuse", "exclude"] = "refuse",
@@ -197,7 +183,7 @@ def check_metrics(ks: Sequence[int], metrics: Sequence[str], primary: str | None
         raise ConfigError(f"primary is '{primary}', which metrics and ks do not compute; choose one they do.")
 
 
-def rank_against(predictions: Any, relevance: RaggedRows) -> Ranked:
+def rank_against(predictions: Any, relevance: Ragged) -> Ranked:
     """Looks the predictions up in the relevance; checks both. Raises DataError as `evaluate_ranking` says."""
     predictions = _check_predictions(predictions)
     offsets, rows, gains = _check_relevance(relevance, len(predictions))
@@ -278,7 +264,7 @@ def _check_predictions(predictions: Any) -> np.ndarray:
     return predictions
 
 
-def _check_relevance(relevance: RaggedRows, requests: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _check_relevance(relevance: Ragged, requests: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     offsets, rows = np.asarray(relevance.offsets), np.asarray(relevance.rows)
     if offsets.ndim != 1 or len(offsets) != requests + 1:
         raise DataError(

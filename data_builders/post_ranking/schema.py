@@ -31,6 +31,7 @@ import numpy as np
 import pyarrow as pa
 
 from sidtune.core.errors import ConfigError, DataError, nearest
+from sidtune.core.ragged import offsets_of, side_by_side
 
 KINDS = ("id_embedding", "categorical", "numeric", "text_vector", "sid")
 SIDES = ("user", "item")
@@ -301,8 +302,8 @@ class PostRankTable:
         rows = np.asarray(rows, dtype=np.int64)
         if rows.ndim != 1 or not len(rows) or rows.min() < 0 or rows.max() >= len(self):
             raise DataError(f"A batch needs request rows in [0, {len(self)}), got {rows!r:.80}.")
-        at, mask = _padded(self.candidate_offsets, rows, None)
-        h_at, h_mask = _padded(self.history_offsets, rows, max_history)
+        at, mask = side_by_side(self.candidate_offsets, rows)
+        h_at, h_mask = side_by_side(self.history_offsets, rows, max_history)
         items = np.where(mask, _take(self.candidate_rows, at), -1)
         past = np.where(h_mask, _take(self.history_rows, h_at), -1)
         query, query_present = self._gather("query", self.query_rows[rows])
@@ -343,7 +344,7 @@ class PostRankTable:
             if one.side == "user":
                 at = rows if one.dynamic else self.user_rows[rows]
             else:
-                owner, mask = _padded(self.candidate_offsets, np.asarray(rows), None)
+                owner, mask = side_by_side(self.candidate_offsets, np.asarray(rows))
                 at = owner[mask] if one.dynamic else self.candidate_rows[owner[mask]]
             values, present = self._gather(f"{one.scopes[0]}/{one.name}", at)
             values = values[present] if present.any() else np.zeros((1, one.dim), np.float32)
@@ -401,7 +402,7 @@ def _flat(column: pa.ChunkedArray) -> pa.Array:
 
 def _offsets(column: pa.ChunkedArray) -> np.ndarray:
     lengths = column.combine_chunks().value_lengths().fill_null(0).to_numpy() if len(column) else np.zeros(0, int)
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return offsets_of(lengths)
 
 
 def _floats(values: pa.Array) -> np.ndarray:
@@ -410,15 +411,3 @@ def _floats(values: pa.Array) -> np.ndarray:
 
 def _take(values: np.ndarray, at: np.ndarray) -> np.ndarray:
     return values[at] if len(values) else np.zeros(at.shape, values.dtype)
-
-
-def _padded(offsets: np.ndarray, rows: np.ndarray, latest: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """(B, width) flat positions of each row's entries (0 at pads) and the mask of real ones; `latest` keeps the last
-    so many."""
-    start, end = offsets[rows], offsets[rows + 1]
-    if latest is not None:
-        start = np.maximum(start, end - latest)
-    width = int((end - start).max(initial=0))
-    at = start[:, None] + np.arange(width)
-    mask = at < end[:, None]
-    return np.where(mask, at, 0), mask

@@ -138,13 +138,6 @@ def encoder_of(tokenizer: Any) -> PieceEncoder:
     return _ENCODERS[tokenizer]
 
 
-def ragged_rows(offsets: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the elements of `rows` of a ragged array, and their new offsets."""
-    lengths = offsets[rows + 1] - offsets[rows]
-    new = np.concatenate([[0], np.cumsum(lengths)])
-    return np.repeat(offsets[rows] - new[:-1], lengths) + np.arange(new[-1]), new
-
-
 def _turns_to_drop(
     offsets: np.ndarray, ends: np.ndarray, sid: np.ndarray, last_learned: np.ndarray, need: np.ndarray
 ) -> np.ndarray:

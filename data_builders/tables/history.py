@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sidtune.core.errors import ConfigError, DataError, nearest
+from sidtune.core.ragged import Ragged
 
 ACTIONS = ("order", "like", "click", "cart", "follow", "share", "dwell", "view")
 STRENGTH = {"order": 0, "like": 1, "click": 2}
@@ -26,33 +27,6 @@ if TYPE_CHECKING:  # pyarrow's classes take no parameters at run time
     Ids: TypeAlias = Sequence[str] | pa.Array[Any] | pa.ChunkedArray[Any]
 else:
     Ids = Sequence[str] | pa.Array | pa.ChunkedArray
-
-
-@dataclass(frozen=True)
-class Ragged:
-    """Lists of row numbers of different lengths, end to end.
-
-    Attributes:
-        offsets: (n+1,) int64; list i is `rows[offsets[i]:offsets[i+1]]`.
-        rows: (total,) int64 row numbers of the events table.
-    """
-
-    offsets: np.ndarray
-    rows: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, place: int) -> np.ndarray:
-        if not -len(self) <= place < len(self):
-            raise IndexError(place)
-        place %= len(self)
-        return self.rows[self.offsets[place] : self.offsets[place + 1]]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """(n,) int64 length of each list."""
-        return np.diff(self.offsets)
 
 
 @dataclass(frozen=True)

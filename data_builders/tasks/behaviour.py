@@ -20,7 +20,8 @@ import pyarrow as pa
 from datasets import Dataset
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.data_builders.prompts.encoding import encoder_of, ragged_rows
+from sidtune.core.ragged import taken
+from sidtune.data_builders.prompts.encoding import encoder_of
 from sidtune.data_builders.tasks.input import TaskInput, Turns, as_list, heads, one_array, render_turns, rows_of
 
 _PIECES_AT_A_TIME = 2_000_000
@@ -135,7 +136,7 @@ def _windowed(
     offsets, past, users = _window(data, requests, rows, max_history)
     if need_history:
         kept = np.flatnonzero(np.diff(offsets) > 0)
-        place, offsets = ragged_rows(offsets, kept)
+        place, offsets = taken(offsets, kept)
         past, users, rows = past[place], users.take(pa.array(kept)), rows[kept]
         target = None if target is None else target[kept]
     else:

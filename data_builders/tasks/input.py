@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sidtune.core.errors import ConfigError, DataError
+from sidtune.core.ragged import Ragged
 from sidtune.data_builders.prompts.encoding import SID_TEXT
 from sidtune.data_builders.prompts.serializer import Serializer
 from sidtune.data_builders.tables.history import History, TimeCut, action_strength
@@ -32,17 +33,10 @@ ALL_TURNS = 1_000_000  # "no limit" for builders that want a number
 LABELS = ("order", "like", "click")  # strongest first
 
 
-class RaggedLike(Protocol):
-    """Lists of row numbers: `offsets` (n+1,) and `rows` (total,), both int64."""
-
-    offsets: np.ndarray
-    rows: np.ndarray
-
-
 class HistoryLike(Protocol):
     """What the tasks need of `History`."""
 
-    def before(self, user_ids: Any, times: np.ndarray, max_len: int | None = None) -> RaggedLike: ...
+    def before(self, user_ids: Any, times: np.ndarray, max_len: int | None = None) -> Ragged: ...
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from sidtune.core.errors import ConfigError
+from sidtune.core.ragged import pad
 from sidtune.data_builders.prompts.encoding import encode_prompts, token_ids
 from sidtune.data_builders.tasks.reasoning import leaks, mark_ids, marked
 from sidtune.decoding.beam_search import sid_beam_search
@@ -205,12 +206,8 @@ class Reasoner:
         return self.retriever.tokenizer.eos_token_id if pad is None else pad
 
     def _pad(self, rows: list[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        width = max(map(len, rows))
-        ids = torch.full((len(rows), width), self._pad_id, dtype=torch.int64)
-        mask = torch.zeros(len(rows), width, dtype=torch.int64)
-        for place, row in enumerate(rows):
-            ids[place, width - len(row) :], mask[place, width - len(row) :] = torch.tensor(list(row)), 1
-        return ids, mask
+        ids, mask = pad(rows, self._pad_id)
+        return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
 @dataclass(frozen=True)

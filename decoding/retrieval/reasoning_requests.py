@@ -101,8 +101,3 @@ def drawn(count: int, limit: int | None, seed: int) -> np.ndarray:
     if limit is None or limit >= count:
         return np.arange(count)
     return np.sort(np.random.default_rng(seed).choice(count, limit, replace=False))
-
-
-def shared(count: int, state: Any) -> np.ndarray:
-    """The rows of this process."""
-    return np.arange(count)[state.process_index :: state.num_processes]

@@ -18,6 +18,7 @@ import pyarrow as pa
 import torch
 
 from sidtune.core.errors import DataError
+from sidtune.core.ragged import pad
 from sidtune.data_builders.prompts.serializer import Serializer
 from sidtune.decoding.beam_search import sid_beam_search
 from sidtune.decoding.filters import RequestFilter
@@ -256,16 +257,9 @@ class SidRetriever:
         return self._tries[trie]
 
     def _pad(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        length = max(map(len, rows))
-        pad = self.tokenizer.pad_token_id
-        pad = 0 if pad is None else pad
+        fill = self.tokenizer.pad_token_id or 0
         # Encoder-decoders read padding on the right, decoder-only models need the prompt's end at the edge.
-        left = not getattr(self.model.config, "is_encoder_decoder", False)
-        ids = np.full((len(rows), length), pad, dtype=np.int64)
-        mask = np.zeros((len(rows), length), dtype=np.int64)
-        for place, row in enumerate(rows):
-            part = slice(length - len(row), length) if left else slice(0, len(row))
-            ids[place, part], mask[place, part] = row, 1
+        ids, mask = pad(rows, fill, left=not getattr(self.model.config, "is_encoder_decoder", False))
         return torch.from_numpy(ids), torch.from_numpy(mask)
 
 

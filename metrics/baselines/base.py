@@ -21,8 +21,9 @@ import pyarrow.compute as pc
 import scipy.sparse as sp
 
 from sidtune.core.errors import ConfigError, DataError
+from sidtune.core.ragged import Ragged
 from sidtune.metrics.baselines.tables import action_weights, event_counts, item_rows, popularity_order
-from sidtune.metrics.ranking import RaggedRows, Relevance
+from sidtune.metrics.ranking import Relevance
 
 _BLOCK = 1 << 20  # scores held at once
 _DENSE = 1 / 16  # from this share of scored items on, partial sorting of whole rows beats sorting the scored ones
@@ -39,10 +40,10 @@ class BaselineRequests:
     """
 
     queries: Sequence[str | None]
-    history: RaggedRows
+    history: Ragged
 
     @classmethod
-    def from_events(cls, queries: Any, history: RaggedRows, events: pa.Table, items: pa.Table) -> BaselineRequests:
+    def from_events(cls, queries: Any, history: Ragged, events: pa.Table, items: pa.Table) -> BaselineRequests:
         """From a history of event rows (`History.before`) to one of item rows.
 
         Args:

@@ -30,8 +30,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sidtune.core.errors import ConfigError, DataError
+from sidtune.core.ragged import Ragged
 from sidtune.metrics.baselines.tables import Folder, event_counts, training_events
-from sidtune.metrics.ranking import RaggedRows
 from sidtune.metrics.statistics.bootstrap import bootstrap_interval
 
 SHARES = (0.5, 0.9)
@@ -61,7 +61,7 @@ class SliceRow:
 def build_slices(
     folder: Folder,
     requests: pa.Table,
-    relevance: RaggedRows,
+    relevance: Ragged,
     history_lengths: Any,
     shares: tuple[float, float] = SHARES,
     frequent: int = FREQUENT,
@@ -108,9 +108,7 @@ def popularity_groups(counts: Any, shares: tuple[float, float] = SHARES) -> np.n
     return group[level_of_item]
 
 
-def popularity_slices(
-    counts: Any, relevance: RaggedRows, shares: tuple[float, float] = SHARES
-) -> dict[str, np.ndarray]:
+def popularity_slices(counts: Any, relevance: Ragged, shares: tuple[float, float] = SHARES) -> dict[str, np.ndarray]:
     """Masks (R,) by the group of the most clicked relevant item; a request without relevant items is in none."""
     groups = popularity_groups(counts, shares)
     offsets, rows = np.asarray(relevance.offsets), np.asarray(relevance.rows, dtype=np.int64)

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from sidtune.core.errors import DataError
 from sidtune.data_builders.post_ranking.schema import PostRankRequest
@@ -68,8 +67,3 @@ def tensors(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: torch.from_numpy(np.ascontiguousarray(one)) for key, one in value.items()}
     return torch.from_numpy(np.ascontiguousarray(value))
-
-
-def padded_ids(rows: list[list[int]], width: int, fill: int, left: bool) -> Tensor:
-    """Rows of one width, (B, width) int64."""
-    return torch.tensor([[fill] * (width - len(r)) + r if left else r + [fill] * (width - len(r)) for r in rows])

@@ -23,10 +23,11 @@ from transformers import AutoTokenizer
 
 from sidtune.core.errors import ConfigError, DataError, nearest
 from sidtune.core.folders import read_json, write_json
+from sidtune.core.ragged import pad
 from sidtune.data_builders.post_ranking.schema import PostRankBatch, PostRankRequest
 from sidtune.data_builders.prompts.encoding import bos_id, token_ids
 from sidtune.data_builders.prompts.sanitizer import Sanitizer, added_token_ids
-from sidtune.models.post_ranking.arrays import field_value, fitted, main_target, marked, padded_ids, presented, tensors
+from sidtune.models.post_ranking.arrays import field_value, fitted, main_target, marked, presented, tensors
 from sidtune.models.post_ranking.config import FieldSpec, PostRankConfig
 from sidtune.models.post_ranking.files import find_folder
 from sidtune.models.post_ranking.losses import ADAPTATION, AUX, IGNORE, MAIN
@@ -378,10 +379,8 @@ class PostRankProcessor:
         self, rows: list[_Row], arrays: dict, said: list[_Input], task: str, answers: bool, side: str, parts: bool
     ) -> dict[str, Any]:
         width, left = max(len(row.ids) for row in rows), side == "left"
-        pad = self.config.end_token_id
-        learn = padded_ids([row.learn for row in rows], width, -1, left)
-        ids = padded_ids([row.ids for row in rows], width, pad, left)
-        mask = padded_ids([[1] * len(row.ids) for row in rows], width, 0, left)
+        learn = tensors(pad([row.learn for row in rows], -1, left, width)[0])
+        ids, mask = map(tensors, pad([row.ids for row in rows], self.config.end_token_id, left, width))
         if self.words:
             arrays = {**arrays, "user_fields": {}, "item_fields": {}}
         inputs = {

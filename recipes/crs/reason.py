@@ -22,6 +22,7 @@ from sidtune.core.config import as_dict, check_range, command
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import write_folder, write_json, write_run, writes
 from sidtune.core.pipeline import Step
+from sidtune.core.ragged import gathered, own_rows
 from sidtune.metrics.baselines.relevance import LABELS, check_labels, relevance_of
 from sidtune.metrics.ranking import RankingResult, check_metrics, evaluate_ranking
 
@@ -87,9 +88,8 @@ def main(arguments: Arguments) -> None:
     """Reasons, searches, measures."""
     import torch
     from accelerate import PartialState
-    from accelerate.utils import gather_object
 
-    from sidtune.decoding.retrieval.reasoning_requests import drawn, load_requests, shared
+    from sidtune.decoding.retrieval.reasoning_requests import drawn, load_requests
 
     # Several CPU processes form a group only when told that the CPU is meant.
     started, state = time.time(), PartialState(cpu=not torch.accelerator.is_available())
@@ -107,13 +107,10 @@ def main(arguments: Arguments) -> None:
         _ = found.reasoner.marks  # a tokenizer without them is refused before the work starts
     found = found.take(drawn(len(found.item), arguments.max_requests, arguments.seed))
     found.reasoner.retriever.model.to(state.device)
-    mine = shared(len(found.item), state)
-    parts = gather_object([(mine, *_answers(arguments, found, mine, state.is_main_process))])
+    mine = own_rows(len(found.item), state.process_index, state.num_processes)
+    answers = gathered(mine, *_answers(arguments, found, mine, state.is_main_process))
     if state.is_main_process:
-        order = np.argsort(np.concatenate([part[0] for part in parts]))
-        leaves, scores, closed = (np.concatenate([part[n] for part in parts])[order] for n in (1, 2, 3))
-        texts = [text for part in parts for text in part[4]]
-        _write(arguments, found, leaves, scores, closed, [texts[row] for row in order.tolist()], started)
+        _write(arguments, found, *answers, started)
 
 
 def _answers(arguments: Arguments, found: Any, rows: np.ndarray, show: bool) -> tuple[Any, ...]:

@@ -25,6 +25,7 @@ from sidtune.core.config import as_dict, check_range, command
 from sidtune.core.errors import ConfigError, DataError, nearest
 from sidtune.core.folders import write_folder, write_run, writes
 from sidtune.core.pipeline import Step, check_there
+from sidtune.core.ragged import own_rows
 from sidtune.data_builders.tasks.input import rows_of
 
 FILE = "trajectories.jsonl"
@@ -130,12 +131,12 @@ def _sampled(arguments: Arguments, found: Any, state: Any) -> tuple[list[tuple[i
     from tqdm.auto import tqdm
 
     from sidtune.decoding.retrieval.reasoner import sample_trajectories
-    from sidtune.decoding.retrieval.reasoning_requests import drawn, shared
+    from sidtune.decoding.retrieval.reasoning_requests import drawn
 
     if arguments.hard_set is not None:
         found = found.take(hard_rows(arguments.hard_set, found.requests["request_id"]))
     found = found.take(drawn(len(found.item), arguments.max_requests, arguments.seed))
-    mine = shared(len(found.item), state)
+    mine = own_rows(len(found.item), state.process_index, state.num_processes)
     found = found.take(mine)
     prompts = found.reasoner.prompts(found.pieces(np.arange(len(mine))))
     with tqdm(total=len(prompts), desc="sampling", unit="request", disable=not state.is_main_process) as bar:

@@ -24,6 +24,7 @@ from sidtune.core.config import as_dict, check_range, command
 from sidtune.core.errors import ConfigError, DataError, SidtuneError
 from sidtune.core.folders import write_folder, write_json, write_run, writes
 from sidtune.core.pipeline import Step, check_there
+from sidtune.core.ragged import gathered, own_rows
 from sidtune.data_builders.tables.history import History
 from sidtune.data_builders.tables.store import DataFolder, load_folder
 from sidtune.metrics.baselines.base import BaselineRequests
@@ -219,22 +220,18 @@ def _choose(data: DataFolder, arguments: Arguments) -> pa.Table:
 
 
 def _rank_with_model(arguments: Arguments, model_dir: str, data: DataFolder, requests: pa.Table, state: Any):
-    from accelerate.utils import gather_object
-
     from sidtune.decoding.items import BeamOutput, rank_items
     from sidtune.decoding.retrieval.loading import load_retriever, prompts_of
 
     retriever = load_retriever(model_dir, arguments.sids_dir, data, whole=True)
     retriever.model.to(state.device)
-    mine = np.arange(requests.num_rows)[state.process_index :: state.num_processes]
+    mine = own_rows(requests.num_rows, state.process_index, state.num_processes)
     prompts = prompts_of(retriever, data, requests.take(mine))
     begin = time.time()
     with tqdm(total=len(prompts), desc="decoding", unit="request", disable=not state.is_main_process) as bar:
         beams = retriever.beams(prompts, arguments.num_beams, arguments.batch_size, progress=bar.update)
     seconds = time.time() - begin
-    parts = gather_object([(mine, beams.leaves.numpy(), beams.scores.numpy())])
-    order = np.argsort(np.concatenate([part[0] for part in parts]))
-    leaves, values = (np.concatenate([part[n] for part in parts])[order] for n in (1, 2))
+    leaves, values = gathered(mine, beams.leaves.numpy(), beams.scores.numpy())
     if leaves.max() >= retriever.trie.num_leaves:
         raise SidtuneError("The decoder returned a SID outside the catalogue; this is a defect, please report it.")
     import torch

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sidtune.core.errors import ConfigError
+from sidtune.core.ragged import pad
 from sidtune.decoding.trie import SidTrie
 from sidtune.trainers.grpo.config import DebiasedGRPOConfig
 
@@ -217,9 +218,5 @@ class RolloutMaker:
 
 def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
     """(n, longest) ids and mask, padded on the left."""
-    longest = max(map(len, rows))
-    ids = np.full((len(rows), longest), pad_token_id, np.int64)
-    mask = np.zeros((len(rows), longest), np.int64)
-    for row, values in enumerate(rows):
-        ids[row, longest - len(values) :], mask[row, longest - len(values) :] = values, 1
+    ids, mask = pad(rows, pad_token_id)
     return torch.from_numpy(ids), torch.from_numpy(mask)

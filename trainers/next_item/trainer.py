@@ -32,6 +32,7 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from sidtune.core.errors import ConfigError, DataError
+from sidtune.core.ragged import gathered, own_rows
 from sidtune.data_builders.sequences.item_sequences import ItemSequences, SequenceExamples
 from sidtune.decoding.next_item.ranking import HistoryRanker
 from sidtune.metrics.ranking import RankingResult, Relevance, evaluate_ranking
@@ -230,14 +231,11 @@ class NextItemTrainer(FiniteSteps, Trainer):
 
     def measured(self) -> RankingResult:
         """Metrics of the network as it is on the validation users; the processes share the users."""
-        from accelerate.utils import gather_object
-
-        mine = np.arange(len(self.valid))[self.args.process_index :: self.args.world_size]
+        mine = own_rows(len(self.valid), self.args.process_index, self.args.world_size)
         part = SequenceExamples(*(getattr(self.valid, n)[mine] for n in ("starts", "stops", "firsts", "users")))
         ranked, _ = self.ranker.rank(self.accelerator.unwrap_model(self.model), part, 10)
-        found = gather_object([(mine, ranked)]) if self.args.world_size > 1 else [(mine, ranked)]
-        order = np.argsort(np.concatenate([places for places, _ in found]))
-        return measure_targets(np.concatenate([rows for _, rows in found])[order], self.ranker.sequences, self.valid)
+        (whole,) = gathered(mine, ranked)
+        return measure_targets(whole, self.ranker.sequences, self.valid)
 
     def take_best(self) -> None:
         """Leaves the weights of the best evaluation in the network. Raises DataError when there was none."""

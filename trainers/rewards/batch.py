@@ -25,6 +25,7 @@ import numpy as np
 
 from sidtune.core.config import check_keys, check_types
 from sidtune.core.errors import ConfigError, DataError
+from sidtune.core.ragged import side_by_side, taken
 from sidtune.trainers.rewards.registry import REWARDS
 
 Reward = Callable[..., np.ndarray]
@@ -79,21 +80,16 @@ class Targets:
     def take(self, rows: np.ndarray) -> Targets:
         """The targets of chosen rows, in their order; a row may be taken several times (`np.repeat` for G rollouts)."""
         rows = np.asarray(rows, np.int64)
-        lengths = np.diff(self.offsets)[rows]
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        place = np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        place, offsets = taken(self.offsets, rows)
         return Targets(offsets, self.leaves[place], self.gains[place])
 
     @cached_property
     def padded(self) -> tuple[np.ndarray, np.ndarray]:
         """(R, T') leaves, -1 where there is none, and (R, T') gains, 0 there; T' is the largest number of a row, at least 1."""
-        lengths = np.diff(self.offsets)
-        width = max(1, int(lengths.max(initial=0)))
-        leaves, gains = np.full((len(self), width), -1, np.int64), np.zeros((len(self), width))
-        row = np.repeat(np.arange(len(self)), lengths)
-        place = np.arange(len(self.leaves)) - np.repeat(self.offsets[:-1], lengths)
-        leaves[row, place], gains[row, place] = self.leaves, self.gains
-        return leaves, gains
+        place, mask = side_by_side(self.offsets)
+        if not mask.shape[1]:
+            return np.full((len(self), 1), -1, np.int64), np.zeros((len(self), 1))
+        return np.where(mask, self.leaves[place], -1), np.where(mask, self.gains[place], 0.0)
 
 
 @dataclass(frozen=True)
