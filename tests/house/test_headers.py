@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import shlex
 from pathlib import Path
@@ -43,11 +44,14 @@ def read(line: str) -> tuple[Script, list[str], dict]:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_the_header_is_a_command_that_is_accepted(file, monkeypatch):
+def test_the_header_is_a_command_that_is_accepted(file, monkeypatch, tmp_path):
     """All checks of the script before its work run; steps of pipelines are resolved too."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("SIDTUNE_DATA", "/data")
-    script, options, launch = read(header(file))
+    monkeypatch.setenv("SIDTUNE_DATA", str(tmp_path))
+    for name in ("amazon_office", "instruments"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "instruments" / "Instruments.sasrec-32d.npy").touch()
+    script, options, launch = read(os.path.expandvars(header(file)))
     if file.startswith("accelerate_configs/"):
         assert launch["--config_file"] == file
     else:

@@ -233,7 +233,7 @@ def test_one_value_of_a_step_s_config_file_can_be_changed(tmp_path):
     stages = steps[3].config.stages
     assert stages[1]["args"] == {**pipeline()["steps"][3]["args"]["stages"][1]["args"], "max_steps": 5}
     assert stages[0] == pipeline()["steps"][3]["args"]["stages"][0] and steps[3].config.prompt_max_length == 256
-    with pytest.raises(ConfigError, match="element 7 of a list of 2"):
+    with pytest.raises(ConfigError, match="element '7' of a list of 2"):
         run.resolve(parse(run.RunArguments, [*argv, "--steps.3.args.stages.7.name", "x"]))
 
 
@@ -344,7 +344,8 @@ def _kill_tree(pid: int) -> None:
 def test_a_failing_step_is_one_sentence_and_exit_code_2(tmp_path):
     values = pipeline()
     values["steps"] = values["steps"][:1]
-    values["steps"][0]["args"] = {"reader": "sidtune", "path": str(tmp_path / "nothing")}
+    values["steps"][0]["args"] = {"reader": "sidtune", "path": str(tmp_path / "empty")}
+    (tmp_path / "empty").mkdir()
     process = start(write_pipeline(tmp_path / "p.yaml", values), tmp_path / "out")
     out, _ = process.communicate(timeout=200)
     assert process.returncode == 2
