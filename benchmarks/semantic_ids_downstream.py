@@ -26,7 +26,7 @@ from sidtune.core.folders import read_json
 from sidtune.data_builders.sequences.source import SequenceSource
 from sidtune.data_builders.tables.store import load_folder
 from sidtune.decoding.next_item.ensembles import fit_baseline
-from sidtune.decoding.next_item.ranking import HistoryRanker, SidCatalogue
+from sidtune.decoding.next_item.ranking import HistoryRanker, SequenceCatalogue
 from sidtune.metrics.statistics.bootstrap import PairedResult, paired_bootstrap
 from sidtune.metrics.statistics.compare import MODEL as OURS
 from sidtune.models.next_item.network import NextItemConfig, make_network
@@ -159,7 +159,7 @@ def train_and_score(
 def items_model(source: Source, folder: Path, work: Path, seed: int, baselines: list[str]) -> dict[str, Any]:
     """The same with a network of `recipes/next_item`; no item of the user's history is recommended, by no system."""
     tables, sequences = SequenceSource(source.path, source.reader, source.options).read()
-    catalogue = SidCatalogue.of(SemanticIds.from_pretrained(folder / "sids"), sequences)
+    catalogue = SequenceCatalogue.of(SemanticIds.from_pretrained(folder / "sids"), sequences)
     sizes = catalogue.sids.level_sizes
     rows = NextItemRows(sequences, sequences.whole_examples(source.max_length), catalogue.codes, sizes)
     shape = {"width": source.hidden, "layers": source.layers, "feed_forward": 2 * source.hidden}

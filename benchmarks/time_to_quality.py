@@ -35,7 +35,7 @@ import torch
 
 from sidtune.data_builders.sequences.item_sequences import ItemSequences, SequenceExamples
 from sidtune.data_builders.sequences.source import SequenceSource
-from sidtune.decoding.next_item.ranking import HistoryRanker, SidCatalogue
+from sidtune.decoding.next_item.ranking import HistoryRanker, SequenceCatalogue
 from sidtune.models.next_item.network import NextItemConfig, make_network
 from sidtune.tokenizers.sids.sequence_sids import make_sids
 from sidtune.trainers.next_item.data import NextItemRows
@@ -51,7 +51,7 @@ class Setup:
     """Data, shapes and how long to train."""
 
     sequences: ItemSequences
-    catalogue: SidCatalogue
+    catalogue: SequenceCatalogue
     shapes: dict[str, dict[str, Any]]
     epochs: float
     whole_epochs: float
@@ -103,7 +103,7 @@ def make_setup(quick: bool, path: str, epochs: float, whole_epochs: float) -> Se
     """The data of `path` with its published SIDs, a network of 0.1 (quick) or about 1 million parameters."""
     source = SequenceSource(path)
     _, sequences = source.read()
-    catalogue = SidCatalogue.of(make_sids({"name": "published"}, source, sequences), sequences)
+    catalogue = SequenceCatalogue.of(make_sids({"name": "published"}, source, sequences), sequences)
     if quick:
         decoder = {"network": "tokens", "width": 48, "layers": 2, "heads": 2, "feed_forward": 96, "dropout": 0.1}
         t5 = {

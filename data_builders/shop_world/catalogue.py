@@ -25,7 +25,7 @@ def stream(config: ShopWorldConfig, name: str, *parts: int) -> np.random.Generat
 
 
 @dataclass(frozen=True)
-class Catalogue:
+class ShopCatalogue:
     """Items as arrays; row number = order of item ids. C leaves, D departments, N items.
 
     Attributes:
@@ -71,7 +71,7 @@ class Catalogue:
         return np.stack([self.colour, N_COLOURS + self.style, N_COLOURS + N_STYLES + self.material], axis=1)
 
 
-def make_catalogue(config: ShopWorldConfig) -> Catalogue:
+def make_catalogue(config: ShopWorldConfig) -> ShopCatalogue:
     """Draws the catalogue from stream `catalogue`."""
     rng = stream(config, "catalogue")
     D, L, N = config.n_departments, config.leaves_per_department, config.n_items
@@ -102,7 +102,7 @@ def make_catalogue(config: ShopWorldConfig) -> Catalogue:
     popularity_rank[np.argsort(-appeal, kind="stable")] = np.arange(N)
     launched_late = (rng.random(N) < config.launch_share) & (config.n_periods > 1)
     launch_period = np.where(launched_late, rng.integers(1, max(config.n_periods, 2), N), 0)
-    return Catalogue(
+    return ShopCatalogue(
         leaf_department=leaf_department,
         leaf_group=leaf_group,
         leaf_weight=leaf_weight,
@@ -177,7 +177,7 @@ def price_bucket(price_level: np.ndarray) -> np.ndarray:
     return np.digitize(price_level, [-0.43, 0.43])
 
 
-def item_table(config: ShopWorldConfig, catalogue: Catalogue) -> pa.Table:
+def item_table(config: ShopWorldConfig, catalogue: ShopCatalogue) -> pa.Table:
     """The items table; counts are null (statistics are taken from the past when a split is made)."""
     nouns = leaf_nouns(config)
     bucket = price_bucket(catalogue.price_level)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sidtune.data_builders.shop_world.catalogue import Catalogue, stream
+from sidtune.data_builders.shop_world.catalogue import ShopCatalogue, stream
 from sidtune.data_builders.shop_world.config import ShopWorldConfig
 from sidtune.data_builders.shop_world.requests import HOME, Requests
 from sidtune.data_builders.shop_world.users import Users
@@ -84,7 +84,7 @@ class Ranker:
 
     @classmethod
     def make(
-        cls, config: ShopWorldConfig, catalogue: Catalogue, users: Users, requests: Requests, depth: int
+        cls, config: ShopWorldConfig, catalogue: ShopCatalogue, users: Users, requests: Requests, depth: int
     ) -> Ranker:
         home = requests.kind == HOME
         inputs = np.stack(
@@ -114,7 +114,7 @@ class Ranker:
 
 
 def _ranker_score(
-    config: ShopWorldConfig, catalogue: Catalogue, users: Users, inputs: np.ndarray, static: np.ndarray
+    config: ShopWorldConfig, catalogue: ShopCatalogue, users: Users, inputs: np.ndarray, static: np.ndarray
 ) -> np.ndarray:
     """(n, N) score of every item for distinct ranker inputs; -inf before its launch."""
     scope, asked, brand, place, daypart, period = inputs.T

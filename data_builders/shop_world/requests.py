@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from sidtune.data_builders.shop_world import words
-from sidtune.data_builders.shop_world.catalogue import N_COLOURS, N_STYLES, VALUES, Catalogue, leaf_nouns, stream
+from sidtune.data_builders.shop_world.catalogue import N_COLOURS, N_STYLES, VALUES, ShopCatalogue, leaf_nouns, stream
 from sidtune.data_builders.shop_world.config import DAY, ShopWorldConfig
 from sidtune.data_builders.shop_world.users import Users
 
@@ -63,7 +63,7 @@ class Requests:
         user, time, period: user row, unix seconds, drift period.
         place, daypart, device, kind: numbers into `PLACES`, `DAYPARTS`, `DEVICES`, `KINDS`.
         leaf: the leaf that prompted the request. Feedback depends on it only through `scope`.
-        scope: row of `Catalogue.relation`: a leaf, C + department, or C + D when the request names no category.
+        scope: row of `ShopCatalogue.relation`: a leaf, C + department, or C + D when the request names no category.
         asked: number into `VALUES`, -1 for none. brand: asked brand, -1 for none.
         noun, order: which synonym and which word order are typed.
     """
@@ -119,7 +119,7 @@ def request_times(config: ShopWorldConfig, users: Users, draws: RequestDraws) ->
     return user[order], time[order]
 
 
-def make_requests(config: ShopWorldConfig, catalogue: Catalogue, users: Users, draws: RequestDraws) -> Requests:
+def make_requests(config: ShopWorldConfig, catalogue: ShopCatalogue, users: Users, draws: RequestDraws) -> Requests:
     """Draws the requests, vectorised, in chunks of `QUERY_CHUNK`."""
     user, time = request_times(config, users, draws)
     seconds = time - config.start_time
@@ -153,7 +153,7 @@ def _softmax_weights(logits: np.ndarray) -> np.ndarray:
 
 def _asked_value(
     config: ShopWorldConfig,
-    catalogue: Catalogue,
+    catalogue: ShopCatalogue,
     taste: np.ndarray,
     kind: np.ndarray,
     leaf: np.ndarray,
@@ -175,7 +175,7 @@ def _asked_value(
 
 def _asked_brand(
     config: ShopWorldConfig,
-    catalogue: Catalogue,
+    catalogue: ShopCatalogue,
     taste: np.ndarray,
     kind: np.ndarray,
     leaf: np.ndarray,
@@ -219,7 +219,7 @@ def _query_text(
     return (f"{words.BRANDS[brand]} {name}", f"{name} {words.BRANDS[brand]}", f"{name} by {words.BRANDS[brand]}")[order]
 
 
-def context_lists(config: ShopWorldConfig, catalogue: Catalogue, requests: Requests) -> pa.ListArray:
+def context_lists(config: ShopWorldConfig, catalogue: ShopCatalogue, requests: Requests) -> pa.ListArray:
     """(R,) name/value lists: place, device, daypart, page, and the department on a browse page."""
     browse = requests.kind == BROWSE
     page = np.select([requests.kind == HOME, browse], [1, 2], 0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from sidtune.data_builders.shop_world.catalogue import Catalogue, item_ids
+from sidtune.data_builders.shop_world.catalogue import ShopCatalogue, item_ids
 from sidtune.data_builders.shop_world.config import ShopWorldConfig
 from sidtune.data_builders.shop_world.logging_policy import Log
 from sidtune.data_builders.shop_world.requests import Requests, context_lists
@@ -19,7 +19,7 @@ _ACTIONS = ("click", "like", "order")
 
 
 def request_table(
-    config: ShopWorldConfig, catalogue: Catalogue, requests: Requests, log: Log, ids: pa.Array, queries: pa.Array
+    config: ShopWorldConfig, catalogue: ShopCatalogue, requests: Requests, log: Log, ids: pa.Array, queries: pa.Array
 ) -> pa.Table:
     """The requests table: one row per request in order of time, candidates in order of position (from 0)."""
     n, size = log.item.shape

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from sidtune.data_builders.shop_world import words
-from sidtune.data_builders.shop_world.catalogue import N_COLOURS, N_STYLES, Catalogue, numbered, stream
+from sidtune.data_builders.shop_world.catalogue import N_COLOURS, N_STYLES, ShopCatalogue, numbered, stream
 from sidtune.data_builders.shop_world.config import ShopWorldConfig
 from sidtune.data_builders.tables.schema import table_from_columns
 
@@ -48,7 +48,7 @@ class Users:
     daypart_shift: np.ndarray
 
 
-def make_users(config: ShopWorldConfig, catalogue: Catalogue) -> Users:
+def make_users(config: ShopWorldConfig, catalogue: ShopCatalogue) -> Users:
     """Draws the users from stream `users`."""
     rng = stream(config, "users")
     U, D, C = config.n_users, config.n_departments, config.n_leaves

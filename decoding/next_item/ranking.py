@@ -26,7 +26,7 @@ _MOST_BEAMS = 8192  # beams of all histories in one pass
 
 
 @dataclass(frozen=True)
-class SidCatalogue:
+class SequenceCatalogue:
     """A catalogue's SIDs in the row order of the sequences, ready for training and search.
 
     Attributes:
@@ -41,7 +41,7 @@ class SidCatalogue:
     leaf_of: np.ndarray
 
     @classmethod
-    def of(cls, sids: SemanticIds, sequences: ItemSequences) -> SidCatalogue:
+    def of(cls, sids: SemanticIds, sequences: ItemSequences) -> SequenceCatalogue:
         """Brings SIDs into the row order of `sequences`; items of one SID stand by their training count, then by id.
 
         Raises:
@@ -71,7 +71,7 @@ class HistoryRanker:
     """
 
     sequences: ItemSequences
-    catalogue: SidCatalogue
+    catalogue: SequenceCatalogue
     num_beams: int = 30
     batch_items: int = 4096
     exclude_seen: bool = False

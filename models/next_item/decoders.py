@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sidtune.models.next_item.blocks import Block, KeyValues, block_flops
-from sidtune.models.next_item.network import NextItemConfig, NextItemNetwork, Targets, item_mask
+from sidtune.models.next_item.network import NextItemConfig, NextItemNetwork, NextTargets, item_mask
 
 
 def _blocks(config: NextItemConfig, count: int) -> nn.ModuleList:
@@ -67,12 +67,12 @@ class TokenDecoder(NextItemNetwork):
             past.append(pair)
         return self.norm(x), past, seen
 
-    def forward(self, **batch: Tensor) -> Targets:
+    def forward(self, **batch: Tensor) -> NextTargets:
         states, _, _ = self._run(batch)
         row, place = batch["learn"].nonzero(as_tuple=True)
         before = place * self.config.depth - 1 + int(self.users is not None)
         logits = [self.level_logits(states[row, before + level], level) for level in range(self.config.depth)]
-        return Targets(logits, states[row, before])
+        return NextTargets(logits, states[row, before])
 
     def read(self, **batch: Tensor) -> TokenMemory:
         states, past, seen = self._run(batch)
@@ -133,11 +133,11 @@ class ItemDecoder(NextItemNetwork):
         x = self.code_norm(x)
         return [self.level_logits(x[:, level], level) for level in range(x.shape[1])]
 
-    def forward(self, **batch: Tensor) -> Targets:
+    def forward(self, **batch: Tensor) -> NextTargets:
         row, place = batch["learn"].nonzero(as_tuple=True)
         states = self._run(batch)[row, place - 1]
         prefixes = batch.get("target_codes", batch["codes"])[row, place, :-1]
-        return Targets(self._write(states, prefixes), states)
+        return NextTargets(self._write(states, prefixes), states)
 
     def read(self, **batch: Tensor) -> Tensor:
         states, count = self._run(batch), (batch["segments"] >= 0).sum(dim=1)

@@ -93,7 +93,7 @@ class NextItemConfig:
 
 
 @dataclass(frozen=True)
-class Targets:
+class NextTargets:
     """What a network says about the P targets of a batch, in the order of `learn.nonzero()`.
 
     Attributes:
@@ -160,8 +160,8 @@ class NextItemNetwork(nn.Module, abc.ABC):
         return self.users(users % self.config.user_tokens)[:, None]
 
     @abc.abstractmethod
-    def forward(self, **batch: Tensor) -> Targets:
-        """All targets of the batch; see `Targets`."""
+    def forward(self, **batch: Tensor) -> NextTargets:
+        """All targets of the batch; see `NextTargets`."""
 
     @abc.abstractmethod
     def read(self, **batch: Tensor) -> Any:

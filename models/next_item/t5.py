@@ -25,7 +25,7 @@ from transformers import T5Config
 from transformers.models.t5.modeling_t5 import T5Stack
 
 from sidtune.core.errors import ConfigError
-from sidtune.models.next_item.network import NextItemConfig, NextItemNetwork, Targets, item_mask
+from sidtune.models.next_item.network import NextItemConfig, NextItemNetwork, NextTargets, item_mask
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class NextItemT5(NextItemNetwork):
         ).last_hidden_state
         return found.view(rows, width, length + 1, -1)
 
-    def forward(self, **batch: Tensor) -> Targets:
+    def forward(self, **batch: Tensor) -> NextTargets:
         learn, depth = batch["learn"], self.config.depth
         count = learn.sum(dim=1)
         history = batch
@@ -138,7 +138,7 @@ class NextItemT5(NextItemNetwork):
         codes = batch.get("target_codes", batch["codes"]).gather(1, slot[..., None].expand(-1, -1, depth))
         ago = (slot[..., None] - place.div(depth, rounding_mode="floor")).where(segments[:, None] != -2, 0)
         found = self._decode(states, visible, ago, codes[..., :-1])[filled]
-        return Targets([self.level_logits(found[:, level], level) for level in range(depth)], found[:, 0])
+        return NextTargets([self.level_logits(found[:, level], level) for level in range(depth)], found[:, 0])
 
     def read(self, **batch: Tensor) -> T5Memory:
         states, segments = self._encode(batch)

@@ -206,12 +206,12 @@ class Rankings:
 
 def load_member(arguments: Arguments, name: str, seed: int, sequences: ItemSequences) -> NetworkMember:
     """A trained system with its search."""
-    from sidtune.decoding.next_item.ranking import HistoryRanker, SidCatalogue
+    from sidtune.decoding.next_item.ranking import HistoryRanker, SequenceCatalogue
     from sidtune.models.next_item.network import load_network
     from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 
     folder = arguments.folder(seed, name)
-    catalogue = SidCatalogue.of(SemanticIds.from_pretrained(folder / "sids"), sequences)
+    catalogue = SequenceCatalogue.of(SemanticIds.from_pretrained(folder / "sids"), sequences)
     ranker = HistoryRanker(sequences, catalogue, arguments.num_beams)
     return NetworkMember(load_network(folder), ranker, arguments.system(name).max_history)
 
@@ -224,14 +224,14 @@ def where(
     examples: SequenceExamples,
 ) -> dict[str, Any]:
     """Figures of each row by slices of the users, with the SIDs of the first trained system; see `sequence_slices`."""
-    from sidtune.decoding.next_item.ranking import SidCatalogue
+    from sidtune.decoding.next_item.ranking import SequenceCatalogue
     from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 
     trained = [arguments.folder(seed, name) for name in arguments.systems for seed in arguments.seeds]
     first = next((folder for folder in trained if (folder / RUN_FILE).exists()), None)
     if first is None:
         return {}
-    codes = SidCatalogue.of(SemanticIds.from_pretrained(first / "sids"), sequences).codes
+    codes = SequenceCatalogue.of(SemanticIds.from_pretrained(first / "sids"), sequences).codes
     found = {}
     for name, rankings in ranks.items():
         values = per_user[name]

@@ -40,7 +40,7 @@ def trainable(arguments: Arguments, sequences: ItemSequences) -> list[str]:
     Raises:
         DataError: a file that is malformed, ambiguous or does not cover the catalogue; no system is left.
     """
-    from sidtune.decoding.next_item.ranking import SidCatalogue
+    from sidtune.decoding.next_item.ranking import SequenceCatalogue
 
     kept, source = [], arguments.data()
     folder = Path(source.path)
@@ -51,7 +51,7 @@ def trainable(arguments: Arguments, sequences: ItemSequences) -> list[str]:
             print(f"{name} is left out: {folder} has no file {pattern}, which it needs for {what}.", flush=True)
             continue
         if spec["name"] == PUBLISHED:
-            SidCatalogue.of(make_sids(spec, source, sequences), sequences)
+            SequenceCatalogue.of(make_sids(spec, source, sequences), sequences)
         else:
             item_vectors(spec, source, sequences)
         kept.append(name)
@@ -73,7 +73,7 @@ def fit(arguments: Arguments, name: str, seed: int, sequences: ItemSequences) ->
     """Trains one system with one seed and writes its folder, unless it is there already."""
     import torch
 
-    from sidtune.decoding.next_item.ranking import HistoryRanker, SidCatalogue
+    from sidtune.decoding.next_item.ranking import HistoryRanker, SequenceCatalogue
     from sidtune.models.next_item.network import make_network
     from sidtune.trainers.next_item.data import NextItemRows
     from sidtune.trainers.next_item.trainer import train_next_item
@@ -85,7 +85,7 @@ def fit(arguments: Arguments, name: str, seed: int, sequences: ItemSequences) ->
         print(f"{folder}: unchanged, skipped", flush=True)
         return
     on_main(lambda: check_output(folder, "next_item"))
-    catalogue = SidCatalogue.of(make_sids(system.sids, arguments.data(), sequences), sequences)
+    catalogue = SequenceCatalogue.of(make_sids(system.sids, arguments.data(), sequences), sequences)
     sizes = catalogue.sids.level_sizes
     shape, noise, settings = system.parts(f"systems.{name}", list(sizes), len(sequences.item_ids))
     rows = NextItemRows(sequences, examples_of(system, sequences), catalogue.codes, sizes, noise, system.packed)

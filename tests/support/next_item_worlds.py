@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from sidtune.data_builders.sequences.item_sequences import ItemSequences
-from sidtune.decoding.next_item.ranking import SidCatalogue
+from sidtune.decoding.next_item.ranking import SequenceCatalogue
 from sidtune.models.next_item.network import NextItemConfig, NextItemNetwork, make_network
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 
@@ -44,11 +44,11 @@ def random_sequences(users: int = 9, items: int = 30, seed: int = 0) -> ItemSequ
     return ItemSequences(ids, [f"u{n}" for n in range(users)], offsets, draw.integers(0, items, offsets[-1]))
 
 
-def random_catalogue(sequences: ItemSequences, seed: int = 0) -> SidCatalogue:
+def random_catalogue(sequences: ItemSequences, seed: int = 0) -> SequenceCatalogue:
     """Random SIDs of three levels, some of them shared."""
     draw = np.random.default_rng(seed)
     codes = np.stack([draw.integers(0, size, len(sequences.item_ids)) for size in SIZES], axis=1)
-    return SidCatalogue.of(SemanticIds(sequences.item_ids, codes.astype(np.int32), SIZES), sequences)
+    return SequenceCatalogue.of(SemanticIds(sequences.item_ids, codes.astype(np.int32), SIZES), sequences)
 
 
 def small_network(kind: str, items: int = 30, seed: int = 0, **fields: Any) -> NextItemNetwork:
@@ -62,7 +62,7 @@ def small_network(kind: str, items: int = 30, seed: int = 0, **fields: Any) -> N
     return network
 
 
-def one_history(catalogue: SidCatalogue, rows: np.ndarray, user: int) -> dict[str, torch.Tensor]:
+def one_history(catalogue: SequenceCatalogue, rows: np.ndarray, user: int) -> dict[str, torch.Tensor]:
     """A batch of one history."""
     found = torch.from_numpy(np.asarray(rows, dtype=np.int64))[None]
     codes = torch.from_numpy(catalogue.codes)[found]

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.decoding.next_item.ranking import HistoryRanker
-from sidtune.models.next_item.network import Targets
+from sidtune.models.next_item.network import NextTargets
 from sidtune.trainers.next_item.data import Neighbours, NextItemRows, NoiseConfig, pack
 from sidtune.trainers.next_item.loss import LossConfig, NextItemLoss
 from sidtune.trainers.next_item.trainer import (
@@ -300,7 +300,7 @@ def test_refusals(tmp_path):
     rows = NextItemRows(pair, pair.whole_examples(5), CATALOGUE.codes, SIZES)
     with pytest.raises(DataError, match="no validation target"):
         train_next_item(small_network("items"), rows, HistoryRanker(pair, CATALOGUE), settings(), tmp_path / "b")
-    assert isinstance(small_network("items")(**rows_of().collate([0])), Targets)
+    assert isinstance(small_network("items")(**rows_of().collate([0])), NextTargets)
 
 
 @pytest.mark.parametrize("kind", ["items", "tokens", "t5"])

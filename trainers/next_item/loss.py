@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from sidtune.core.errors import ConfigError
 from sidtune.decoding.trie import SidTrie
-from sidtune.models.next_item.network import NextItemNetwork, Targets
+from sidtune.models.next_item.network import NextItemNetwork, NextTargets
 
 _NEVER = float("-inf")
 
@@ -64,7 +64,9 @@ class NextItemLoss:
         self.trie, self.codes, self.nodes = self.trie.to(device), self.codes.to(device), self.nodes.to(device)
         return self
 
-    def __call__(self, network: NextItemNetwork, targets: Targets, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, network: NextItemNetwork, targets: NextTargets, batch: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """Loss (P,) of each target with all terms, and (P,) its negative log-probability alone, without gradient."""
         row, place = batch["learn"].nonzero(as_tuple=True)
         items = batch["target_rows"][row, place]

@@ -36,7 +36,7 @@ from sidtune.core.errors import ConfigError
 from sidtune.decoding.trie import SidTrie
 from sidtune.trainers.grpo.logps.packing import PackedRows, pack, plain_rows, read_batch
 from sidtune.trainers.grpo.logps.passes import Ability, ability_of, base_model, run_pass
-from sidtune.trainers.grpo.logps.scores import Levels, Scorer, Targets, check_temperature, find_targets
+from sidtune.trainers.grpo.logps.scores import Levels, Scorer, TokenTargets, check_temperature, find_targets
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _run(
     base: nn.Module,
     passes: list[PackedRows],
     tokens: Tensor,
-    targets: Targets,
+    targets: TokenTargets,
     scorer: Scorer,
     ability: Ability,
     packed: bool,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.decoding.engine.model_steps import evaluating
 from sidtune.trainers.grpo.logps.packing import Batch, PackedRows, pack, plain_rows, read_batch
-from sidtune.trainers.grpo.logps.scores import Scorer, Targets
+from sidtune.trainers.grpo.logps.scores import Scorer, TokenTargets
 
 HEAD, LOGITS, ALL_LOGITS = "head", "logits", "all logits"
 _MASKED = ("sdpa", "eager")
@@ -124,7 +124,7 @@ def run_pass(
     base: nn.Module,
     rows: PackedRows,
     tokens: Tensor,
-    targets: Targets,
+    targets: TokenTargets,
     scorer: Scorer,
     ability: Ability,
     packed: bool,
@@ -231,10 +231,10 @@ def _probe_rows(base: nn.Module) -> tuple[Batch, Tensor]:
     return batch, torch.cat([prompts, completions], dim=1).reshape(-1).to(base.get_input_embeddings().weight.device)
 
 
-def _targets(rows: PackedRows, ids: Tensor) -> Targets:
+def _targets(rows: PackedRows, ids: Tensor) -> TokenTargets:
     place = rows.target // 4 * 10 + 6 + rows.target % 4
     none, no = torch.full_like(place, -1), torch.zeros_like(place)
-    return Targets(ids[place], none, no, no, no.bool())
+    return TokenTargets(ids[place], none, no, no, no.bool())
 
 
 def _truth(model: nn.Module, base: nn.Module, rows: PackedRows, ids: Tensor) -> Tensor:

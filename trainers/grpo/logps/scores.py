@@ -29,7 +29,7 @@ _NEVER = float("-inf")
 
 
 @dataclass(frozen=True)
-class Targets:
+class TokenTargets:
     """Tokens to score, N of them.
 
     Attributes:
@@ -46,8 +46,8 @@ class Targets:
     nodes: Tensor
     measured: Tensor
 
-    def __getitem__(self, index: Tensor) -> Targets:
-        return Targets(*(tensor[index] for tensor in vars(self).values()))
+    def __getitem__(self, index: Tensor) -> TokenTargets:
+        return TokenTargets(*(tensor[index] for tensor in vars(self).values()))
 
 
 class Levels:
@@ -83,8 +83,8 @@ class Levels:
 
 def find_targets(
     completion_ids: Tensor, completion_mask: Tensor, levels: Levels | None, sid_start: Tensor | None, measured: Tensor
-) -> Targets:
-    """All (B, C) tokens as flat `Targets`; the SID of row b begins at column `sid_start[b]` (-1: it has none).
+) -> TokenTargets:
+    """All (B, C) tokens as flat `TokenTargets`; the SID of row b begins at column `sid_start[b]` (-1: it has none).
 
     Args:
         measured: (B,) bool, rows whose log Z is wanted.
@@ -110,7 +110,7 @@ def find_targets(
         level[row, column], code[row, column] = steps[step], found_code[row, step]
         node[row, column] = before[row, step]
     measured = measured[:, None] & (level >= 0)
-    return Targets(*(tensor.reshape(-1) for tensor in (completion_ids, level, code, node, measured)))
+    return TokenTargets(*(tensor.reshape(-1) for tensor in (completion_ids, level, code, node, measured)))
 
 
 def _walk(trie: SidTrie, codes: Tensor, fits: Tensor, there: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ class Scorer:
     float32: bool = False
 
     def from_states(
-        self, states: Tensor, targets: Targets, head: nn.Module, call: Callable[[Tensor], Tensor]
+        self, states: Tensor, targets: TokenTargets, head: nn.Module, call: Callable[[Tensor], Tensor]
     ) -> Tensor:
         """(N, 1 + entropy + log_z) float32 from the (N, d) states in front of the head, one per target.
 
@@ -163,7 +163,7 @@ class Scorer:
         return self._from_states(states, targets, head, call)
 
     def _from_states(
-        self, states: Tensor, targets: Targets, head: nn.Module, call: Callable[[Tensor], Tensor]
+        self, states: Tensor, targets: TokenTargets, head: nn.Module, call: Callable[[Tensor], Tensor]
     ) -> Tensor:
         matrix = _matrix_of(head, self.levels)
         if matrix is None:
@@ -179,7 +179,7 @@ class Scorer:
             out = out.index_put((sid,), self._with_log_z(scored, states[sid], targets[sid], matrix))
         return out
 
-    def _over_vocabulary(self, states: Tensor, targets: Targets, matrix: _Matrix) -> Tensor:
+    def _over_vocabulary(self, states: Tensor, targets: TokenTargets, matrix: _Matrix) -> Tensor:
         """(N, 1 + entropy + log_z); log Z is 0, since every token is legal."""
         outputs = ("log_probs", "entropy") if self.entropy else ("log_probs",)
         weight, bias = matrix.whole()
@@ -190,7 +190,7 @@ class Scorer:
         columns = [log_probs, *([entropy] if self.entropy else [])]
         return torch.stack([*columns, *([torch.zeros_like(log_probs)] if self.log_z else [])], dim=1)
 
-    def _over_children(self, states: Tensor, targets: Targets, block: Tensor, bias: Tensor | None) -> Tensor:
+    def _over_children(self, states: Tensor, targets: TokenTargets, block: Tensor, bias: Tensor | None) -> Tensor:
         """(N, 1 + entropy) over the legal codes; `block (sum of level sizes, d)` are the head's rows of all codes."""
         blocks = block.split(self.levels.sizes)
         biases = [None] * len(blocks) if bias is None else bias.split(self.levels.sizes)
@@ -202,7 +202,7 @@ class Scorer:
                 out = out.index_put((here,), self._renormalised(logits.float(), targets[here], level))
         return out
 
-    def _renormalised(self, logits: Tensor, targets: Targets, level: int) -> Tensor:
+    def _renormalised(self, logits: Tensor, targets: TokenTargets, level: int) -> Tensor:
         """(N, 1 + entropy) from the (N, level size) logits of one level."""
         codes, _, legal = self.levels.trie.children(targets.nodes, level)
         values = logits / self.temperature
@@ -215,7 +215,7 @@ class Scorer:
         return torch.stack([log_prob, total - (shares * children.masked_fill(~legal, 0)).sum(dim=1)], dim=1)
 
     @torch.no_grad()
-    def _log_mass(self, log_probs: Tensor, states: Tensor, targets: Targets, matrix: _Matrix) -> Tensor:
+    def _log_mass(self, log_probs: Tensor, states: Tensor, targets: TokenTargets, matrix: _Matrix) -> Tensor:
         """(N,) log of the mass on legal codes: both log-probabilities of a token have the same numerator."""
         found = torch.full_like(log_probs, float("nan"))
         chosen = targets.measured.nonzero().flatten()
@@ -224,12 +224,12 @@ class Scorer:
             found[chosen] = whole - log_probs[chosen]
         return found
 
-    def _with_log_z(self, scored: Tensor, states: Tensor, targets: Targets, matrix: _Matrix) -> Tensor:
+    def _with_log_z(self, scored: Tensor, states: Tensor, targets: TokenTargets, matrix: _Matrix) -> Tensor:
         if not self.log_z:
             return scored
         return torch.cat([scored, self._log_mass(scored[:, 0], states, targets, matrix)[:, None]], dim=1)
 
-    def from_logits(self, logits: Tensor, targets: Targets) -> Tensor:
+    def from_logits(self, logits: Tensor, targets: TokenTargets) -> Tensor:
         """The same from (N, vocabulary) logits."""
         logits = logits.float()
         values = logits / self.temperature
