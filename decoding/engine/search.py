@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateBeamEncoderDecoderOutput
 
+from sidtune.core.config import MANY
 from sidtune.core.errors import ConfigError, DataError, nearest
 from sidtune.decoding.engine.model_steps import ModelSteps, evaluating
 from sidtune.decoding.engine.sharing import layout_for
@@ -27,7 +28,9 @@ _PLAIN_NAMES = ("attention_mask",)
 
 
 def check_limits(count_name: str, count: int, max_rows: int | None, memory_budget: int | None) -> None:
-    """Raises ConfigError unless all are at least 1 (None: no limit)."""
+    """Raises ConfigError unless all are at least 1 (None: no limit), and the count one that memory holds."""
+    if count > MANY:
+        raise ConfigError(f"{count_name} must be at most {MANY:,}, got {count:,}; lower it.")
     for name, value in ((count_name, count), ("max_rows", max_rows), ("memory_budget", memory_budget)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}; raise it.")

@@ -77,7 +77,8 @@ class Reasoner:
     def __init__(
         self, retriever: SidRetriever, num_beams: int = 10, max_reasoning_tokens: int = 64, batch_size: int = 32
     ) -> None:
-        self.retriever, self.num_beams, self.batch_size = retriever, num_beams, batch_size
+        self.retriever, self.batch_size = retriever, batch_size
+        self.num_beams = min(num_beams, retriever.trie.num_leaves)
         self.max_reasoning_tokens = max_reasoning_tokens
         self._sid_ids = torch.tensor(retriever.vocabulary.sid_token_ids.tolist())
         tokenizer = retriever.tokenizer

@@ -137,13 +137,14 @@ class SidRetriever:
             narrowings: what each prompt takes out of `trie`.
 
         Returns:
-            leaves and scores (R, K) on the CPU.
+            leaves and scores (R, K) on the CPU; K is the number of SIDs where there are fewer.
         """
         ids = self.prompter.encode(prompts)
         order = np.argsort([-len(row) for row in ids], kind="stable")
+        trie = self.trie if trie is None else trie
+        num_beams = min(num_beams, max(1, trie.num_leaves))
         leaves = torch.full((len(ids), num_beams), -1, dtype=torch.int64)
         scores = torch.full((len(ids), num_beams), -torch.inf)
-        trie = self.trie if trie is None else trie
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             input_ids, mask = self._pad([ids[row] for row in rows])
@@ -190,7 +191,7 @@ class SidRetriever:
             beams = self.beams(
                 [prompts[place] for place in places], num_beams, batch_size, scope.trie, progress, narrowings
             )
-            widest = max(targets[place].k for place in places)
+            widest = min(max(targets[place].k for place in places), len(self.sids))
             hidden = [narrowing.hidden for narrowing in narrowings]
             rows, scores = rank_items(beams, scope.leaves, widest, exclude=hidden)
             for place, own_rows, own_scores in zip(places, rows, scores, strict=True):

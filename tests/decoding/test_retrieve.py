@@ -142,6 +142,13 @@ def test_a_random_part_of_a_split_is_answered_as_in_the_whole(shop, tmp_path):
     assert rows and all(whole[row["request_id"]] == row["items"] for row in rows)
 
 
+def test_a_million_places_are_bounded_by_the_catalogue(retriever):
+    """More places and beams than items give all items, as fast and in as little memory as the catalogue needs."""
+    every = retriever.search("red", k=len(retriever.sids))
+    assert [h.item_id for h in retriever.search("red", k=10**6, num_beams=10**6)] == [h.item_id for h in every]
+    assert len(every) == len(retriever.sids)
+
+
 def test_step_folders_can_be_asked_too_and_run_wide_filters_hold(shop, retriever, tmp_path):
     ids, stock = retriever.sids.item_ids, tmp_path / "stock.parquet"
     pq.write_table(pa.table({"item_id": ids[:70]}), stock)
@@ -357,7 +364,7 @@ def test_what_is_unknown_can_be_ignored(shop, retriever, tmp_path):
     [
         ([], "Give either requests"),
         (["--requests", "a.jsonl", "--data_dir", "b"], "Give either requests"),
-        (["--requests", "a.jsonl", "--k", "0"], "k must be at least 1"),
+        (["--requests", "a.jsonl", "--k", "0"], "k must be from 1 to 1,000,000"),
         (["--requests", "a.jsonl", "--shard_size", "0"], "shard_size must be at least 1"),
         (["--requests", "a.jsonl", "--unknown_items", "skip"], "unknown_items must be error or ignore"),
         (["--requests", "a.jsonl", "--num_beam", "3"], "did you mean 'num_beams'?"),
