@@ -113,7 +113,7 @@ def check_output(
     nearest = next(place for place in (final, *final.parents) if os.path.lexists(place))
     try:
         for place in {nearest, nearest if nearest != final else final.parent}:
-            tempfile.TemporaryDirectory(prefix=".sidtune.partial-", dir=place).cleanup()
+            tempfile.TemporaryFile(dir=place).close()  # it has no name, so a stop here leaves nothing
     except OSError as error:
         told = f"{nearest}: {error.strerror}"
         raise ConfigError(f"The output folder {path} cannot be written ({told}); name another folder.") from None
