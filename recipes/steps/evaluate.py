@@ -116,6 +116,7 @@ def main(arguments: Arguments) -> None:
     import torch
     from accelerate import PartialState
 
+    from sidtune.decoding.retrieval.model_folder import ModelFolder
     from sidtune.metrics.report.html import console_table
 
     # Several CPU processes form a group only when told that the CPU is meant.
@@ -126,15 +127,18 @@ def main(arguments: Arguments) -> None:
             f"ks: {max(arguments.ks):,} places, but the catalogue has {data.items.num_rows:,} items; lower it."
         )
     requests = _choose(data, arguments)
+    compared, others = _compared(arguments, requests, data), {}
+    for folder in (arguments.model_dir, arguments.start_dir):
+        if folder is not None:  # strangers are refused before anything is decoded
+            ModelFolder.open(folder, arguments.sids_dir, data, whole=True)
     ranked, scores, decoding = _rank_with_model(arguments, arguments.model_dir, data, requests, state)
-    others = {}
     if arguments.start_dir is not None:
         others[arguments.start_name], _, _ = _rank_with_model(arguments, arguments.start_dir, data, requests, state)
     if not state.is_main_process:
         return
+    others |= compared
     relevance = relevance_of(requests, data.items, arguments.labels)
     history = History(data.events).before(requests["user_id"], requests["time"].to_numpy())
-    others |= _compared(arguments, requests, data)
     predictions = {
         MODEL: ranked,
         **others,
