@@ -256,7 +256,7 @@ def test_rounds_go_on_while_they_gain(values, tmp_path):
     assert stage["file"] == str(output / "round_2/trajectories/trajectories.jsonl") and len(stage["sha256"]) == 64
     # Prompts are rendered as the aligned model knows them.
     assert by_name["cold_start/sft"].config.prompt_max_history == 3
-    assert by_name["cold_start/sft"].config.templates == str(tmp_path / "sft/templates")
+    assert by_name["cold_start/sft"].config.templates == str(tmp_path / "sft/stage_1_align/templates")
     assert by_name["aligned/valid"].config.reasoning is False and by_name["round_1/valid"].config.reasoning is True
 
 
