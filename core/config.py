@@ -119,7 +119,8 @@ def check_range(config: Any, least: float, *names: str, most: float = MANY) -> N
         value = getattr(config, name)
         for one in value if isinstance(value, (list, tuple)) else [value]:
             if one is not None and not least <= one <= most:
-                raise ConfigError(f"{name} must be from {least:,} to {most:,}, got {one}; correct it.")
+                limit = f"at least {least:,}" if one < least else f"at most {most:,}"
+                raise ConfigError(f"{name} must be {limit}, got {one}; correct it.")
 
 
 def check_types(cls: type, values: dict[str, Any], where: str) -> None:

@@ -89,7 +89,7 @@ class Arguments:
         if not 0 <= self.held_out_share < 1:
             raise ConfigError(f"held_out_share is a share in [0, 1), got {self.held_out_share}.")
         build(DriftLimits, self.limits, "limits")
-        if self.encoder:
+        if "path" in self.encoder:
             made_by(ENCODERS, {"name": "precomputed", **self.encoder})
         if self.collisions:
             made_by(COLLISIONS, {"name": "expand", **self.collisions})

@@ -325,7 +325,7 @@ REFUSED = {
     ),
     "unknown only": ({"only": ["x"]}, "no system 'x'"),
     "same name": ({"baselines": ["popularity", "items"]}, "different names"),
-    "few beams": ({"num_beams": 5}, "10 or more"),
+    "few beams": ({"num_beams": 5}, "at least 10"),
     "windows needed": ({"systems": {"a": {"network": {"network": "t5", "causal_encoder": False}}}}, "takes windows"),
     "packed users": ({"systems": {"a": {"packed": 30, "network": {"user_tokens": 3}}}}, "no user token"),
     "twice a seed": ({"seeds": [1, 1]}, "different integers"),
@@ -386,7 +386,10 @@ def test_a_faulty_source_is_refused_before_any_training(tmp_path, monkeypatch, f
 def test_the_grpo_pipeline_of_the_recipe_is_valid(repo_root, tmp_path, monkeypatch):
     from sidtune.core import pipeline as run
 
-    monkeypatch.setenv("SIDTUNE_DATA", str(tmp_path))
+    (tmp_path / "data" / "instruments").mkdir(parents=True)
+    (tmp_path / "data" / "instruments" / "Instruments.sasrec-32d.npy").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SIDTUNE_DATA", str(tmp_path / "data"))
     file = repo_root / "recipes" / "next_item" / "instruments" / "grpo_pipeline.yaml"
     steps = run.resolve(run.RunArguments(**yaml.safe_load(file.read_text()), root=str(file.parent)))
     assert [step.name for step in steps] == ["data", "sids", "model", "sft", "grpo", "eval"]
