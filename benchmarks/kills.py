@@ -243,9 +243,8 @@ def commands(root: Path) -> dict[str, Callable[[Path], None]]:
         "count": 60,
         "candidates": 4,
     }
-    language = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 24}
     training = {
-        "scratch": language, "vocab_size": 320, "train": "all", "adaptation_trains": "all", "d_h": 8, "max_history": 2,
+        "backbone": f"{root}/model", "lora": {"r": 4, "alpha": 4, "dropout": 0.1}, "d_h": 8, "max_history": 2,
         "adaptation": {**_SAVING, "max_steps": 4, "per_device_train_batch_size": 4},
         "post_rank": {**_SAVING, "per_device_train_batch_size": 4},
     }  # fmt: skip

@@ -155,14 +155,9 @@ def start_model(
     rows: np.ndarray,
     adapter: str,
     seed: int,
-    folder: Path | None = None,
     kept: Path | None = None,
 ) -> tuple[Any, Any]:
-    """(language model with fresh adapters, tokenizer) before any training on the table.
-
-    Args:
-        folder: checkpoints of the drill. kept: folder that keeps the drilled backbone, see `_kept`.
-    """
+    """(language model with fresh adapters, tokenizer) before any training on the table; `kept`: see `train_variant`."""
     import torch
 
     from sidtune.models.post_ranking.model import PostRankForCausalLM
@@ -176,13 +171,12 @@ def start_model(
     if training.backbone is None:
         tokenizer = train_lm_tokenizer(_texts(table, rows), vocab_size=training.vocab_size)
         language_model = build_model(training.scratch, tokenizer, seed=seed)
-        if training.drill and folder is None:
+        if training.drill and kept is None:
             raise ConfigError("training: the drill needs a folder for its checkpoints; give one, or leave `drill` out.")
         if training.drill:
             most = min(training.max_candidates, int(np.diff(table.candidate_offsets)[rows].max()))
-            told = _kept(
-                language_model, kept, lambda: drilled(language_model, tokenizer, most, folder, seed, **training.drill)
-            )
+            given = (language_model, tokenizer, most)
+            told = _kept(language_model, kept / "drill", lambda folder: drilled(*given, folder, seed, **training.drill))
             line = {"direction": told["direction"], "bias": told["bias"]}
     else:
         tokenizer, language_model = load_tokenizer(training.backbone), load_plain(training.backbone)
@@ -216,30 +210,34 @@ def train_variant(
     Args:
         table: of `table_for`.
         kept: folder that keeps what several variants start from: the drilled backbone, and the model behind feature adaptation,
-            which depends on adapter and query vectors only. None keeps nothing.
+            which depends on adapter and query vectors only. Default `folder`.
 
     Returns:
         (model, processor, {step → seconds and last losses}).
     """
+    import torch
+
     from sidtune.models.post_ranking.files import add_lora
     from sidtune.models.post_ranking.processor import PostRankProcessor
     from sidtune.trainers.post_ranking.trainer import adapt_features, learn_to_post_rank, paper_arguments
 
-    drill = None if kept is None else kept / "drill"
-    model, tokenizer = start_model(training, table, rows, variant.adapter, seed, folder / "drill", drill)
+    kept = kept or folder
+    model, tokenizer = start_model(training, table, rows, variant.adapter, seed, kept)
     processor = PostRankProcessor(tokenizer, model.config, max_history=training.max_history, words=variant.words)
     told = {}
     if variant.adaptation:
-        args = paper_arguments(folder / "adaptation", **{"seed": seed, **training.adaptation})
+        changes = {"seed": seed, **training.adaptation}
+        given, trains = (model, processor, table, rows), training.adaptation_trains
         told["adaptation"] = _kept(
             model,
-            None if kept is None else kept / f"adapted_{variant.adapter}_{table.d_q}",
-            lambda: _told(adapt_features(model, processor, table, rows, args, train=training.adaptation_trains)),
+            kept / f"adapted_{variant.adapter}_{table.d_q}",
+            lambda folder: _told(adapt_features(*given, paper_arguments(folder, **changes), train=trains)),
         )
     if training.train == "lora":
         model.requires_grad_(False)
         for parameter in model.adapter_parameters():
             parameter.requires_grad_(True)
+        torch.manual_seed(seed)  # new factors are the same whether the adaptation was trained just now or read
         model = add_lora(model, **training.lora)
     else:
         model.requires_grad_(True)
@@ -261,15 +259,18 @@ def train_variant(
     return trainer.model.eval(), processor, told
 
 
-def _kept(model: Any, folder: Path | None, train: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Trains the model, or reads it where an earlier variant has left it; returns what there is to tell of the training."""
+def _kept(model: Any, folder: Path, train: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """Trains the model, or reads it where an earlier variant has left it; returns what there is to tell of the training.
+
+    Args:
+        train: gets the folder of the checkpoints.
+    """
     from safetensors.torch import load_model, save_model
 
-    if folder is None:
-        return train()
     work = Work(folder, {})  # what it depends on is in its name
     if not work.is_done():
-        told = train()
+        work.begin()
+        told = train(work.checkpoints)
         with work.finish("post_rank_shared") as scratch:
             save_model(model, str(scratch / "model.safetensors"))
             write_run(scratch, step="post_rank_shared", config={}, metrics=told)

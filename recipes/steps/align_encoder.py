@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 
 from sidtune.core.config import as_dict, build, check_range, command
 from sidtune.core.errors import ConfigError
-from sidtune.core.folders import read_json, write_folder, write_json, write_run, writes
+from sidtune.core.folders import write_json, write_run, writes
 from sidtune.core.processes import launch, on_main
 from sidtune.core.resume import Work, identity_of
 from sidtune.data_builders.mining.alignment_pairs import MiningConfig, held_out_pairs
@@ -40,7 +40,7 @@ from sidtune.trainers.contrastive.sources import (
 )
 
 logger = logging.getLogger(__name__)
-REPORT_FILE, PAIRS_FILE, SOURCE_FILE = "report.json", "pairs.npz", "source.json"
+REPORT_FILE, PAIRS_FILE = "report.json", "pairs.npz"
 
 
 @dataclass
@@ -129,27 +129,32 @@ def main(arguments: Arguments) -> None:
         check_encoder(
             load_encoder(arguments.backbone, arguments.revision)[0], _pooling(arguments), arguments.max_length
         )
-    on_main(lambda: work.begin(lambda folder: _prepare(arguments, folder)))
-    source, texts = _load_source(work.folder), texts_of(load_folder(arguments.data_dir).items)
-    model, tokenizer = _backbone(arguments, source.queries, texts)
-    pooling = _pooling(arguments)
-    check_encoder(model, pooling, arguments.max_length)
+    shape = (_pooling(arguments), arguments.max_length)
+    record = on_main(lambda: work.begin(lambda folder: _prepare(arguments, folder, shape)))
+    with np.load(work.folder / PAIRS_FILE, allow_pickle=False) as arrays:
+        pairs = dict(arrays)
+    source = AlignmentSource(record["queries"], pairs, pairs.pop("scores"), record["told"])
+    model, tokenizer = load_encoder(str(work.folder / "start"))
+    texts = texts_of(load_folder(arguments.data_dir).items)
     examples = AlignedExamples(source.queries, texts, source.pairs, source.scores)
-    shape = (pooling, arguments.max_length)
-    on_main(lambda: _save_start(work.folder / "start", model, tokenizer, *shape))
     trainer = train_aligned(model, tokenizer, examples, args, arguments.loss_config, *shape)
     trained = trainer.accelerator.unwrap_model(trainer.model)
     on_main(lambda: _write(arguments, work, trained, tokenizer, shape, trainer.state.log_history, source, started))
 
 
-def _prepare(arguments: Arguments, work: Path) -> None:
-    """Main process: the pairs."""
+def _prepare(arguments: Arguments, work: Path, shape: tuple[str, int]) -> dict[str, Any]:
+    """Main process: the pairs and the untrained model; returns queries and what there is to tell of the mining."""
+    from sidtune.trainers.contrastive.trainer import check_encoder, save_aligned
+
     data = load_folder(arguments.data_dir)
     source = _source(arguments, data)
     for note in source.told["notes"]:
         logger.warning("%s", note)
     np.savez(work / PAIRS_FILE, scores=source.scores, **source.pairs)
-    write_json(work / SOURCE_FILE, {"queries": source.queries, "told": source.told})
+    model, tokenizer = _backbone(arguments, source.queries, texts_of(data.items))
+    check_encoder(model, *shape)
+    save_aligned(work / "start", model, tokenizer, *shape)
+    return {"queries": source.queries, "told": source.told}
 
 
 def _source(arguments: Arguments, data: DataFolder) -> AlignmentSource:
@@ -167,13 +172,6 @@ def _base(arguments: Arguments, texts: list[str]) -> Any:
     from sidtune.tokenizers.registry import ENCODERS
 
     return made_by(ENCODERS, {"name": "tfidf_svd", **arguments.base}, arguments.seed).fit(texts)
-
-
-def _load_source(work: Path) -> AlignmentSource:
-    record = read_json(work / SOURCE_FILE)
-    with np.load(work / PAIRS_FILE, allow_pickle=False) as arrays:
-        pairs = {name: arrays[name] for name in arrays.files}
-    return AlignmentSource(record["queries"], pairs, pairs.pop("scores"), record["told"])
 
 
 def _backbone(arguments: Arguments, queries: list[str], texts: list[str]) -> tuple[Any, Any]:
@@ -194,16 +192,6 @@ def _pooling(arguments: Arguments) -> str:
         return arguments.pooling
     named = None if arguments.backbone is None else saved_pooling(arguments.backbone, arguments.revision)
     return named or "mean"
-
-
-def _save_start(folder: Path, model: Any, tokenizer: Any, pooling: str, max_length: int) -> None:
-    """Main process: the untrained model, for the report; a resumed run has it already."""
-    from sidtune.trainers.contrastive.trainer import save_aligned
-
-    if folder.is_dir():
-        return
-    with write_folder(folder, "align_encoder_start") as scratch:
-        save_aligned(scratch, model, tokenizer, pooling, max_length)
 
 
 def _write(

@@ -20,6 +20,7 @@ from sidtune.models.post_ranking.ranker import PostRanker
 from sidtune.recipes.llm4pr import post_rank
 from sidtune.recipes.llm4pr.post_rank import Arguments, main
 from sidtune.recipes.llm4pr.systems import VARIANTS, Training, requests_of, start_model, table_for, train_variant
+from sidtune.tokenizers.base_models.from_scratch import build_model, train_lm_tokenizer
 from sidtune.trainers.post_ranking import trainer as post_rank_steps
 
 STEPS, TRAINING = tiny_training(3)
@@ -160,6 +161,19 @@ def test_variants_of_one_adapter_share_their_adaptation(ratings, tmp_path, monke
         assert told["adaptation"]["steps"] == 3
     assert len(made) == 3  # once for each adapter, and once where nothing was kept
     assert all((states[1][key] == states[3][key]).all() for key in states[1])
+
+
+def test_new_factors_do_not_depend_on_who_trained_the_adaptation(ratings, tmp_path):
+    """A run that was stopped behind the adaptation reads it, an uninterrupted one has just trained it."""
+    table = load_source(movielens(ratings)).table
+    tokenizer = train_lm_tokenizer(["a b c d e f"] * 50, vocab_size=300)
+    build_model({**TRAINING["scratch"]}, tokenizer).save_pretrained(tmp_path / "backbone")
+    tokenizer.save_pretrained(tmp_path / "backbone")
+    lora = {"backbone": str(tmp_path / "backbone"), "train": "lora", "adaptation_trains": "adapters", "lora": {"r": 2}}
+    given = (VARIANTS["llm4pr"], Training(**{**TRAINING, **lora}), table, table.rows_of("train"), 0)
+    states = [train_variant(*given, tmp_path / name, tmp_path / "kept")[0].state_dict() for name in ("one", "two")]
+    assert any("lora_A" in name for name in states[0])
+    assert all((states[0][name] == states[1][name]).all() for name in states[0])
 
 
 def test_a_variant_changes_only_what_it_names(ratings):
