@@ -164,7 +164,7 @@ def test_models_and_sids_that_do_not_belong_together(shop, tmp_path, capsys):
     learn_sids.main(parse(learn_sids.Arguments, [str(word) for word in argv]))
     words = ["--sids_dir", other, "--output_dir", tmp_path / "out", "--num_beams", "10", "--ks", "[10]"]
     text = refused(evaluate, [*inputs(shop, "data_dir", "model_dir"), *words], capsys, tmp_path)
-        assert "[8, 8, 8]" in text and "[4, 4]" in text and str(shop / "model") in text and str(other) in text
+    assert "[8, 8, 8]" in text and "[4, 4]" in text and str(shop / "model") in text and str(other) in text
 
 
 def test_damaged_model_folders(shop, tmp_path, capsys):
