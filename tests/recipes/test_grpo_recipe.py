@@ -232,7 +232,7 @@ def test_gains_and_position_bias_reach_the_targets(steps, tmp_path):
         ({"args": {"prest": "strict"}}, "did you mean 'preset'"),
         ({"gains": {"flor": 0.1}}, "did you mean 'floor'"),
         ({"lora": {"r": 4}}, "LoRA options need train: lora"),
-        ({"max_requests": 0}, "max_requests must be from 1 to"),
+        ({"max_requests": 0}, "max_requests must be at least 1"),
     ],
 )
 def test_wrong_options_are_told_before_any_work(steps, tmp_path, changes, words):

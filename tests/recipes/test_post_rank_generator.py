@@ -92,9 +92,8 @@ def test_the_table_has_the_sorted_and_the_best_list(shop, tmp_path):
     assert record["each_seed"]["initial"] == [pytest.approx(clicks["initial"])]
     # Without simulated sessions nobody knows the clicks.
     wide = {**chosen.source, "label": "logged", "candidates": 40, "num_beams": 60, "train": 60}
-    logged = arguments(shop, tmp_path / "l", variants=[], save=[], primary=CLICKS, source=wide)
     with pytest.raises(ConfigError, match="only simulated sessions have"):
-        post_rank.main(logged)
+        arguments(shop, tmp_path / "l", variants=[], save=[], primary=CLICKS, source=wide)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +107,7 @@ def test_the_table_has_the_sorted_and_the_best_list(shop, tmp_path):
         ({"source": {"kind": "generator", "label": "bets"}}, "did you mean 'best'"),
         ({"source": {"kind": "generator", "sessions": {"interactions": 1}}}, "interaction"),
         ({"source": {"kind": "generator", "test": 0}}, "at least 1"),
-        ({"samples": 20}, "samples >= 100"),
+        ({"samples": 20}, "samples of at least 100"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_starts(shop, tmp_path, changes, message):
