@@ -35,7 +35,10 @@ OPTIONS = [
     ("build_data", {**HUB, "options": {"items": {"data_files": "{root}/so*.jsonl"}}}, "options.items.data_files", "file"),
     ("build_data", {**HUB, "path": "json", "options": {"items": {"data_files": "some.jsonl"}}}, "options.items.data_files", "file"),
     ("learn_sids", {"encoder": {"name": "precomputed", "path": "v.npy"}}, "encoder.path", "file"),
-    ("learn_sids", {"encoder": {"name": "precomputed", "path": "v.npy", "align": "ids", "ids_path": "ids.txt"}}, "encoder.ids_path", "file"),
+    (
+        "learn_sids", {"encoder": {"name": "precomputed", "path": "v.npy", "align": "ids", "ids_path": "ids.txt"}},
+        "encoder.ids_path", "file",
+    ),
     ("learn_sids", {"encoder": {"name": "transformers", "model": "my-encoder"}}, "encoder.model", "folder"),
     ("learn_sids", {"encoder": {"name": "sentence_transformers", "model": "./enc"}}, "encoder.model", "folder"),
     ("learn_sids", {"encoder": {"name": "keyword_fusion", "pool": "words.tsv"}}, "encoder.pool", "file"),
