@@ -124,19 +124,13 @@ class Arguments:
         check_range(self, 0, "seeds", most=2**63)
         check_range(self, 1, "cost_requests", "max_train", "max_test")
         check_bootstrap(self.level, self.samples)
-        self.list_metrics(), self.train_settings(), self.reranker_config(0)
-        if self.primary not in {
-            CLICKS,
-            *(f"{m}@{k}" for m in self.list_metrics().metrics for k in self.list_metrics().ks),
-        }:
+        self.train_settings(), self.reranker_config(0)
+        measured = self.list_metrics()
+        if self.primary not in {CLICKS, *(f"{m}@{k}" for m in measured.metrics for k in measured.ks)}:
             raise ConfigError(f"primary is '{self.primary}', which metrics do not compute; choose one they do.")
-        simulated = self.source["kind"] == "shop" or (
-            self.source["kind"] == "generator" and self.source.get("label") != "logged"
-        )
+        simulated = self.source["kind"] in ("shop", "generator") and self.source.get("label") != "logged"
         if self.primary == CLICKS and not simulated:
-            raise ConfigError(
-                f"primary is '{CLICKS}', which only simulated sessions have; choose a metric of the lists."
-            )
+            raise ConfigError(f"primary is '{CLICKS}', which only simulated sessions have; choose another metric.")
 
     def whole_source(self) -> dict[str, Any]:
         """The source with the folders given beside it."""
@@ -182,9 +176,9 @@ def preflight(step: Step) -> None:
         check_data(step, largest=options.candidates)
         shop = made is None or getattr(made.config, "reader", "shop_world") == "shop_world"
         if not shop and (config.primary == CLICKS or options.label not in ("auto", "logged")):
+            told = f"'{made.name}' reads '{made.config.reader}'"
             raise ConfigError(
-                f"Expected clicks and labels of sessions need a simulated shop, but '{made.name}' reads '{made.config.reader}'; "
-                "choose a metric of the lists as primary, and label logged or auto."
+                f"primary and label need a simulated shop, but {told}; choose metrics of the lists and logged."
             )
     check_there(step, **{"source.path": config.source.get("path")})
 

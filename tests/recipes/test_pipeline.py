@@ -147,8 +147,10 @@ def test_the_report_shows_the_run(finished):
 
 
 def test_a_report_without_grpo_and_post_ranking_says_so(finished, tmp_path):
-    folders = {f"{name}_dir": str(finished / name) for name in ("data", "sids", "eval")}
-    report.main(report.Arguments(**folders, model_dir=str(finished / "sft"), output_dir=str(tmp_path / "report")))
+    folders = {f"{name}_dir": str(finished / name) for name in ("data", "sids")} | {"model_dir": str(finished / "sft")}
+    few = {"num_beams": 10, "ks": [10], "samples": 200, "baselines": [], "upper_bound": False}
+    evaluate.main(evaluate.Arguments(**folders, output_dir=str(tmp_path / "eval"), **few))
+    report.main(report.Arguments(**folders, eval_dir=str(tmp_path / "eval"), output_dir=str(tmp_path / "report")))
     page = (tmp_path / "report" / "report.html").read_text("utf-8")
     assert "No post-ranking belongs to this report." in page and "KL to the start" not in page
     assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(

@@ -180,7 +180,7 @@ def test_what_cannot_share_a_code_space_is_refused(shop, tmp_path):
     data = load_folder(shop / "data")
     data.requests["train"] = data.requests["train"].slice(0, 0)
     with pytest.raises(DataError, match="have no query; leave queries: true out"):
-        learn_sids._queries(data, make_encoder("tfidf_svd"), make_quantizer("residual_kmeans"))
+        learn_sids._queries(data)
     with pytest.raises(DataError, match="no encoder and quantizer"):
         QueryCoder.from_pretrained(shop / "data")
     loaded = QueryCoder.from_pretrained(shop / "sids")

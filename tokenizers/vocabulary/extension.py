@@ -288,9 +288,7 @@ def check_words(tokens: Sequence[str]) -> None:
     """Raises ConfigError for an extra token that can be none."""
     for token in tokens:
         if not isinstance(token, str) or not token or any(c.isspace() for c in token) or is_sid(token):
-            raise ConfigError(
-                f"An extra token must be a word without white space that is no semantic ID, got {token!r}."
-            )
+            raise ConfigError(f"An extra token must be a word without white space that is no SID, got {token!r}.")
 
 
 def add_plain_tokens(
@@ -341,7 +339,7 @@ def _added(tokens: list[str]) -> list[AddedToken]:
 
 
 def check_options(init: str, multiple: int | None, noise: float = 0.0, shrink: float = 0.0) -> None:
-    """Raises ConfigError for options of `extend_vocabulary` that are none."""
+    """Raises ConfigError for wrong options of `extend_vocabulary`."""
     if init not in INITS:
         raise ConfigError(f"There is no init '{init}' for new token rows: {nearest(str(init), INITS)}")
     if multiple is not None and (not isinstance(multiple, int) or multiple < 1):
