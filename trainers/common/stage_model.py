@@ -86,6 +86,8 @@ class StageModel:
         """
         model = trainer.accelerator.unwrap_model(trainer.model)
         if self.train != "all":
+            if trainer.is_world_process_zero():
+                shutil.rmtree(work / TRAINED_FOLDER, ignore_errors=True)  # what a stop while writing it left
             save_trained(
                 *(model, self.vocabulary, self.tokenizer, work / TRAINED_FOLDER),
                 base_model=self.source,
