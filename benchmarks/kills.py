@@ -314,7 +314,8 @@ def main(argv: list[str] | None = None) -> int:
     def save() -> None:
         if options.json:
             machine = {"machine": platform.platform(), "python": platform.python_version(), "cpus": os.cpu_count()}
-            options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+            lines = ",\n".join(json.dumps(row) for row in rows)
+            options.json.write_text(f'{{"machine": {json.dumps(machine)}, "rows": [\n{lines}\n]}}\n')
 
     with tempfile.TemporaryDirectory() as scratch:
         root = (options.work or Path(scratch)).resolve()
