@@ -156,9 +156,7 @@ def export_engine(
             Nothing is written then.
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ConfigError(
-            "vLLM and SGLang serve decoder-only models this way; serve this one with `sidtune serve`."
-        )
+        raise ConfigError("vLLM and SGLang serve decoder-only models this way; serve this one with `sidtune serve`.")
     if tuple(trie.level_sizes) != tuple(vocabulary.level_sizes):
         raise DataError(
             f"The trie has levels of {list(trie.level_sizes)} codes, the vocabulary of {list(vocabulary.level_sizes)}; "
