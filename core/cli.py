@@ -45,6 +45,9 @@ SHELLS = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs `sidtune WORD OPTIONS...`. A wrong word ends in one sentence that names the nearest command, and exit code 2."""
     words = list(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )  # waiting threads that spin slow each other down on a busy machine
     try:
         if not words or words[0] in ("-h", "--help", "help"):
             print(overview())
@@ -57,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except SidtuneError as error:
         report_error(error)
         sys.exit(2)
+    except BrokenPipeError:  # `sidtune --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def overview() -> str:
@@ -108,6 +113,8 @@ def completion(words: Sequence[str]) -> None:
     """Prints the completion script of a shell, or (`words ...`) the words that may stand where the last one stands."""
     if words and words[0] == "words":
         print("\n".join(candidates(words[1:])))
+    elif words and words[0] in ("-h", "--help"):
+        print('usage: sidtune completion bash|zsh|fish    (to use it: eval "$(sidtune completion bash)")')
     elif len(words) == 1 and words[0] in SHELLS:
         print(SHELLS[words[0]], end="")
     else:

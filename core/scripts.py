@@ -77,5 +77,8 @@ def find_script(name: str) -> Script:
         if same:
             names = ", ".join(script.name for script in same)
             raise ConfigError(f"'{name}' may be any of {names}; write one of these names.")
-    short = {script.name.split(".")[-1]: script for script in known.values()}
-    raise ConfigError(f"there is no script '{name}': {nearest(wanted, [*known, *short])}")
+    short = [script.name.split(".")[-1] for script in known.values() if "." in script.name]
+    close = nearest(wanted, [*known, *short])
+    if not close.startswith("did you mean"):
+        close = nearest(wanted, known)
+    raise ConfigError(f"there is no script '{name}': {close}")
