@@ -24,6 +24,7 @@ import yaml
 
 from sidtune.core.errors import ConfigError, SidtuneError, nearest
 from sidtune.core.processes import end_processes
+from sidtune.core.scripts import find_config
 from sidtune.core.stopping import stoppable
 
 T = TypeVar("T")
@@ -290,13 +291,18 @@ def parse(cls: type[T], argv: Sequence[str] | None = None) -> T:
 
     Args:
         cls: dataclass of a recipe script. A field named `config` is reserved for the YAML path; a field named `root` gets the
-            folder of that file, so that paths in it can start there.
+            folder of that file, so that paths in it can start there. `cls.POSITIONAL` names an option that may come first
+            without its name.
         argv: words of the command line, default `sys.argv[1:]`.
 
     Raises:
         ConfigError: unknown key, wrong type, missing required key, unreadable file.
     """
-    config_path, options, flags = _split_options(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and not words[0].startswith("-") and (option := getattr(cls, "POSITIONAL", None)):
+        words = [f"--{option}", *words]
+    config_path, options, flags = _split_options(words)
+    config_path = find_config(config_path) if config_path else None
     if flags:
         print(help_text(cls))
         sys.exit(0)

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -75,6 +75,7 @@ class RunArguments:
         root: folder that relative config paths start from; default the folder of the pipeline file.
     """
 
+    POSITIONAL: ClassVar[str] = "config"
     steps: list[dict]
     output_dir: str
     name: str = "pipeline"

@@ -82,3 +82,13 @@ def find_script(name: str) -> Script:
     if not close.startswith("did you mean"):
         close = nearest(wanted, known)
     raise ConfigError(f"there is no script '{name}': {close}")
+
+
+def find_config(name: str) -> str:
+    """The YAML file that `name` means: a file, else one of `recipes/` by its path there, else the pipeline of a folder there.
+
+    >>> Path(find_config("quickstart")).parts[-2:]
+    ('quickstart', 'pipeline.yaml')
+    """
+    places = [Path(name), RECIPES / name, RECIPES / f"{name}.yaml", RECIPES / name / "pipeline.yaml"]
+    return str(next((place for place in places if place.is_file()), name))

@@ -9,6 +9,8 @@ from typing import Any
 from sidtune.core.config import build
 from sidtune.core.errors import ConfigError
 from sidtune.core.registry import Registry
+from sidtune.data_builders.tables.schema import Tables
+from sidtune.data_builders.tables.validate import check_tables
 
 READERS = Registry(
     "reader",
@@ -36,3 +38,11 @@ def reader_options(name: str, options: dict[str, Any], path: str | None) -> Any:
     if path is None and inspect.signature(read).parameters["path"].default is inspect.Parameter.empty:
         raise ConfigError(f"The reader '{name}' needs the path of its source; set path.")
     return build(sys.modules[read.__module__].Options, options, f"reader '{name}'")
+
+
+def read_source(name: str, path: str | None, options: dict[str, Any]) -> Tables:
+    """What the reader `name` makes of a source, checked. Raises ConfigError as `reader_options`, DataError with all problems."""
+    reader_options(name, options, path)
+    tables = READERS.get(name)(path, **options)
+    check_tables(tables)
+    return tables
