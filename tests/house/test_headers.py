@@ -91,6 +91,7 @@ READMES = sorted(
     for path in ROOT.rglob("*.md")
     if not {".venv", "runs", "build"} & set(path.relative_to(ROOT).parts)
     for line in commands_in(path.read_text("utf-8"))
+    if "run my_shop/" not in line  # the file that `sidtune new my_shop` writes
 )
 
 
