@@ -20,7 +20,6 @@ reasoning than the aligned model without.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,7 +101,7 @@ def preflight(step: Step) -> None:
     """Refuses what the steps of the loop refuse."""
     for part in Loop(step.config).steps():
         part.before = step.before
-        preflight = getattr(importlib.import_module(part.module), "preflight", None)
+        preflight = getattr(part.script.load(), "preflight", None)
         if preflight is not None:
             preflight(part)
 
@@ -209,10 +208,9 @@ class Loop:
     ) -> Step:
         arguments = self.arguments
         found = find_script(script)
-        module = importlib.import_module(found.module)
         folders = {"data_dir": arguments.data_dir, "sids_dir": arguments.sids_dir, "model_dir": str(model)}
         values = {"seed": arguments.seed, **config, **folders, "output_dir": str(self.output / name)}
-        made = build(module.Arguments, values, where or name)
+        made = build(found.load().Arguments, values, where or name)
         return Step(name, found, made, {role: role for role in folders})
 
     def _do(self, name: str, script: str, config: dict[str, Any], model: str | Path) -> Path:
