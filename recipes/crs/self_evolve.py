@@ -34,7 +34,6 @@ from sidtune.core.folders import fingerprint, read_json, write_json, write_run, 
 from sidtune.core.pipeline import Step, do_step, launch_options, run_step
 from sidtune.core.scripts import find_script
 from sidtune.metrics.statistics.bootstrap import PairedResult, check_bootstrap, paired_bootstrap
-from sidtune.recipes.steps import sft
 
 LAUNCH = "alone"
 HISTORY = "rounds.json"
@@ -187,7 +186,7 @@ class Loop:
     def _fine_tune(self, name: str, config: dict[str, Any], base: str | Path) -> Path:
         from sidtune.decoding.retrieval.loading import final_model
 
-        config = {**rendering(self.arguments.model_dir), **renamed(sft.Arguments, config, "sft")}
+        config = {**rendering(self.arguments.model_dir), **renamed(find_script("sft").load().Arguments, config, "sft")}
         return self._do(f"{name}/sft", "sft", config, final_model(base))
 
     def _validate(self, name: str, model: str | Path, reasoning: bool = True) -> None:
@@ -268,7 +267,7 @@ def rendering(model_dir: str | Path) -> dict[str, Any]:
 
     folder, settings = read_settings(final_model(model_dir))
     told = {"templates": str(folder / "templates"), **as_dict(settings), "max_chars": settings.max_chars or {}}
-    return renamed(sft.Arguments, told, str(folder))
+    return renamed(find_script("sft").load().Arguments, told, str(folder))
 
 
 def build_primary(validate: dict[str, Any]) -> str:
