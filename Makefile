@@ -53,7 +53,7 @@ lint: $(VENV)/.lint
 
 bench: $(VENV)/.test
 	@mkdir -p runs/benchmarks
-	@for file in $$(ls benchmarks/*.py | grep -v table.py); do name=$$(basename $$file .py); echo "== $$name"; \
+	@for file in $$(grep -l '__main__' benchmarks/*.py | grep -v /table.py); do name=$$(basename $$file .py); echo "== $$name"; \
 	  $(BIN)/python $$file --quick --json runs/benchmarks/$$name.json || exit 1; done
 
 clean:

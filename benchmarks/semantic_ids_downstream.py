@@ -218,7 +218,7 @@ def train(source: Source, data: Path, sids: Path, folder: Path, seed: int) -> di
             stages=[{"name": "histories", **task}],
             templates="compact",
             max_chars={"description": 0},
-            max_length=source.max_length,
+            prompt_max_length=source.max_length,
             seed=seed,
         )
     )

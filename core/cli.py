@@ -19,9 +19,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-import yaml
-
-from sidtune.core.config import command, report_error
+from sidtune.core.config import check_alone, command, report_error
 from sidtune.core.errors import ConfigError, SidtuneError
 from sidtune.core.pipeline import launch_command, launch_options
 from sidtune.core.scripts import Script, find_script, scripts
@@ -79,21 +77,23 @@ def overview() -> str:
 
 def run_script(script: Script, words: list[str]) -> None:
     """Runs a script in this process, or by `accelerate launch` when an option of the launcher is given."""
+    if script.alone:
+        check_alone()
     launch, rest = ({}, words) if script.alone else split_launch(words)
     if launch:
         line = launch_command(script, launch_options(launch), rest)
         with stoppable():
             sys.exit(run_tied(line, os.environ, launcher=True))
-    module = importlib.import_module(script.module)
+    module = script.load()
     sys.argv = [f"sidtune {script.command}", *rest]  # the name that --help prints
     command(module.main, module.Arguments, rest)
 
 
 def split_launch(words: Sequence[str]) -> tuple[dict[str, object], list[str]]:
-    """Options of the launcher, and the other words.
+    """Options of the launcher as they were typed (one without a value is True), and the other words.
 
-    >>> split_launch(["--launch.num_processes", "2", "--seed", "1"])
-    ({'num_processes': 2}, ['--seed', '1'])
+    >>> split_launch(["--launch.num_processes", "2", "--launch.cpu", "--seed", "1"])
+    ({'num_processes': '2', 'cpu': True}, ['--seed', '1'])
     """
     found: dict[str, object] = {}
     rest, left = [], list(words)
@@ -103,9 +103,10 @@ def split_launch(words: Sequence[str]) -> tuple[dict[str, object], list[str]]:
             rest.append(word)
             continue
         name, equals, value = word.removeprefix(LAUNCH_PREFIX).partition("=")
-        if not equals:
-            value = left.pop(0) if left and not left[0].startswith("--") else "true"
-        found[name] = yaml.safe_load(value)
+        if equals:
+            found[name] = value
+        else:
+            found[name] = left.pop(0) if left and not left[0].startswith("--") else True
     return found, rest
 
 
@@ -135,7 +136,7 @@ def candidates(words: Sequence[str]) -> list[str]:
     if not words[-1].startswith("--"):
         return []
     script = find_script(words[0])
-    fields = dataclasses.fields(importlib.import_module(script.module).Arguments)
+    fields = dataclasses.fields(script.load().Arguments)
     names = ["--help", "--config", *(f"--{field.name}" for field in fields)]
     if not script.alone:
         names += [f"{LAUNCH_PREFIX}config_file", f"{LAUNCH_PREFIX}num_processes"]

@@ -291,8 +291,8 @@ def parse(cls: type[T], argv: Sequence[str] | None = None) -> T:
 
     Args:
         cls: dataclass of a recipe script. A field named `config` is reserved for the YAML path; a field named `root` gets the
-            folder of that file, so that paths in it can start there. `cls.POSITIONAL` names an option that may come first
-            without its name.
+            folder of that file, whatever the file says, so that paths in it can start there; only the command line sets another.
+            `cls.POSITIONAL` names an option that may come first without its name.
         argv: words of the command line, default `sys.argv[1:]`.
 
     Raises:
@@ -315,8 +315,8 @@ def parse(cls: type[T], argv: Sequence[str] | None = None) -> T:
     for key, value in options.items():
         name, *below = key.split(".")
         _assign(values, [former.get(name, name), *below], value, key)
-    if "root" in names and config_path:
-        values.setdefault("root", str(Path(config_path).parent))
+    if "root" in names and config_path and options.get("root") is None:
+        values["root"] = str(Path(config_path).parent)
     return build(cls, values, where)
 
 
@@ -366,16 +366,19 @@ def command(main: Callable[[T], Any], cls: type[T], argv: Sequence[str] | None =
         logging.getLogger(chatty).setLevel(logging.WARNING)
     with stoppable():
         try:
-            if (
-                getattr(sys.modules["__main__"], "LAUNCH", None) == "alone"
-                and int(os.environ.get("WORLD_SIZE", "1")) > 1
-            ):
-                raise ConfigError("This command runs as one process; start it without a launcher of several.")
+            if getattr(sys.modules["__main__"], "LAUNCH", None) == "alone":
+                check_alone()
             main(parse(cls, argv))
             end_processes()
         except SidtuneError as error:
             report_error(error)
             sys.exit(2)
+
+
+def check_alone() -> None:
+    """Raises ConfigError in one of several processes."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("This command runs as one process; start it without a launcher of several.")
 
 
 def report_error(error: SidtuneError) -> None:

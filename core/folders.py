@@ -64,7 +64,8 @@ def writes(step: str | None, *, tree: bool = False) -> Callable[[Callable[[T], N
         step: name of the step, in its `run.json`; None where the folder itself gets none.
         tree: the folder is filled in place.
 
-    The decorated function has `check(arguments)` for a look before the run; what an earlier step will write need not exist then.
+    The decorated function has `step` and `check(arguments)`, for a look before the run; what an earlier step will write need not
+    exist then.
     """
 
     def decorated(main: Callable[[T], None]) -> Callable[[T], None]:
@@ -89,7 +90,7 @@ def writes(step: str | None, *, tree: bool = False) -> Callable[[Callable[[T], N
                 finally:
                     _RUN.reset(token)
 
-        run.check = check  # type: ignore[attr-defined]
+        run.check, run.step = check, step  # type: ignore[attr-defined]
         return run
 
     return decorated

@@ -12,7 +12,6 @@ with its runner (`core/stopping.py`).
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import os
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from sidtune.core.config import ERROR_FILE_VARIABLE, as_dict, build, load_yaml, merged, renamed
+from sidtune.core.config import ERROR_FILE_VARIABLE, as_dict, build, check_keys, load_yaml, merged, renamed
 from sidtune.core.errors import ConfigError, SidtuneError, nearest
 from sidtune.core.folders import RUN_FILE, is_whole, locked, read_json, same_inputs
 from sidtune.core.scripts import Script, find_script
@@ -34,7 +33,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "accelerate_configs"
 
 # These fields say where a result lies or how fast it is made, not what it is.
 _PLACES = ("output_dir",)
-# What a launcher tells its processes; a launcher started from here must not believe that it is meant for it.
+# What a launcher tells its processes; a launcher started by one of them must not believe that it is meant for it.
 _LAUNCHER = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT",
 )  # fmt: skip
@@ -142,7 +141,7 @@ def resolve(arguments: RunArguments) -> list[Step]:
         try:
             step = _resolved(spec, arguments, steps)
             step.processes = 1 if step.script.alone else processes
-            module = importlib.import_module(step.module)
+            module = step.script.load()
             if hasattr(module, "preflight"):
                 module.preflight(step)
             _check_output(module.main, step, step.name in arguments.force)
@@ -157,7 +156,10 @@ def resolve(arguments: RunArguments) -> list[Step]:
 
 def _resolved(spec: StepConfig, arguments: RunArguments, steps: list[Step]) -> Step:
     script = find_script(spec.script)
-    cls = importlib.import_module(script.module).Arguments
+    module = script.load()
+    if getattr(module.main, "step", None) is None:
+        raise ConfigError(f"'{script.name}' is no step, because it writes no folder with a run.json; run it by itself.")
+    cls = module.Arguments
     values = load_yaml(Path(arguments.root or ".") / spec.config) if spec.config else {}
     values = merged(renamed(cls, values, "config"), renamed(cls, spec.args, "args"), "args")
     names = {one.name for one in dataclasses.fields(cls)}
@@ -222,10 +224,42 @@ def launch_command(script: Script, options: dict[str, Any], words: Sequence[str]
     """The command line of a script with the options `words`: `accelerate launch`, or plain Python for one that runs alone."""
     if script.alone:
         return [sys.executable, "-m", script.module, *words]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
-    for key, value in options.items():
-        launch += [f"--{key}"] if value is True else [f"--{key}", str(value)]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *_launcher_words(options)]
     return [*launch, "-m", script.module, *words]
+
+
+def _launcher_words(options: dict[str, Any]) -> list[str]:
+    """Options of `accelerate launch` as its own parser takes them; YAML's true and false are words again where it wants words.
+
+    Raises:
+        ConfigError: an option that it does not have, or a value that it refuses.
+    """
+    if not options:
+        return []
+    from accelerate.commands.launch import launch_command_parser
+
+    def refuse(message: str) -> None:
+        raise ConfigError(f"launch: accelerate launch says '{message}'; correct it.")
+
+    parser = launch_command_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    known = {name.removeprefix("--"): one for one in parser._actions for name in one.option_strings}
+    options = {name.replace("-", "_"): value for name, value in options.items()}
+    check_keys(options, [name for name in known if "-" not in name], "launch")
+    words: list[str] = []
+    for name, value in options.items():
+        if isinstance(value, (list, dict)):
+            raise ConfigError(f"launch: {name} must be one value, got {value!r}.")
+        if known[name].nargs != 0:  # no flag
+            no = "no" if "no" in (known[name].choices or ()) else "false"
+            text = {"True": "true", "False": no}.get(str(value), str(value))
+            words += [] if value is None else [f"--{name}", text]
+        elif str(value).lower() == "true":
+            words.append(f"--{name}")
+        elif str(value).lower() != "false":
+            raise ConfigError(f"launch: {name} must be true or false, got {value!r}.")
+    parser.parse_args([*words, "-m", "module"])
+    return words
 
 
 def run_step(step: Step, options: dict[str, Any]) -> None:
@@ -233,7 +267,9 @@ def run_step(step: Step, options: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         config_file, error_file = Path(scratch) / "config.yaml", Path(scratch) / "error.txt"
         config_file.write_text(yaml.safe_dump(as_dict(step.config), allow_unicode=True, sort_keys=False), "utf-8")
-        inherited = {k: v for k, v in os.environ.items() if k not in _LAUNCHER and not k.startswith(_LAUNCHERS)}
+        inherited = dict(os.environ)
+        if "RANK" in inherited or "LOCAL_RANK" in inherited:
+            inherited = {k: v for k, v in inherited.items() if k not in _LAUNCHER and not k.startswith(_LAUNCHERS)}
         words = launch_command(step.script, options, ["--config", str(config_file)])
         environment = {**inherited, ERROR_FILE_VARIABLE: str(error_file)}
         if code := run_tied(words, environment, launcher=not step.script.alone):
@@ -287,4 +323,5 @@ def launch_options(given: dict[str, Any]) -> dict[str, Any]:
         if not packaged.exists():
             raise ConfigError(f"launch.config_file {file} does not exist; use a file of accelerate_configs/.")
         options["config_file"] = str(packaged)
+    _launcher_words(options)
     return options

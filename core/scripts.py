@@ -10,13 +10,20 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from sidtune.core.errors import ConfigError, nearest
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+# Short names that commands written down somewhere use, whatever other file may get such a name.
+_KEPT = {
+    "post_rank": "llm4pr.post_rank", "reason": "crs.reason", "self_evolve": "crs.self_evolve",
+    "trajectories": "crs.trajectories", "next_item": "next_item.train",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,13 +34,21 @@ class Script:
         name: `sft`, or `crs.reason` for the script of a system.
         module: importable name.
         alone: runs as one process, whatever a launcher is told.
-        summary: first line of its docstring.
+        summary: first line of its docstring, or why its file is no Python.
+        sound: whether its file is Python.
     """
 
     name: str
     module: str
     alone: bool
     summary: str
+    sound: bool = True
+
+    def load(self) -> ModuleType:
+        """Its module. Raises ConfigError where its file is no Python."""
+        if not self.sound:
+            raise ConfigError(f"The script '{self.name}' cannot run: {self.summary}; correct the file.")
+        return importlib.import_module(self.module)
 
     @property
     def command(self) -> str:
@@ -47,14 +62,20 @@ def scripts(folder: Path = RECIPES) -> dict[str, Script]:
     found = {}
     files = [*sorted(folder.glob("*.py")), *sorted(folder.glob("steps/*.py")), *sorted(folder.glob("*/*.py"))]
     for file in dict.fromkeys(files):
-        text = file.read_text("utf-8")
+        parts = file.relative_to(folder).with_suffix("").parts
+        text = "" if any(part.startswith(".") for part in parts) else file.read_text("utf-8", errors="replace")
         if '\nif __name__ == "__main__":' not in text:
             continue
-        parts = file.relative_to(folder).with_suffix("").parts
         name = ".".join(parts[1:] if parts[0] == "steps" else parts)
-        summary = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
         alone = re.search(r'^LAUNCH = "alone"', text, re.MULTILINE) is not None
-        found[name] = Script(name, ".".join(("sidtune", "recipes", *parts)), alone, summary)
+        try:
+            summary, sound = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0], True
+        except (SyntaxError, ValueError) as error:
+            summary, sound = (
+                f"line {getattr(error, 'lineno', None) or 1} of {file} is no Python ({error.args[0]})",
+                False,
+            )
+        found[name] = Script(name, ".".join(("sidtune", "recipes", *parts)), alone, summary, sound)
     return found
 
 
@@ -67,7 +88,8 @@ def find_script(name: str) -> Script:
     >>> find_script("build-data").module
     'sidtune.recipes.steps.build_data'
     """
-    known, wanted = scripts(), name.replace("-", "_").removeprefix("steps.")
+    known, named = scripts(), name.replace("-", "_")
+    wanted = _KEPT.get(named, named.removeprefix("steps."))
     if wanted in known:
         return known[wanted]
     for part in (-1, 0):  # the file's name, then the system's

@@ -35,7 +35,7 @@ class MiningConfig:
         min_support: fewest users (or, for query pairs, items) that have both.
         q2i_support: fewest clicks or orders of a query-item pair.
         swing_alpha: alpha of Swing.
-        max_owners: owners per item that Swing reads, see `pair_mining.swing`.
+        max_owners: owners per item that Swing reads, see `pairs.swing`.
         actions: events that tie a user to an item.
         rank_rows: order rows drawn for each query, before equal ones are merged.
     """

@@ -3,7 +3,7 @@
 Own design. A generator writes semantic IDs with log-probabilities, so its lists carry two fields more than a shop knows: the
 SID (one-hot on each level) and the pair log-probability and logarithm of the place. History items have no such pair (missing).
 
-In a simulated shop the table is `shop_post_rank.session_table` over these lists. `logged_table` makes it from any data folder:
+In a simulated shop the table is `shop_lists.session_table` over these lists. `logged_table` makes it from any data folder:
 words of titles and profiles, prices, earlier clicks. Counts of items are left out there, because those of a data folder reach to
 the end of training and so contain the training requests themselves.
 """

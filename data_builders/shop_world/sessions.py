@@ -8,7 +8,7 @@ list (o_0, ..., o_{m-1}) shown to request r gets
 independent between places, with the interaction c in [0, 1]. Similarity is what a shopper sees: the weighted share of
 brand, colour, style, material and leaf that two items have in common. The utility of a list is its expected number of
 clicks, so the best list puts attractive items first *and* apart from their likes: it is not the list sorted by
-attraction. Utility is exact, the best list is found exactly up to `list_search.EXACT_UP_TO` candidates, and feedback on
+attraction. Utility is exact, the best list is found exactly up to `best_order.EXACT_UP_TO` candidates, and feedback on
 any list can be sampled.
 """
 
@@ -117,7 +117,7 @@ class ShopSessions:
 
     @cached_property
     def best(self) -> np.ndarray:
-        """(B, n) the best list (exact for short lists, see `list_search.best_order`)."""
+        """(B, n) the best list (exact for short lists, see `best_order.best_order`)."""
         return best_order(self.attraction, self.similarity, self.weights, self.config.interaction)
 
     @property

@@ -8,7 +8,7 @@ The model (numbers are defaults). Item i has leaf c(i) in department d(i), brand
 level z_i ~ N(0, 1) within its leaf (log price = leaf mean + 0.45 z_i), quality q_i ~ N(0, 1), and a popularity rank by
 0.5 q_i + noise; popularity = rank ** -0.8. User u in drift period p has interests h[u, p, leaf], affinities
 B[u, p, brand], K[u, p, colour], S[u, p, style] and a wanted price level w[u, p]; they come in part from the profile and
-drift as stationary random walks (`shop_users`).
+drift as stationary random walks (`users`).
 
 1. Request r: user u, time t (in period p), place and device given the time, and a kind: plain noun, noun + attribute,
    noun + brand, department word, attribute word; or, without a query, the home page or a department's page. The leaf
@@ -16,7 +16,7 @@ drift as stationary random walks (`shop_users`).
    department; asked colours, styles and brands follow softmax(query_taste * affinity). What the request *says* is its
    scope (a leaf, a department, or nothing) and the asked value or brand; feedback depends on nothing else of it.
 2. Production score = 12 match(scope, i) + 3 [i has the asked value or brand] - log(1 + popularity rank), + X on the
-   home page: not personal. The page is filled by tiered uniform draws (`shop_logging.PageLayout`), so that
+   home page: not personal. The page is filled by tiered uniform draws (`logging_policy.PageLayout`), so that
    P(i at k | r) is exact for every position k = 0, 1, ...
 3. Attraction A(r, i) = sigmoid( click_bias + B[b(i)] + K[colour(i)] + S[style(i)] - price_taste * min((z_i - w)^2, 9)
        + quality * q_i + context * X[r, d(i)] - category penalty(scope, i) - penalty [asked value or brand is missing]

@@ -151,7 +151,7 @@ class PostRankConfig(PreTrainedConfig):
         user_token_id, item_token_id: placeholder ids, outside the vocabulary; None takes the two ids behind its end.
         label_token_ids: vocabulary ids of the labels, first incoming candidate first; distinct.
         end_token_id: closes every response; None takes the language model's eos.
-        template_version: which templates the model was trained with, see `post_rank_templates`.
+        template_version: which templates the model was trained with, see `templates`.
         adapter: `qia`, or the ablations `mlp` (fields only) and `mlp_query` (fields and query).
         aux_weight: weight of the auxiliary task's loss, 1 by default (the paper names none).
         main_loss: `tokens`, the paper's likelihood over the whole vocabulary, or `permutation` (ours): each place competes with

@@ -78,7 +78,7 @@ class Arguments:
 
 def preflight(step: Step) -> None:
     """Refuses a split without requests, and lists longer than the catalogue."""
-    from sidtune.recipes.steps.build_data import check_data
+    from sidtune.recipes.preflight import check_data
 
     check_data(step, step.config.split, max(step.config.ks))
 

@@ -20,7 +20,6 @@ reasoning than the aligned model without.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +34,6 @@ from sidtune.core.folders import fingerprint, read_json, write_json, write_run, 
 from sidtune.core.pipeline import Step, do_step, launch_options, run_step
 from sidtune.core.scripts import find_script
 from sidtune.metrics.statistics.bootstrap import PairedResult, check_bootstrap, paired_bootstrap
-from sidtune.recipes.steps import sft
 
 LAUNCH = "alone"
 HISTORY = "rounds.json"
@@ -102,7 +100,7 @@ def preflight(step: Step) -> None:
     """Refuses what the steps of the loop refuse."""
     for part in Loop(step.config).steps():
         part.before = step.before
-        preflight = getattr(importlib.import_module(part.module), "preflight", None)
+        preflight = getattr(part.script.load(), "preflight", None)
         if preflight is not None:
             preflight(part)
 
@@ -188,7 +186,7 @@ class Loop:
     def _fine_tune(self, name: str, config: dict[str, Any], base: str | Path) -> Path:
         from sidtune.decoding.retrieval.loading import final_model
 
-        config = {**rendering(self.arguments.model_dir), **renamed(sft.Arguments, config, "sft")}
+        config = {**rendering(self.arguments.model_dir), **renamed(find_script("sft").load().Arguments, config, "sft")}
         return self._do(f"{name}/sft", "sft", config, final_model(base))
 
     def _validate(self, name: str, model: str | Path, reasoning: bool = True) -> None:
@@ -209,10 +207,9 @@ class Loop:
     ) -> Step:
         arguments = self.arguments
         found = find_script(script)
-        module = importlib.import_module(found.module)
         folders = {"data_dir": arguments.data_dir, "sids_dir": arguments.sids_dir, "model_dir": str(model)}
         values = {"seed": arguments.seed, **config, **folders, "output_dir": str(self.output / name)}
-        made = build(module.Arguments, values, where or name)
+        made = build(found.load().Arguments, values, where or name)
         return Step(name, found, made, {role: role for role in folders})
 
     def _do(self, name: str, script: str, config: dict[str, Any], model: str | Path) -> Path:
@@ -270,7 +267,7 @@ def rendering(model_dir: str | Path) -> dict[str, Any]:
 
     folder, settings = read_settings(final_model(model_dir))
     told = {"templates": str(folder / "templates"), **as_dict(settings), "max_chars": settings.max_chars or {}}
-    return renamed(sft.Arguments, told, str(folder))
+    return renamed(find_script("sft").load().Arguments, told, str(folder))
 
 
 def build_primary(validate: dict[str, Any]) -> str:

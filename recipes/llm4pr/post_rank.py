@@ -168,7 +168,7 @@ class _Data:
 
 def preflight(step: Step) -> None:
     """Refuses sources that are not there, clicks that no simulator knows, and lists longer than the catalogue."""
-    from sidtune.recipes.steps.build_data import check_data
+    from sidtune.recipes.preflight import check_data
 
     config, made = step.config, step.before.get("data_dir")
     if config.source["kind"] == "generator":

@@ -27,7 +27,7 @@ from sidtune.core.folders import versions, writes
 from sidtune.core.pipeline import RunArguments, resolve, run_pipeline
 from sidtune.metrics.report.readme_table import check_readme, publish
 from sidtune.metrics.statistics.bootstrap import check_bootstrap, holm, paired_bootstrap
-from sidtune.recipes.steps.seeds import check_computed
+from sidtune.recipes.preflight import check_computed
 
 LAUNCH = "alone"
 

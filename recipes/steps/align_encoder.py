@@ -59,7 +59,7 @@ class Arguments:
         base: `name` and options of the encoder that filters pairs and is the yardstick of the report; default `tfidf_svd`.
         mining: options of `data_builders.mining.alignment_pairs.MiningConfig`.
         thresholds: `q2q`, `i2i`, `q2i`: pairs above this base cosine are kept.
-        relevance: options of `align_sources.RelevanceConfig`: where relevance scores come from.
+        relevance: options of `trainers.contrastive.sources.RelevanceConfig`: where relevance scores come from.
         loss: options of `trainers.contrastive.losses.AlignedLossConfig`: weights, temperature, margins.
         args: fields of transformers' TrainingArguments.
         split: held-out requests of the report, `valid` or `test`.

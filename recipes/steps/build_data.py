@@ -62,29 +62,6 @@ def preflight(step: Step) -> None:
         check_there(step, path=step.config.path)
 
 
-def check_data(step: Step, split: str | None = None, largest: int = 0) -> None:
-    """For steps that read data: refuses a split without requests, and lists that are longer than a simulated catalogue.
-
-    Raises:
-        ConfigError: as far as the pipeline itself says what the data will be.
-    """
-    made = step.before.get("data_dir")
-    if made is None or not isinstance(made.config, Arguments):
-        return
-    wanted = build(splits.SplitConfig, made.config.split, "split")
-    by_share = wanted.kind == "global_time" and wanted.train_until is None
-    if split == "valid" and by_share and wanted.valid_share == 0:
-        raise ConfigError(
-            f"split is valid, but '{made.name}' makes no valid requests (valid_share 0); raise valid_share."
-        )
-    if made.config.reader == "shop_world":
-        items = config_from_options(made.config.options).n_items
-        if largest > items:
-            raise ConfigError(
-                f"{largest:,} places cannot be filled, '{made.name}' makes {items:,} items; lower the number."
-            )
-
-
 @writes("build_data")
 def main(arguments: Arguments) -> None:
     """Builds the folder; prints what was read, what was mended, and rows per second."""

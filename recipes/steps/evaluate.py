@@ -35,6 +35,7 @@ from sidtune.metrics.registry import BASELINES
 from sidtune.metrics.statistics.bootstrap import check_bootstrap, paired_bootstrap
 from sidtune.metrics.statistics.compare import MODEL, SystemRow, compare_systems
 from sidtune.metrics.statistics.slices import build_slices, slice_rows
+from sidtune.recipes.preflight import check_data
 
 
 @dataclass
@@ -104,8 +105,6 @@ class Arguments:
 
 def preflight(step: Step) -> None:
     """Refuses a split without requests, lists longer than the catalogue, and an evaluation to compare with that is not there."""
-    from sidtune.recipes.steps.build_data import check_data
-
     check_data(step, step.config.split, max(step.config.ks))
     check_there(step, **step.config.compare_to)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from sidtune.core.config import command
 from sidtune.core.folders import writes
 from sidtune.core.pipeline import Step, check_there
+from sidtune.recipes.preflight import check_data, check_lengths, sids_before
 from sidtune.trainers.grpo.options import GRPOOptions
 
 logger = logging.getLogger(__name__)
@@ -40,8 +41,6 @@ class Arguments(GRPOOptions):
 
 def preflight(step: Step) -> None:
     """Refuses batches that do not hold whole groups, limits that a SID alone fills, and files that are not there."""
-    from sidtune.recipes.steps.build_data import check_data
-    from sidtune.recipes.steps.learn_sids import check_lengths, sids_before
     from sidtune.trainers.grpo.args import checked_args
     from sidtune.trainers.grpo.config import position_weights
 

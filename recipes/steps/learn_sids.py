@@ -125,24 +125,6 @@ def preflight(step: Step) -> None:
     check_there(step, **{name: options[name] for name in ("path", "ids_path", "collaborative_path") if name in options})
 
 
-def sids_before(step: Step) -> Arguments | None:
-    """How the SIDs that a step reads are learned, as far as the pipeline says."""
-    made = step.before.get("sids_dir")
-    while made is not None and "sids_dir" in made.before:  # extend_sids
-        made = made.before["sids_dir"]
-    return made.config if made is not None and isinstance(made.config, Arguments) else None
-
-
-def check_lengths(step: Step, **lengths: int | None) -> None:
-    """For steps that write or read SIDs in prompts: refuses a limit in tokens that a SID alone fills. Raises ConfigError."""
-    learned = sids_before(step)
-    for option, most in lengths.items():
-        if learned is not None and most is not None and most <= learned.depth():
-            raise ConfigError(
-                f"{option}: {most} tokens leave no room beside a SID of {learned.depth()} tokens; raise it."
-            )
-
-
 @writes("learn_sids")
 def main(arguments: Arguments) -> None:
     """Learns the SIDs; prints the quality table and its warnings."""

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from sidtune.core.config import command
-from sidtune.core.errors import ConfigError, nearest
+from sidtune.core.errors import ConfigError
 from sidtune.core.folders import read_json, versions, writes
-from sidtune.core.pipeline import RunArguments, Step, resolve, run_pipeline
-from sidtune.metrics.ranking import check_metrics
+from sidtune.core.pipeline import RunArguments, resolve, run_pipeline
 from sidtune.metrics.report.readme_table import check_readme, publish
 from sidtune.metrics.statistics.compare import MODEL
+from sidtune.recipes.preflight import check_computed
 
 LAUNCH = "alone"
 
@@ -71,16 +71,6 @@ def main(arguments: Arguments) -> None:
     record = summarise(found, arguments.metrics)
     record["seconds"] = round(time.time() - started)
     publish(record, markdown(record), arguments.results, arguments.readme)
-
-
-def check_computed(steps: list[Step], name: str, metrics: list[str]) -> None:
-    """Refuses a name that is no evaluation of the pipeline, and metrics that it does not compute. Raises ConfigError."""
-    evaluations = {step.name: step for step in steps if hasattr(step.config, "ks")}
-    if name not in evaluations:
-        raise ConfigError(f"There is no evaluation '{name}' in the pipeline: {nearest(name, evaluations)}")
-    config = evaluations[name].config
-    for metric in metrics:
-        check_metrics(config.ks, config.metrics, metric)
 
 
 def summarise(found: dict[int, dict[str, Any]], metrics: list[str]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from sidtune.core.config import as_dict, check_range, command
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import read_json, write_run, writes
 from sidtune.core.pipeline import Step, check_there
+from sidtune.recipes.preflight import check_data, check_lengths, sids_before
 
 if TYPE_CHECKING:
     from sidtune.trainers.sft.task_examples import TaskExamples
@@ -90,9 +91,6 @@ class Arguments:
 
 def preflight(step: Step) -> None:
     """Refuses limits that a SID alone fills, SIDs that no query can have, and files that are not there."""
-    from sidtune.recipes.steps.build_data import check_data
-    from sidtune.recipes.steps.learn_sids import check_lengths, sids_before
-
     config, learned = step.config, sids_before(step)
     lengths = {f"stages.{stage['name']}.max_length": stage.get("max_length") for stage in config.stages}
     check_lengths(step, prompt_max_length=config.prompt_max_length, **lengths)

@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from sidtune.core import cli
 from sidtune.core.config import command, parse
 from sidtune.core.errors import ConfigError
+from sidtune.core.pipeline import launch_command, launch_options
 from sidtune.core.scripts import find_script, scripts
 
 HEAVY = ("torch", "transformers", "trl", "accelerate", "sklearn", "matplotlib", "faiss")
@@ -97,6 +99,39 @@ def test_a_launchers_options_start_the_launcher(monkeypatch):
     assert started[-1] == ["--launch.num_processes", "2"]
 
 
+def test_a_launchers_values_stay_what_was_typed(tmp_path):
+    typed = ["--launch.mixed_precision", "no", "--launch.main_process_ip", "010", "--launch.role=: x", "--launch.cpu"]
+    launch, rest = cli.split_launch([*typed, "--launch.gpu_ids", "0,1", "--seed", "3"])
+    assert launch == {"mixed_precision": "no", "main_process_ip": "010", "role": ": x", "cpu": True, "gpu_ids": "0,1"}
+    assert rest == ["--seed", "3"]
+    words = launch_command(find_script("sft"), launch, rest)
+    assert words[4:-4] == [
+        "--mixed_precision", "no", "--main_process_ip", "010", "--role", ": x", "--cpu", "--gpu_ids", "0,1"
+    ]  # fmt: skip
+
+
+def test_yes_and_no_of_yaml_are_words_again_for_the_launcher():
+    options = yaml.safe_load("{mixed_precision: no, dynamo_backend: no, cpu: off, multi_gpu: on, config_file: null}")
+    words = launch_command(find_script("sft"), options, [])
+    assert words[4:-2] == ["--mixed_precision", "no", "--dynamo_backend", "no", "--multi_gpu"]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"num_proceses": 2}, "did you mean 'num_processes'"),
+        ({"mixed_precision": "bf61"}, "invalid choice: 'bf61'"),
+        ({"num_processes": "two"}, "invalid int value: 'two'"),
+        ({"num_processes": True}, "invalid int value: 'true'"),
+        ({"cpu": 1}, "cpu must be true or false"),
+        ({"gpu_ids": [0, 1]}, "gpu_ids must be one value"),
+    ],
+)
+def test_what_the_launcher_would_refuse_is_refused_before_any_step(options, told):
+    with pytest.raises(ConfigError, match=told):
+        launch_options(options)
+
+
 def test_wrong_words_end_in_one_sentence(capsys):
     for words, told in (
         (["sfft"], "did you mean 'sft'"),
@@ -144,9 +179,50 @@ def test_an_alone_script_refuses_several_processes(monkeypatch, capsys):
     assert "one process" in capsys.readouterr().err
 
 
+def test_neither_does_it_run_so_through_the_command_sidtune(monkeypatch, capsys):
+    """What `accelerate launch -m sidtune report` starts in each process."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["report", "--data_dir", "a"])
+    assert ended.value.code == 2 and "one process" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["sft", "--data_dir", "a"])
+    assert "'sids_dir' is missing" in capsys.readouterr().err
+
+
+def write_script(folder: Path, name: str, text: str) -> None:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(text + '\n\nif __name__ == "__main__":\n    pass\n')
+
+
+def test_a_file_that_is_no_python_stops_nobody_else(tmp_path, monkeypatch):
+    write_script(tmp_path, "steps/good.py", '"""Good."""')
+    write_script(tmp_path, "steps/bad.py", "def (:")
+    write_script(tmp_path, "crs/zero.py", "a = '\0'")
+    for hidden in (".ipynb_checkpoints/copy.py", "steps/.#good.py"):
+        write_script(tmp_path, hidden, '"""Hidden."""')
+    found = scripts(tmp_path)
+    assert list(found) == ["bad", "good", "crs.zero"] and found["good"].summary == "Good."
+    monkeypatch.setattr("sidtune.core.scripts.scripts", lambda: found)
+    for name in ("bad", "zero"):
+        with pytest.raises(ConfigError, match=rf"'.*{name}' cannot run: line \d+ of .*{name}.py is no Python"):
+            find_script(name).load()
+
+
+@pytest.mark.parametrize("name", ["post_rank", "reason", "self-evolve", "trajectories", "next_item"])
+def test_names_of_before_stay_bound_when_another_file_gets_them(name, monkeypatch):
+    was, word, known = find_script(name), name.replace("-", "_"), scripts()
+    others = dict.fromkeys([word, f"new.{word}", "next_item.more"], known["sft"])
+    monkeypatch.setattr("sidtune.core.scripts.scripts", lambda: known | others)
+    assert find_script(name) == was and find_script(f"steps.{word}").name == "sft"
+
+
 def test_paths_in_a_config_start_at_its_folder(tmp_path):
     arguments = importlib.import_module("sidtune.recipes.run").Arguments
     (tmp_path / "p.yaml").write_text("steps: []\noutput_dir: out\n")
     assert parse(arguments, ["--config", str(tmp_path / "p.yaml")]).root == str(tmp_path)
     assert parse(arguments, ["--config", str(tmp_path / "p.yaml"), "--root", "else"]).root == "else"
     assert parse(arguments, ["--steps", "[]", "--output_dir", "out"]).root is None
+    for value in ("null", "/elsewhere"):
+        (tmp_path / "p.yaml").write_text(f"steps: []\noutput_dir: out\nroot: {value}\n")
+        assert parse(arguments, ["--config", str(tmp_path / "p.yaml")]).root == str(tmp_path)

@@ -49,6 +49,12 @@ command(main, Arguments)
 """
 
 
+def usual_signals() -> None:
+    """In a child: the signals mean what they usually do, also where the tests themselves run under `nohup` or behind a `&`."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def exists(pid: int) -> bool:
     """Whether a process runs; one that ended and is waited for by nobody does not."""
     try:
@@ -87,8 +93,9 @@ class Run:
             processes = 0
         clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "SIDTUNE_LEASH")}
         self.process = subprocess.Popen(
-            [sys.executable, *step], stderr=subprocess.PIPE, text=True, start_new_session=True, env=clean
-        )
+            [sys.executable, *step], stderr=subprocess.PIPE, text=True, start_new_session=True, env=clean,
+            preexec_fn=usual_signals,
+        )  # fmt: skip
 
     def begun(self, workers: int = 1) -> "Run":
         until(
@@ -181,7 +188,8 @@ def test_a_step_that_swallows_the_stop_is_ended_nevertheless(start):
 def test_nohup_is_respected(tmp_path):
     (tmp_path / "step.py").write_text(STEP)
     words = ["nohup", sys.executable, str(tmp_path / "step.py"), "--folder", str(tmp_path)]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+                               preexec_fn=usual_signals)  # fmt: skip
     until(lambda: (tmp_path / str(process.pid)).exists())
     process.send_signal(signal.SIGHUP)
     process.send_signal(signal.SIGTERM)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from sidtune.core.lazy import declared_names
 from sidtune.core.registry import Registry
 
 ROOMS = ["core", "data_builders", "tokenizers", "models", "metrics", "decoding", "trainers", "recipes", "benchmarks"]
@@ -37,8 +38,13 @@ def imported_names(file: Path) -> set[str]:
     return found
 
 
+PUBLIC = declared_names((Path(__file__).resolve().parents[2] / "__init__.py").read_text("utf-8"))
+
+
 def imported_rooms(file: Path) -> set[str]:
-    return {name.split(".")[1] for name in imported_names(file) if name.startswith("sidtune.")} & set(ROOMS)
+    """The rooms a file imports from; of a public name (`from sidtune import SidTrie`) the room where it lives."""
+    names = [PUBLIC.get(name.removeprefix("sidtune."), name) for name in imported_names(file)]
+    return {name.split(".")[1] for name in names if name.startswith("sidtune.")} & set(ROOMS)
 
 
 def imports_between(root: Path, level: str) -> dict[str, set[str]]:
@@ -113,6 +119,76 @@ def test_imports_go_up_the_table_only(repo_root, room):
     for file in (repo_root / room).rglob("*.py"):
         wrong = imported_rooms(file) - MAY_IMPORT[room] - {room}
         assert not wrong, f"{file.relative_to(repo_root)} imports from {sorted(wrong)}, which stand above '{room}'."
+
+
+def test_a_public_name_counts_as_an_import_of_its_room(tmp_path):
+    (tmp_path / "a.py").write_text("def f():\n    from sidtune import ConfigError, SidSFTTrainer\n")
+    assert imported_rooms(tmp_path / "a.py") == {"core", "trainers"}
+
+
+def wrong_imports_of_recipes(root: Path) -> list[str]:
+    """Imports of a script by another file of `recipes/`, and of one system's files by another; steps and systems stand alone."""
+    files = {file: file.relative_to(root).with_suffix("").parts for file in (root / "recipes").rglob("*.py")}
+    modules = {".".join(("sidtune", *parts)): (file, parts) for file, parts in files.items()}
+    found = []
+    for file, parts in files.items():
+        for name in imported_names(file) & modules.keys():
+            other, place = modules[name]
+            script = other != file and '\nif __name__ == "__main__":' in other.read_text("utf-8")
+            if script or (len(place) > 2 and place[1] != parts[1]):
+                found.append(f"{'/'.join(parts)} imports {name}")
+    return found
+
+
+def test_scripts_and_systems_stand_alone(repo_root):
+    found = wrong_imports_of_recipes(repo_root)
+    assert not found, f"{found}; what two of them share belongs into a library, or into a file of recipes/."
+
+
+@pytest.mark.parametrize(
+    ("place", "line"),
+    [
+        ("steps/sft.py", "from sidtune.recipes.steps.evaluate import Arguments"),
+        ("steps/sft.py", "def f():\n    from sidtune.recipes.steps import evaluate"),
+        ("crs/loop.py", "import sidtune.recipes.steps.evaluate"),
+        ("crs/loop.py", "from sidtune.recipes.llm4pr.training import f"),
+        ("preflight.py", "from sidtune.recipes.steps.evaluate import f"),
+    ],
+)
+def test_a_planted_import_between_recipes_is_found(tmp_path, place, line):
+    program = '\n\nif __name__ == "__main__":\n    pass\n'
+    for name, text in (("steps/evaluate.py", program), ("llm4pr/training.py", ""), ("preflight.py", ""), (place, line)):
+        (tmp_path / "recipes" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "recipes" / name).write_text(text)
+    assert len(wrong_imports_of_recipes(tmp_path)) == 1
+    (tmp_path / "recipes" / place).write_text("from sidtune.recipes.preflight import f\n")
+    assert not [found for found in wrong_imports_of_recipes(tmp_path) if place != "preflight.py"]
+
+
+def eager_lines(source: str) -> list[str]:
+    """Statements of a sub-room's `__init__.py` that import one of its modules, or do anything else, before somebody asks."""
+    lazy = ("from typing import TYPE_CHECKING", "from sidtune.core.lazy import lazy_names")
+    found = []
+    for node in ast.parse(source).body:
+        quiet = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        quiet |= isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if isinstance(node, ast.If):
+            quiet &= all(
+                ast.unparse(one) == "__all__, __getattr__, __dir__ = lazy_names(__name__, __file__)"
+                for one in node.orelse
+            )
+        if not quiet and ast.unparse(node) not in lazy:
+            found.append(ast.unparse(node))
+    return found
+
+
+def test_a_sub_room_imports_nothing_before_somebody_asks(repo_root):
+    for file in (repo_root / room for room in ROOMS):
+        for init in file.rglob("__init__.py"):
+            assert not eager_lines(init.read_text("utf-8")), init
+    assert not eager_lines((repo_root / "__init__.py").read_text("utf-8").replace('__version__ = "0.1.0"', ""))
+    assert eager_lines("from sidtune.tokenizers.quantizers.fsq import Fsq as Fsq")
+    assert eager_lines("if TYPE_CHECKING:\n    import a\nelse:\n    import a")
 
 
 def test_no_room_has_an_init_file(repo_root):

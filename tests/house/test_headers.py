@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.launch import launch_command_parser
 
 from sidtune.core.cli import split_launch
 from sidtune.core.config import parse
-from sidtune.core.pipeline import resolve
+from sidtune.core.errors import ConfigError
+from sidtune.core.pipeline import launch_options, resolve
 from sidtune.core.scripts import Script, find_script, scripts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,11 +38,13 @@ def read(line: str) -> tuple[Script, list[str], dict]:
     if words[0] == "sidtune":
         script = find_script(words[1])
         launch, rest = split_launch(words[2:])
-        return script, rest, {} if script.alone else launch
+        return (script, words[2:], {}) if script.alone else (script, rest, launch_options(launch))
     place = words.index("-m")
     (script,) = [script for script in scripts().values() if script.module == words[place + 1]]
     assert not script.alone, f"{script.name} runs as one process; start it by 'sidtune {script.command}'"
-    return script, words[place + 2 :], dict(zip(words[2:place:2], words[3:place:2], strict=True))
+    parser = launch_command_parser()
+    parser.error = pytest.fail
+    return script, words[place + 2 :], vars(parser.parse_args(words[2:]))
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -53,7 +57,7 @@ def test_the_header_is_a_command_that_is_accepted(file, monkeypatch, tmp_path):
     (tmp_path / "instruments" / "Instruments.sasrec-32d.npy").touch()
     script, options, launch = read(os.path.expandvars(header(file)))
     if file.startswith("accelerate_configs/"):
-        assert launch["--config_file"] == file
+        assert launch["config_file"] == file
     else:
         assert options[options.index("--config") + 1] == file
     arguments = parse(importlib.import_module(script.module).Arguments, options)
@@ -76,6 +80,19 @@ def test_every_yaml_below_recipes_is_looked_at():
 )
 def test_a_launcher_before_a_step_that_runs_alone_is_found(line):
     with pytest.raises(AssertionError, match="runs as one process"):
+        read(line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "accelerate launch --num_proceses 2 -m sidtune.recipes.steps.sft --config x.yaml",
+        "accelerate launch --mixed_precision bf61 -m sidtune.recipes.steps.sft",
+        "sidtune sft --launch.num_proceses 2 --config x.yaml",
+    ],
+)
+def test_a_wrong_option_of_the_launcher_is_found(line):
+    with pytest.raises((ConfigError, pytest.fail.Exception)):
         read(line)
 
 

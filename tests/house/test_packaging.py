@@ -18,6 +18,10 @@ def run(words, cwd, **environment):
     return result.stdout
 
 
+def packages(repo_root):
+    return set(tomllib.loads((repo_root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+
+
 def test_python_c_import_transformers_from_the_root(repo_root):
     out = run(
         [
@@ -56,7 +60,7 @@ def test_accelerate_launch_m_from_the_root(repo_root):
 
 
 def test_declared_packages_are_the_folders_that_hold_code(repo_root):
-    declared = set(tomllib.loads((repo_root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    declared = packages(repo_root)
     rooms = [
         "core",
         "data_builders",
@@ -99,13 +103,9 @@ def test_a_wheel_installed_elsewhere_is_complete_and_leaves_the_checkout_alone(r
     (wheel,) = (tmp_path / "dist").glob("sidtune-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert all(name.startswith(("sidtune/", "sidtune-")) for name in names)
-    expected = [
-        p
-        for room in ("recipes", "accelerate_configs", "data_builders", "metrics")
-        for p in (repo_root / room).rglob("*")
-    ]
-    for path in expected:
-        if path.suffix in (".yaml", ".jinja", ".py") and "__pycache__" not in path.parts:
+    rooms = {package.split(".")[1] for package in packages(repo_root) if "." in package}
+    for path in (path for room in sorted(rooms) for path in (repo_root / room).rglob("*")):
+        if path.suffix in (".yaml", ".jinja", ".py", ".md") and "__pycache__" not in path.parts:
             assert f"sidtune/{path.relative_to(repo_root).as_posix()}" in names, f"the wheel lacks {path.name}"
     assert "sidtune/py.typed" in names and not any(name.startswith("sidtune/tests") for name in names)
 

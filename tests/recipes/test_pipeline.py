@@ -23,6 +23,7 @@ from sidtune.metrics.report.readme_table import replace_table
 from sidtune.recipes.steps import evaluate, report, seeds
 
 STEPS = ("data", "sids", "model", "sft", "grpo", "eval", "post_rank", "bundle", "report")
+NO_STEPS = ("run", "seeds", "ablation", "serve", "next_item")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -190,6 +191,20 @@ def test_only_steps_that_divide_are_launched_in_many_processes(tmp_path):
     assert launched == {"sft", "grpo", "eval"}
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_only_a_runner_inside_a_launcher_hides_what_it_was_told(tmp_path, monkeypatch, inside):
+    step, seen = run.resolve(run.RunArguments(steps=pipeline()["steps"][:1], output_dir=str(tmp_path)))[0], {}
+    monkeypatch.setattr(run, "run_tied", lambda words, environment, launcher: seen.update(environment))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0") if inside else monkeypatch.delenv(name, raising=False)
+    run.run_step(step, {})
+    assert seen["SIDTUNE_ERROR_FILE"]
+    assert [name in seen for name in ("ACCELERATE_MIXED_PRECISION", "FSDP_VERSION")] == [not inside] * 2
+    assert not {"RANK", "LOCAL_RANK"} & seen.keys()
+
+
 def test_the_seed_reaches_every_step(tmp_path):
     arguments = run.RunArguments(steps=pipeline()["steps"], output_dir=str(tmp_path), seed=7)
     seeds_of = {step.name: step.config.seed for step in run.resolve(arguments) if hasattr(step.config, "seed")}
@@ -214,6 +229,7 @@ def test_the_seed_reaches_every_step(tmp_path):
         (lambda p: p["steps"][3].update(inputs={"data_dir": "dta"}), "no earlier step"),
         (lambda p: p["steps"][8].update(name="eval"), "used twice"),
         (lambda p: p["steps"][7]["args"].update(push_to_hub=True), "hub_model_id is missing"),
+        *((lambda p, name=name: p["steps"][0].update(script=name), "is no step") for name in NO_STEPS),
     ],
 )
 def test_every_config_is_checked_before_the_first_step(tmp_path, change, words):

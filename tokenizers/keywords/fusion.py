@@ -64,7 +64,7 @@ class KeywordFusionConfig:
             no vectors for keywords.
         pool: `mined` (learn_sids mines the pool from its data folder), or the path of a pool: a file with
             `keyword<TAB>type` a line, or a folder.
-        mining: options of `keyword_mining.PoolConfig`, for `pool: mined`.
+        mining: options of `mining.PoolConfig`, for `pool: mined`.
         word_boundaries: as in `KeywordMatcher`.
         seed: of the base encoder, where it draws anything and `base` sets none.
     """

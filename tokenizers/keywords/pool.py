@@ -1,6 +1,6 @@
 """The pool of core keywords: words of 18 attribute types with their page views, from a file or mined from the log.
 
-From OneSearch (section 3.1.2). `keyword_mining.mine_pool` makes a pool of a data folder; a pool can as well be a text
+From OneSearch (section 3.1.2). `mining.mine_pool` makes a pool of a data folder; a pool can as well be a text
 file of one's own, one `keyword<TAB>type<TAB>page views` a line.
 
 Where it differs from the released code (our choice): a keyword of several types keeps all of them and has one vector;

@@ -229,7 +229,7 @@ def extend_vocabulary(
         model: causal or encoder-decoder language model, whole (not sharded, no adapter).
         tokenizer: its tokenizer.
         sids: the semantic IDs.
-        init: first values of the new rows, see `vocabulary_init`: "codebook", "text" or "mean".
+        init: first values of the new rows, see `embedding_init`: "codebook", "text" or "mean".
         codebooks: L arrays (k_l, d_c) for "codebook"; a suffix level of the SIDs needs none and gets the mean row.
         item_texts: item id → text, or N texts in row order, for "text".
         pad_to_multiple_of: the number of rows is rounded up to a multiple; None or 1 rounds nothing. A model that has

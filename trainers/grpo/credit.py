@@ -26,7 +26,7 @@ class Credited:
     Attributes:
         advantages: (n,), or (n, C) with position-level credit; float64.
         scale: (n,) what the rewards' standard deviation divided the advantages by; 1 without.
-        metrics: see `grpo_health.group_metrics`; the same on every process.
+        metrics: see `diagnostics.group_metrics`; the same on every process.
     """
 
     advantages: Tensor

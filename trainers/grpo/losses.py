@@ -32,7 +32,7 @@ def ecpo_old_logps(log_probs: Tensor, old: Tensor, advantages: Tensor, epsilon_h
 
 def list_surrogate(log_probs: Tensor, old: Tensor, coefficients: Tensor, low: float, high: float) -> Tensor:
     """(R,) loss of the searched lists: clipped ratios weighted by each item's coefficient
-    (`grpo_advantages.list_credit`).
+    (`advantages.list_credit`).
 
     Args:
         log_probs: (R, K) log-probability of each item. old: the same when the list was searched, -inf at dead places.

@@ -142,7 +142,7 @@ def category_match(batch: RewardBatch, *, k: int | None = None) -> np.ndarray:
 def popularity_penalty(batch: RewardBatch, *, k: int | None = None) -> np.ndarray:
     """(R,) -log(M p_pop) of the list, rank-weighted mean; its weight is the kappa of the spec's row 21.
 
-    0 for leaves of average popularity, negative for popular ones. p_pop is smoothed, see `list_rewards.popularity`.
+    0 for leaves of average popularity, negative for popular ones. p_pop is smoothed, see `lists.popularity`.
     """
     lists, alive = _cut(batch, k)
     value = np.append(-np.log(len(batch.leaf_codes) * popularity(batch)), 0.0)
