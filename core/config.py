@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import logging
 import math
 import os
 import sys
@@ -22,6 +21,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from sidtune.core.console import quiet
 from sidtune.core.errors import ConfigError, SidtuneError, nearest
 from sidtune.core.processes import end_processes
 from sidtune.core.scripts import find_config
@@ -361,9 +361,7 @@ def command(main: Callable[[T], Any], cls: type[T], argv: Sequence[str] | None =
     When the environment variable SIDTUNE_ERROR_FILE is set (the pipeline runner sets it), the sentence is written there too,
     because `accelerate launch` replaces the exit code of its child. A process of several leaves its group at the end.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for chatty in ("httpx", "httpcore", "faiss", "faiss.loader", "matplotlib", "bm25s", "absl"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    quiet()
     with stoppable():
         try:
             if getattr(sys.modules["__main__"], "LAUNCH", None) == "alone":

@@ -24,11 +24,14 @@ from typing import Any, ClassVar
 import yaml
 
 from sidtune.core.config import ERROR_FILE_VARIABLE, as_dict, build, check_keys, load_yaml, merged, renamed
+from sidtune.core.console import LOGGED_VARIABLE
 from sidtune.core.errors import ConfigError, SidtuneError, nearest
 from sidtune.core.folders import RUN_FILE, is_whole, locked, read_json, same_inputs
 from sidtune.core.scripts import Script, find_script
 from sidtune.core.stopping import run_tied
 
+LOGS = "logs"  # folder beside those of the steps
+CLEAR = "\x1b[2K"  # tells a terminal to empty the line
 CONFIGS = Path(__file__).resolve().parents[1] / "accelerate_configs"
 
 # These fields say where a result lies or how fast it is made, not what it is.
@@ -112,6 +115,11 @@ class Step:
         """Where its result lies."""
         return Path(self.config.output_dir)
 
+    @property
+    def log(self) -> Path:
+        """What it printed when it last ran."""
+        return self.folder.parent / LOGS / f"{self.name}.log"
+
     def record(self) -> dict[str, Any]:
         """What decides whether a finished step is still valid."""
         values = as_dict(self.config)
@@ -136,8 +144,10 @@ def resolve(arguments: RunArguments) -> list[Step]:
         where = f"steps[{place}] ('{spec.name}', {spec.config or 'inline args'})"
         if spec.name in (step.name for step in steps):
             raise ConfigError(f"{where}: the name '{spec.name}' is used twice; give every step its own name.")
-        if not spec.name or "/" in spec.name or spec.name.startswith("."):
-            raise ConfigError(f"{where}: the name of a step is the name of its folder, without '/' and a '.' in front.")
+        if spec.name in ("", LOGS) or "/" in spec.name or spec.name.startswith("."):
+            raise ConfigError(
+                f"{where}: the name of a step is the name of its folder, without '/' and a '.' in front, and not '{LOGS}'."
+            )
         try:
             step = _resolved(spec, arguments, steps)
             step.processes = 1 if step.script.alone else processes
@@ -271,11 +281,13 @@ def run_step(step: Step, options: dict[str, Any]) -> None:
         if "RANK" in inherited or "LOCAL_RANK" in inherited:
             inherited = {k: v for k, v in inherited.items() if k not in _LAUNCHER and not k.startswith(_LAUNCHERS)}
         words = launch_command(step.script, options, ["--config", str(config_file)])
-        environment = {**inherited, ERROR_FILE_VARIABLE: str(error_file)}
-        if code := run_tied(words, environment, launcher=not step.script.alone):
-            reason = (
-                error_file.read_text("utf-8") if error_file.exists() else f"it ended with exit code {code}, see above"
-            )
+        environment = {**inherited, ERROR_FILE_VARIABLE: str(error_file), LOGGED_VARIABLE: "1"}
+        step.log.parent.mkdir(parents=True, exist_ok=True)
+        with step.log.open("w", encoding="utf-8") as log:
+            code = run_tied(words, environment, launcher=not step.script.alone, output=log)
+        if code:
+            told = f"it ended with exit code {code}, see above and {step.log}"
+            reason = error_file.read_text("utf-8") if error_file.exists() else told
             raise SidtuneError(f"The step '{step.name}' failed: {reason}")
 
 
@@ -290,12 +302,13 @@ def do_step(
     if not force and is_done(step):
         print(f"{title}: unchanged, skipped", flush=True)
         return
-    print(f"{title}: started", flush=True)
+    live = sys.stdout.isatty()  # the step's bar takes the line and gives it back
+    print(f"{title} ..." if live else f"{title}: started", end="\r" if live else "\n", flush=True)
     begin = time.time()
     launch(step, launch_options(options))
     if not (step.folder / RUN_FILE).exists():
         raise SidtuneError(f"The step '{step.name}' ended but left no {step.folder / RUN_FILE}; run it again.")
-    print(f"{title}: done in {time.time() - begin:.0f} s", flush=True)
+    print(f"{CLEAR if live else ''}{title}: done in {time.time() - begin:.0f} s", flush=True)
 
 
 def run_pipeline(arguments: RunArguments) -> None:
@@ -311,6 +324,9 @@ def _run_steps(arguments: RunArguments, steps: list[Step]) -> None:
         do_step(step, arguments.launch, f"[{number}/{len(steps)}] {step.name}", step.name in arguments.force)
         if step.name == arguments.until:
             break
+    for step in steps[:number]:
+        if getattr(step.script.load(), "SHOW_AT_END", False) and step.log.is_file():
+            print(step.log.read_text("utf-8").rstrip(), flush=True)
     print(f"{arguments.name}: finished in {time.time() - started:.0f} s, results in {arguments.output_dir}", flush=True)
 
 

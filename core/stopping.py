@@ -20,6 +20,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 LEASH_VARIABLE = "SIDTUNE_LEASH"
 GOES_ON = "the same command goes on from what is finished and from the last checkpoint"
@@ -68,12 +69,15 @@ def own_signals() -> None:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
-def run_tied(words: Sequence[str], environment: Mapping[str, str], launcher: bool) -> int:
+def run_tied(
+    words: Sequence[str], environment: Mapping[str, str], launcher: bool, output: IO[str] | None = None
+) -> int:
     """Runs a command to its end; it and everything below it end with this process, in whatever way that ends.
 
     Args:
         words: the command; a script of `recipes/`, or a launcher of one.
         launcher: it starts the script's processes; it is then not asked to end but killed, because it would show traces.
+        output: receives its standard output, and None leaves it on this process's.
 
     Returns:
         Its exit code.
@@ -87,7 +91,8 @@ def run_tied(words: Sequence[str], environment: Mapping[str, str], launcher: boo
         first = os.open(leash, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a reader cannot be opened for writing
         hold = os.open(leash, os.O_WRONLY)
         os.close(first)
-        process = subprocess.Popen(words, env={**environment, LEASH_VARIABLE: str(leash)}, start_new_session=True)
+        told = {**environment, LEASH_VARIABLE: str(leash)}
+        process = subprocess.Popen(words, env=told, stdout=output, start_new_session=True)
         _running.add(process.pid)
         try:
             code = _wait(process, leash.with_name(_STOPPED))

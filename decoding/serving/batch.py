@@ -146,7 +146,7 @@ def _decode(
     retriever = SidRetriever.from_prompter(prompter, state.device)
     total, left = (sum(len(shards.rows(n)) for n in some) for some in (mine, todo))
     label = "retrieving" if state.num_processes == 1 else f"retrieving (process 1 of {state.num_processes})"
-    hide = not state.is_main_process
+    hide = None if state.is_main_process else True
     with tqdm(total=total, initial=total - left, desc=label, unit="request", disable=hide) as bar:
         for number in todo:
             prompts, targets = requests.read(shards.rows(number))

@@ -120,7 +120,7 @@ def _answers(arguments: Arguments, found: Any, rows: np.ndarray, show: bool) -> 
     from sidtune.data_builders.tasks.reasoning import THINK
 
     reasoner = found.reasoner
-    with tqdm(total=len(rows), desc="reasoning", unit="request", disable=not show) as bar:
+    with tqdm(total=len(rows), desc="reasoning", unit="request", disable=None if show else True) as bar:
         pieces = found.pieces(rows)
         if not arguments.reasoning:
             beams = reasoner.retriever.beams(pieces, arguments.num_beams, arguments.batch_size, progress=bar.update)

@@ -139,7 +139,9 @@ def _sampled(arguments: Arguments, found: Any, state: Any) -> tuple[list[tuple[i
     mine = own_rows(len(found.item), state.process_index, state.num_processes)
     found = found.take(mine)
     prompts = found.reasoner.prompts(found.pieces(np.arange(len(mine))))
-    with tqdm(total=len(prompts), desc="sampling", unit="request", disable=not state.is_main_process) as bar:
+    with tqdm(
+        total=len(prompts), desc="sampling", unit="request", disable=None if state.is_main_process else True
+    ) as bar:
         kept = sample_trajectories(
             found.reasoner,
             prompts,

@@ -37,6 +37,8 @@ from sidtune.metrics.statistics.compare import MODEL, SystemRow, compare_systems
 from sidtune.metrics.statistics.slices import build_slices, slice_rows
 from sidtune.recipes.preflight import check_data
 
+SHOW_AT_END = True
+
 
 @dataclass
 class Arguments:
@@ -231,7 +233,9 @@ def _rank_with_model(arguments: Arguments, model_dir: str, data: DataFolder, req
     mine = own_rows(requests.num_rows, state.process_index, state.num_processes)
     prompts = prompts_of(retriever, data, requests.take(mine))
     begin = time.time()
-    with tqdm(total=len(prompts), desc="decoding", unit="request", disable=not state.is_main_process) as bar:
+    with tqdm(
+        total=len(prompts), desc="decoding", unit="request", disable=None if state.is_main_process else True
+    ) as bar:
         beams = retriever.beams(prompts, arguments.num_beams, arguments.batch_size, progress=bar.update)
     seconds = time.time() - begin
     leaves, values = gathered(mine, beams.leaves.numpy(), beams.scores.numpy())
@@ -255,7 +259,7 @@ def _baselines(arguments: Arguments, data: DataFolder, requests: pa.Table, histo
     wanted = BaselineRequests.from_events(requests["query"], history, data.events, data.items)
     return {
         name: BASELINES.get(name)().fit(data.items, events, data.requests["train"]).rank(wanted, max(arguments.ks))
-        for name in tqdm(arguments.baselines, desc="baselines")
+        for name in tqdm(arguments.baselines, desc="baselines", disable=None)
     }
 
 

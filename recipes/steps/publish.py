@@ -22,6 +22,7 @@ from sidtune.core.errors import ConfigError
 from sidtune.core.folders import fingerprint, read_json, versions, write_folder, write_run, writes
 
 LAUNCH = "alone"
+SHOW_AT_END = True
 
 
 @dataclass
@@ -76,7 +77,7 @@ def main(arguments: Arguments) -> None:
         shutil.copy(Path(arguments.eval_dir) / "metrics.json", scratch / "metrics.json")
         write_card(scratch / "README.md", card)
         write_run(scratch, step="publish", config=as_dict(arguments), started=started)
-    print(f"{arguments.output_dir}: bundle ready")
+    print(f"{arguments.output_dir}: bundle ready; next: sidtune serve --model_dir {arguments.output_dir}")
     if arguments.push_to_hub:
         from sidtune.core.hub import push_folder
 

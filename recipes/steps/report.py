@@ -16,6 +16,7 @@ from sidtune.core.config import as_dict, command
 from sidtune.core.folders import read_json, write_folder, write_run, writes
 
 LAUNCH = "alone"
+SHOW_AT_END = True
 
 
 @dataclass

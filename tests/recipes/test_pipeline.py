@@ -194,7 +194,7 @@ def test_only_steps_that_divide_are_launched_in_many_processes(tmp_path):
 @pytest.mark.parametrize("inside", [False, True])
 def test_only_a_runner_inside_a_launcher_hides_what_it_was_told(tmp_path, monkeypatch, inside):
     step, seen = run.resolve(run.RunArguments(steps=pipeline()["steps"][:1], output_dir=str(tmp_path)))[0], {}
-    monkeypatch.setattr(run, "run_tied", lambda words, environment, launcher: seen.update(environment))
+    monkeypatch.setattr(run, "run_tied", lambda words, environment, **_: seen.update(environment))
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     monkeypatch.setenv("FSDP_VERSION", "2")
     for name in ("RANK", "LOCAL_RANK"):

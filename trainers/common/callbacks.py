@@ -8,11 +8,21 @@ goes on from the last folder that matches its list.
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from tqdm.auto import tqdm
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
@@ -21,6 +31,7 @@ from sidtune.core.resume import last_complete_checkpoint, mark_complete
 from sidtune.trainers.common.batches import EpochSampler
 
 logger = logging.getLogger(__name__)
+_MOST_WARMUP = 0.3  # share of the steps
 
 
 class SetEpoch(TrainerCallback):
@@ -47,11 +58,69 @@ class MarkComplete(TrainerCallback):
         PartialState().wait_for_everyone()
 
 
+class Progress(TrainerCallback):
+    """A live bar with the loss on a terminal, and elsewhere a line for each tenth of the steps. Main process only.
+
+    It stands in the place of transformers' callbacks, which print a dictionary for each step that is logged; the whole curve is in
+    `log_history.json`, and in a tracker with `report_to`.
+    """
+
+    def __init__(self) -> None:
+        self.bar: tqdm | None = None
+        self.loss, self.began, self.first = "", 0.0, 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        warmup = args.get_warmup_steps(state.max_steps)
+        logger.info("%s steps, %s of them warm-up, %.4g epochs", f"{state.max_steps:,}", warmup, state.num_train_epochs)
+        if warmup > state.max_steps * _MOST_WARMUP:
+            logger.warning(
+                "Warm-up takes %d of %d steps, so the learning rate is hardly reached; set warmup_steps to %d or train longer.",
+                warmup, state.max_steps, max(state.max_steps // 20, 1),
+            )  # fmt: skip
+        self.began, self.first = time.monotonic(), state.global_step
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=None, dynamic_ncols=True)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.bar is not None and "loss" in (kwargs.get("logs") or {}):
+            self.loss = f"loss {float(kwargs['logs']['loss']):.4g}"
+            self.bar.set_postfix_str(self.loss, refresh=False)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.bar is None:
+            return
+        self.bar.update(state.global_step - self.bar.n if not self.bar.disable else 1)
+        every = max(state.max_steps // 10, 1)
+        if self.bar.disable and state.global_step % every == 0:
+            rate = (state.global_step - self.first) / max(time.monotonic() - self.began, 1e-9)
+            left = (state.max_steps - state.global_step) / max(rate, 1e-9)
+            logger.info(
+                "step %d of %d, %s, %.3g steps/s, %.0f s left",
+                state.global_step,
+                state.max_steps,
+                self.loss,
+                rate,
+                left,
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
 def go_on(trainer: Trainer, resume: bool = True) -> TrainOutput:
     """Trains, from the last complete checkpoint in `args.output_dir` where there is one; a finished training is only loaded.
 
     The folder must be this run's alone, see `core.resume.Work`. `resume` false starts anew. Collective: every process calls it.
     """
+    for kind in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(kind)
+    trainer.add_callback(Progress())
     folder = Path(trainer.args.output_dir)
     found = on_main(lambda: str(last_complete_checkpoint(folder, remove_broken=True) or ""))
     if not (found and resume):
