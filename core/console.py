@@ -25,10 +25,11 @@ def quiet() -> None:
     if LOGGED_VARIABLE in os.environ:  # standard output is the log of this step
         handlers.append(logging.StreamHandler(sys.stdout))
         console.setLevel(logging.WARNING)
+        os.environ.setdefault("TQDM_DESC", os.environ[LOGGED_VARIABLE])  # its bars carry its name
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=handlers)
     if os.environ.get(VERBOSE_VARIABLE, "0") != "0":
         return
-    os.environ.setdefault("TQDM_LEAVE", "")  # tqdm reads its defaults from here: a bar goes when its work is done
+    os.environ.setdefault("TQDM_LEAVE", "")  # tqdm reads its defaults from here; a bar goes when its work is done
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -281,7 +281,7 @@ def run_step(step: Step, options: dict[str, Any]) -> None:
         if "RANK" in inherited or "LOCAL_RANK" in inherited:
             inherited = {k: v for k, v in inherited.items() if k not in _LAUNCHER and not k.startswith(_LAUNCHERS)}
         words = launch_command(step.script, options, ["--config", str(config_file)])
-        environment = {**inherited, ERROR_FILE_VARIABLE: str(error_file), LOGGED_VARIABLE: "1"}
+        environment = {**inherited, ERROR_FILE_VARIABLE: str(error_file), LOGGED_VARIABLE: step.name}
         step.log.parent.mkdir(parents=True, exist_ok=True)
         with step.log.open("w", encoding="utf-8") as log:
             code = run_tied(words, environment, launcher=not step.script.alone, output=log)
