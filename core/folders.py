@@ -21,10 +21,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sidtune.core.config import as_dict
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.inputs import RUN_FILE, fingerprint, inputs_of, same_inputs
 from sidtune.core.locks import locked
@@ -49,8 +50,10 @@ class _Run:
 
     output: Path
     step: str | None
-    inputs: dict[str, str] = field(default_factory=dict)
-    fingerprints: dict[str, str] = field(default_factory=dict)
+    arguments: Any
+    inputs: dict[str, str]
+    fingerprints: dict[str, str]
+    started: float
 
 
 _RUN: contextvars.ContextVar[_Run | None] = contextvars.ContextVar("run", default=None)
@@ -76,7 +79,7 @@ def writes(step: str | None, *, tree: bool = False) -> Callable[[Callable[[T], N
         def run(arguments: Any) -> None:
             if os.environ.get("RANK", "0") != "0":
                 return main(arguments)
-            output, inputs = Path(arguments.output_dir).resolve(), inputs_of(arguments)
+            output, inputs, started = Path(arguments.output_dir).resolve(), inputs_of(arguments), time.time()
             check(arguments)
             with locked(output):
                 known = {path: fingerprint(path) for path in dict.fromkeys(inputs.values())}
@@ -84,7 +87,7 @@ def writes(step: str | None, *, tree: bool = False) -> Callable[[Callable[[T], N
                     output.mkdir(parents=True, exist_ok=True)
                     write_json(output / STARTED_FILE, {"step": step})
                     (output / RUN_FILE).unlink(missing_ok=True)  # it is complete again when the record is back
-                token = _RUN.set(_Run(output, step, inputs, known))
+                token = _RUN.set(_Run(output, step, arguments, inputs, known, started))
                 try:
                     return main(arguments)
                 finally:
@@ -295,8 +298,8 @@ def versions() -> dict[str, str]:
 def write_run(
     folder: str | Path,
     *,
-    step: str,
-    config: dict[str, Any],
+    step: str | None = None,
+    config: dict[str, Any] | None = None,
     inputs: Mapping[str, str | Path] | None = None,
     metrics: dict[str, Any] | None = None,
     started: float | None = None,
@@ -305,7 +308,7 @@ def write_run(
 
     Args:
         folder: the scratch folder of the step, or the folder of a tree.
-        step: name of the step.
+        step: name of the step; default the one that runs, with its options and its start.
         config: the resolved config, JSON-ready. What it names is fingerprinted (`inputs_of`): as it was when the step started
             (`writes`), else as it is now.
         inputs: role → path of what is read and the config does not name.
@@ -313,6 +316,8 @@ def write_run(
         started: `time.time()` at the start of the step.
     """
     now, folder, run = time.time(), Path(folder), _RUN.get()
+    if step is None and run is not None:
+        step, config, started = run.step, as_dict(run.arguments), run.started
     known = run.fingerprints if run is not None else {}
     read = {name: str(path) for name, path in {**inputs_of(config), **(inputs or {})}.items()}
     record = {

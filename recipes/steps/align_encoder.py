@@ -14,7 +14,6 @@ the output folder.
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sidtune.core.config import as_dict, build, check_range, command
+from sidtune.core.config import build, check_range, command
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import write_json, write_run, writes
 from sidtune.core.processes import launch, on_main
@@ -118,7 +117,6 @@ def main(arguments: Arguments) -> None:
         train_aligned,
     )
 
-    started = time.time()
     checkpoints = Work(arguments.output_dir, {}).checkpoints
     args = aligned_args(arguments.args, checkpoints, arguments.seed)  # also forms the group of processes
     work = Work(arguments.output_dir, on_main(lambda: identity_of(arguments)), place=launch())
@@ -139,7 +137,7 @@ def main(arguments: Arguments) -> None:
     examples = AlignedExamples(source.queries, texts, source.pairs, source.scores)
     trainer = train_aligned(model, tokenizer, examples, args, arguments.loss_config, *shape)
     trained = trainer.accelerator.unwrap_model(trainer.model)
-    on_main(lambda: _write(arguments, work, trained, tokenizer, shape, trainer.state.log_history, source, started))
+    on_main(lambda: _write(arguments, work, trained, tokenizer, shape, trainer.state.log_history, source))
 
 
 def _prepare(arguments: Arguments, work: Path, shape: tuple[str, int]) -> dict[str, Any]:
@@ -202,7 +200,6 @@ def _write(
     shape: tuple[str, int],
     history: list[dict[str, Any]],
     source: AlignmentSource,
-    started: float,
 ) -> None:
     """Main process: the folder at once, then the work folder goes."""
     from sidtune.metrics.pair_recall import recall_to_markdown
@@ -213,18 +210,10 @@ def _write(
         rows, names = _report(arguments, {"start": work.folder / "start", "aligned": scratch})
         report = {"k": arguments.k, "encoders": names, "mined": source.told, "rows": rows, "curves": history}
         write_json(scratch / REPORT_FILE, report)
-        write_run(
-            scratch,
-            step="align_encoder",
-            config=as_dict(arguments),
-            metrics={
-                "parameters": sum(p.numel() for p in model.parameters()),
-                "pooling": shape[0],
-                "mined": source.told,
-                "recall": {row["pairs_of"]: row["recall"] for row in rows},
-            },
-            started=started,
-        )
+        recall = {row["pairs_of"]: row["recall"] for row in rows}
+        parameters = sum(p.numel() for p in model.parameters())
+        metrics = {"parameters": parameters, "pooling": shape[0], "mined": source.told, "recall": recall}
+        write_run(scratch, metrics=metrics)
     for kind in ("q2q", "i2i", "q2i"):
         print(f"{kind}: {source.told[kind]['kept']:,} of {source.told[kind]['mined']:,} mined pairs kept")
     print(

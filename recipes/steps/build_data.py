@@ -93,7 +93,7 @@ def main(arguments: Arguments) -> None:
             "counts": tables.counts,
             "rows_per_second": round(rows / max(seconds, 1e-9)),
         }
-        write_run(scratch, step="build_data", config=as_dict(arguments), metrics=metrics, started=started)
+        write_run(scratch, metrics=metrics)
     _print(arguments, metrics, tables)
 
 

@@ -119,7 +119,7 @@ def main(arguments: Arguments) -> None:
     from sidtune.metrics.report.html import console_table
 
     # Several CPU processes form a group only when told that the CPU is meant.
-    started, state = time.time(), PartialState(cpu=not torch.accelerator.is_available())
+    state = PartialState(cpu=not torch.accelerator.is_available())
     data = load_folder(arguments.data_dir)
     if max(arguments.ks) > data.items.num_rows:
         raise ConfigError(
@@ -174,13 +174,7 @@ def main(arguments: Arguments) -> None:
         _write_per_request(scratch, results, requests)
         write_json(scratch / "samples.json", _samples(arguments, data, requests, relevance, history, ranked, scores))
         metrics = {system.name: {m: e.value for m, e in system.metrics.items()} for system in systems}
-        write_run(
-            scratch,
-            step="evaluate",
-            config=as_dict(arguments),
-            metrics=metrics,
-            started=started,
-        )
+        write_run(scratch, metrics=metrics)
     print(f"{requests.num_rows:,} {arguments.split} requests, {data.items.num_rows:,} items, whole catalogue ranked")
     rich.print(console_table(_shown(systems, arguments)))
     for name, pair in record["against"].items():

@@ -11,7 +11,6 @@ added, no weight is read or written. Beside it stand `trie/`, `drift.json` (repo
 from __future__ import annotations
 
 import shutil
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -102,7 +101,6 @@ class Arguments:
 @writes("extend_sids")
 def main(arguments: Arguments) -> None:
     """Extends the folder; prints the drift report and the recommendation."""
-    started = time.time()
     old, items = LearnedSids.load(arguments.sids_dir), load_folder(arguments.data_dir).items
     method = made_by(COLLISIONS, {"name": "expand", **(arguments.collisions or old.collisions)})
     encoder = _encoder(arguments, old)
@@ -130,7 +128,7 @@ def main(arguments: Arguments) -> None:
         held_out = held_out_error(old.quantizer, rows, arguments.held_out_share, arguments.seed)
     limits = build(DriftLimits, arguments.limits, "limits")
     drift = measure_drift(sids, made.batch > 0, len(ids), made.vectors, made.quantizer, held_out, limits)
-    _write(arguments, _in_order_of(items, made), drift, token_ids, [*method.notes], started)
+    _write(arguments, _in_order_of(items, made), drift, token_ids, [*method.notes])
     print(f"{arguments.output_dir}: {len(ids):,} new items, {len(sids):,} in all\n")
     print(drift.to_markdown())
 
@@ -221,7 +219,6 @@ def _write(
     drift: Drift,
     token_ids: np.ndarray | None,
     notes: list[str],
-    started: float,
 ) -> None:
     from sidtune.decoding.trie import SidTrie
 
@@ -241,13 +238,7 @@ def _write(
         write_json(scratch / "quality.json", quality.to_dict())
         write_json(scratch / "drift.json", drift.to_dict())
         write_json(scratch / COLLISION_FILE, {"method": made.collisions, "notes": notes})
-        write_run(
-            scratch,
-            step="extend_sids",
-            config=as_dict(arguments),
-            metrics={**quality.to_dict(), "drift": drift.to_dict()},
-            started=started,
-        )
+        write_run(scratch, metrics={**quality.to_dict(), "drift": drift.to_dict()})
 
 
 if __name__ == "__main__":

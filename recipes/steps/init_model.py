@@ -9,12 +9,11 @@ With `base: null` a byte-level BPE is trained on the catalogue and the training 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sidtune.core.config import as_dict, check_range, command
+from sidtune.core.config import check_range, command
 from sidtune.core.folders import write_folder, write_run, writes
 from sidtune.core.pipeline import Step
 from sidtune.data_builders.prompts.serializer import Serializer
@@ -93,7 +92,6 @@ def main(arguments: Arguments) -> None:
     from sidtune.tokenizers.vocabulary.extension import VOCABULARY_FILE, Vocabulary, add_plain_tokens, extend_vocabulary
     from sidtune.tokenizers.vocabulary.saving import save_trained
 
-    started = time.time()
     data = load_folder(arguments.data_dir)
     sids = SemanticIds.from_pretrained(Path(arguments.sids_dir) / "sids")
     sids.check_items(data.items, arguments.data_dir)
@@ -124,17 +122,8 @@ def main(arguments: Arguments) -> None:
     with write_folder(arguments.output_dir) as scratch:
         save_trained(model, vocabulary, tokenizer, scratch)
         complete_model_folder(scratch, serializer, PromptSettings(), sids)
-        write_run(
-            scratch,
-            step="init_model",
-            config=as_dict(arguments),
-            metrics={
-                "parameters": parameters,
-                "vocabulary": len(tokenizer),
-                "sid_tokens": len(vocabulary.sid_token_ids),
-            },
-            started=started,
-        )
+        counts = {"vocabulary": len(tokenizer), "sid_tokens": len(vocabulary.sid_token_ids)}
+        write_run(scratch, metrics={"parameters": parameters, **counts})
     print(
         f"{arguments.output_dir}: {model.config.model_type} with {parameters:,} parameters, "
         f"{len(tokenizer):,} tokens of which {len(vocabulary.sid_token_ids):,} are SID tokens"

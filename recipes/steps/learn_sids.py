@@ -14,7 +14,6 @@ validation split find their items. `tokenizers/sids/query_codes.py` codes any qu
 
 from __future__ import annotations
 
-import time
 import warnings
 from dataclasses import dataclass, field
 
@@ -22,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import safetensors.numpy
 
-from sidtune.core.config import as_dict, check_range, command
+from sidtune.core.config import check_range, command
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import write_folder, write_json, write_run, writes
 from sidtune.core.pipeline import Step, check_there
@@ -128,7 +127,6 @@ def preflight(step: Step) -> None:
 @writes("learn_sids")
 def main(arguments: Arguments) -> None:
     """Learns the SIDs; prints the quality table and its warnings."""
-    started = time.time()
     encoder, quantizer, method = arguments.parts()
     spec, data = arguments.collision_spec(), load_folder(arguments.data_dir)
     queries = _queries(data) if arguments.queries else []
@@ -155,13 +153,7 @@ def main(arguments: Arguments) -> None:
             write_json(scratch / name, record)
         if queries:
             write_query_codes(scratch / QUERY_FILE, queries, asked)
-        write_run(
-            scratch,
-            step="learn_sids",
-            config=as_dict(arguments),
-            metrics=quality.to_dict() | ({} if recall is None else {"query_recall": recall.to_dict()}),
-            started=started,
-        )
+        write_run(scratch, metrics=quality.to_dict() | ({} if recall is None else {"query_recall": recall.to_dict()}))
     _show(quality, costs, recall)
 
 

@@ -10,14 +10,13 @@ Without `push_to_hub: true` nothing leaves the machine.
 from __future__ import annotations
 
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
-from sidtune.core.config import as_dict, command
+from sidtune.core.config import command
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import fingerprint, read_json, versions, write_folder, write_run, writes
 
@@ -66,7 +65,7 @@ def main(arguments: Arguments) -> None:
     from sidtune.metrics.report.model_card import write_card
     from sidtune.tokenizers.vocabulary.saving import save_trained
 
-    started, source, items = time.time(), *_checked(arguments)
+    source, items = _checked(arguments)
     card = card_data(arguments)
     with write_folder(arguments.output_dir) as scratch:
         save_trained(source.load_model(), source.vocabulary, source.tokenizer, scratch)
@@ -75,7 +74,7 @@ def main(arguments: Arguments) -> None:
         pq.write_table(catalogue_table(items), scratch / "catalogue.parquet")
         shutil.copy(Path(arguments.eval_dir) / "metrics.json", scratch / "metrics.json")
         write_card(scratch / "README.md", card)
-        write_run(scratch, step="publish", config=as_dict(arguments), started=started)
+        write_run(scratch)
     print(f"{arguments.output_dir}: bundle ready")
     if arguments.push_to_hub:
         from sidtune.core.hub import push_folder

@@ -7,12 +7,11 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sidtune.core.config import as_dict, command
+from sidtune.core.config import command
 from sidtune.core.folders import read_json, write_folder, write_run, writes
 
 LAUNCH = "alone"
@@ -47,7 +46,6 @@ def main(arguments: Arguments) -> None:
     from sidtune.decoding.retrieval.model_folder import check_made_from
     from sidtune.metrics.report.html import markdown_table, write_report
 
-    started = time.time()
     made = {"data_dir": arguments.data_dir, "sids_dir": arguments.sids_dir}
     models = [folder for folder in (arguments.model_dir, arguments.grpo_dir) if folder is not None]
     for folder in (arguments.eval_dir, arguments.post_rank_dir):
@@ -59,7 +57,7 @@ def main(arguments: Arguments) -> None:
     with write_folder(arguments.output_dir) as scratch:
         write_report(scratch / "report.html", data)
         (scratch / "table.md").write_text(markdown_table(data.systems), encoding="utf-8")
-        write_run(scratch, step="report", config=as_dict(arguments), started=started)
+        write_run(scratch)
     print(f"The report is {Path(arguments.output_dir) / 'report.html'}")
 
 

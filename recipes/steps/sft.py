@@ -10,12 +10,11 @@ which names the last stage. An interrupted run goes on from the last checkpoint 
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from sidtune.core.config import as_dict, check_range, command
+from sidtune.core.config import check_range, command
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import read_json, write_run, writes
 from sidtune.core.pipeline import Step, check_there
@@ -111,7 +110,6 @@ def main(arguments: Arguments) -> None:
     from sidtune.tokenizers.vocabulary.extension import Vocabulary
     from sidtune.trainers.sft.stages import run_stages
 
-    started = time.time()
     examples = arguments.examples()
     # A mistake in a template, and folders of different runs, show now, not after the first stage.
     examples.opened(load_tokenizer(arguments.model_dir), Vocabulary.from_pretrained(arguments.model_dir))
@@ -127,20 +125,9 @@ def main(arguments: Arguments) -> None:
     )
 
     def finish() -> None:
-        stages = [read_json(folder / "run.json") for folder in folders]
-        write_run(
-            arguments.output_dir,
-            step="sft",
-            config=as_dict(arguments),
-            metrics={
-                "final": folders[-1].name,
-                "stages": [
-                    {"name": folder.name, "seconds": record["seconds"], **record["metrics"]}
-                    for folder, record in zip(folders, stages, strict=True)
-                ],
-            },
-            started=started,
-        )
+        records = {folder.name: read_json(folder / "run.json") for folder in folders}
+        stages = [{"name": name, "seconds": one["seconds"], **one["metrics"]} for name, one in records.items()]
+        write_run(arguments.output_dir, metrics={"final": folders[-1].name, "stages": stages})
 
     on_main(finish)
     logger.info("%s: %d stages, the last is %s", arguments.output_dir, len(folders), folders[-1].name)
