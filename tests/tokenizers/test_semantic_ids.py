@@ -73,11 +73,7 @@ def test_paths_equal_the_dictionary_oracle():
     assert [tuple(code) for code in codes.tolist()] == list(oracle)
     for m, expected in enumerate(oracle.values()):
         assert rows[offsets[m] : offsets[m + 1]].tolist() == expected
-        assert sids.rows_of_code(codes[m]).tolist() == expected
     assert sorted(rows.tolist()) == list(range(len(sids))), "no item may be lost"
-    assert sids.rows_of_code((3, 4, 5)).tolist() == [] and sids.rows_of_code((9, 9, 9)).tolist() == []
-    with pytest.raises(DataError, match="code of 3 levels, got 2"):
-        sids.rows_of_code((0, 0))
 
 
 def test_row_order_does_not_change_the_expansion():
@@ -130,7 +126,7 @@ def test_extended_keeps_old_codes():
     bigger = sids.extended(["f", "g"], np.array([[0, 2], [1, 1]]), np.array([7.0, 0.0]))
     np.testing.assert_array_equal(bigger.codes[:5], sids.codes)
     assert bigger.item_ids == [*sids.item_ids, "f", "g"] and bigger.text("f") == "<a_0><b_2>"
-    assert [bigger.item_ids[r] for r in bigger.rows_of_code((0, 2))] == ["c", "f", "a", "b"]
+    assert [bigger.item_ids[r] for r in groups_of(bigger)[0, 2]] == ["c", "f", "a", "b"]
     assert sids.extended([], np.zeros((0, 2), dtype=int)) is sids and len(sids) == 5
     with pytest.raises(DataError, match="1 new items have semantic IDs already"):
         sids.extended(["a", "h"], np.array([[0, 0], [0, 0]]))

@@ -2,7 +2,7 @@
 
 This is what makes every recipe run offline: no download, the same result on every machine. The tokenizer has the shape
 of Qwen's and GPT-2's (byte-level BPE, no prefix space, no unknown token), so nothing downstream treats it specially.
-Our choice; no paper is involved. For real use replace both by a pretrained model (`load_base`).
+Our choice; no paper is involved. For real use replace both by a pretrained model.
 """
 
 from __future__ import annotations

@@ -117,14 +117,6 @@ def load_tokenizer(folder_or_id: str | Path, revision: str | None = None) -> Pre
     return tokenizer
 
 
-def load_base(
-    folder_or_id: str | Path, revision: str | None = None, dtype: Any = "float32", **options: Any
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A base model and its tokenizer, see `load_plain` and `load_tokenizer`."""
-    tokenizer = load_tokenizer(folder_or_id, revision)
-    return load_plain(folder_or_id, revision, dtype, **options), tokenizer
-
-
 def _unreadable(what: str, place: str, error: Exception) -> DataError:
     reason = " ".join(str(error).split())[:300].rstrip(".")
     where = "the folder" if Path(place).is_dir() else "the hub model"

@@ -89,14 +89,6 @@ class KeywordPool:
         """Each keyword once, in order of first appearance: what a matcher is made of."""
         return list(dict.fromkeys(self.keywords))
 
-    @cached_property
-    def types_of(self) -> dict[str, tuple[str, ...]]:
-        """Keyword → all its types, in order of their rows."""
-        found: dict[str, tuple[str, ...]] = {}
-        for keyword, kind in zip(self.keywords, self.types, strict=True):
-            found[keyword] = (*found.get(keyword, ()), kind)
-        return found
-
     def matcher(self, word_boundaries: bool = True) -> KeywordMatcher:
         """A matcher of the distinct keywords."""
         return KeywordMatcher(self.distinct, word_boundaries)
@@ -116,11 +108,6 @@ class KeywordPool:
         rank = {kind: n for n, kind in enumerate(KEYWORD_TYPES)}
         kept.sort(key=lambda n: rank[self.types[n]])  # stable: views fall within each type
         return KeywordPool([self.keywords[n] for n in kept], [self.types[n] for n in kept], self.views[kept])
-
-    def to_tsv(self, path: str | Path) -> None:
-        """Writes `keyword<TAB>type<TAB>page views`, one row a line, UTF-8."""
-        rows = zip(self.keywords, self.types, self.views.tolist(), strict=True)
-        Path(path).write_text("".join(f"{w}\t{kind}\t{views}\n" for w, kind, views in rows), encoding="utf-8")
 
     @classmethod
     def from_tsv(cls, path: str | Path) -> Self:

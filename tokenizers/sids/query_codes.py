@@ -99,10 +99,6 @@ class QueryCoder:
         """`token_texts`, so that a coder can be given to `Serializer` as `query_sids`."""
         return self.token_texts(texts)
 
-    def token_text(self, text: str | None) -> str:
-        """SID text of one query."""
-        return self.token_texts([text])[0]
-
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes encoder, quantizer, SIDs and the known queries, whole or not at all."""
         with write_files(folder, [QUERY_FILE]) as scratch:

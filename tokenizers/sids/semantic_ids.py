@@ -237,17 +237,6 @@ class SemanticIds:
         """
         return self._paths
 
-    def rows_of_code(self, code: Sequence[int]) -> np.ndarray:
-        """Item rows of one code in expansion order; empty when no item has it. Binary search, O(L log M)."""
-        codes, offsets, rows = self._paths
-        low, high = 0, len(codes)
-        if len(code) != self.depth:
-            raise DataError(f"Expected a code of {self.depth} levels, got {len(code)}; give all levels.")
-        for level, number in enumerate(code):
-            column = codes[low:high, level]
-            low, high = low + np.searchsorted(column, number), low + np.searchsorted(column, number, side="right")
-        return rows[offsets[low] : offsets[high]]
-
     def collisions(self) -> Collisions:
         """Counts of items that share a code."""
         codes, offsets, _ = self._paths

@@ -372,17 +372,3 @@ def trained_rows(model: nn.Module) -> dict[str, torch.Tensor]:
         with gathered(matrix.owner._modules[ROWS].weight) as rows:
             found[matrix.name] = rows.detach().cpu().clone()
     return found
-
-
-def token_matrix(model: nn.Module, head: bool = False) -> torch.Tensor:
-    """(rows, d) CPU copy of the embedding (or head) as it is now, trained rows in place, whatever the mode."""
-    matrices = vocab_matrices(model)
-    wanted = base_of(model).get_output_embeddings() if head else None
-    matrix = next(m for m in matrices if (wanted in m.modules if head else m.used and not m.is_head))
-    with gathered(matrix.parameter) as whole:
-        result = whole.detach().cpu().clone()
-    if ROWS in matrix.owner._modules:
-        start, stop = matrix.owner._rows_span
-        with gathered(matrix.owner._modules[ROWS].weight) as rows:
-            result[start:stop] = rows.detach().cpu().to(result)
-    return result
