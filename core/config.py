@@ -16,7 +16,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -200,31 +200,8 @@ def place_of(values: list, key: str, where: str) -> int:
     raise ConfigError(f"{where} names the element '{key}', but the list has none of that name; {nearest(key, names)}")
 
 
-def _assign(target: Any, path: list[str], value: Any, option: str) -> None:
-    key, rest, where = path[0], path[1:], f"The option --{option}"
-    if isinstance(target, list):
-        names = [str(one["name"]) for one in target if isinstance(one, dict) and "name" in one]
-        key, rest = _longest(names, path)
-        place: Any = place_of(target, key, where)
-    elif isinstance(target, dict):
-        place, rest = _longest(target, path)
-    else:
-        raise ConfigError(f"{where} reaches into '{option.split('.')[-len(path) - 1]}', which holds no nested keys.")
-    if not rest:
-        target[place] = value
-        return
-    if isinstance(target, dict) and target.get(place) is None:
-        target[place] = {}
-    _assign(target[place], rest, value, option)
-
-
-def _longest(names: Iterable[Any], path: list[str]) -> tuple[Any, list[str]]:
-    """The known name that `path` begins with, which may hold dots (`dropout_0.1`), and what follows it."""
-    known = {str(name): name for name in names}
-    for length in range(len(path), 1, -1):
-        if (name := ".".join(path[:length])) in known:
-            return known[name], path[length:]
-    return known.get(path[0], path[0]), path[1:]
+class _Below(dict):
+    """What an option says by dots: `--stages.align.args.max_steps 5`. The value at their end replaces the one that stands there."""
 
 
 def merged(values: Any, changes: Any, where: str) -> Any:
@@ -235,27 +212,29 @@ def merged(values: Any, changes: Any, where: str) -> Any:
     `--steps.sft.args.stages.personalise.args.max_steps 5`, changes one value of the step's config file.
 
     Raises:
-        ConfigError: a name or number that the list does not have.
+        ConfigError: a name or number that the list does not have; an option that reaches into a value without keys.
     """
-    if isinstance(values, dict) and isinstance(changes, dict):
-        found = dict(_dotted(values, changes))
-        return {**values, **{key: merged(values.get(key), new, f"{where}.{key}") for key, new in found.items()}}
-    if isinstance(values, list) and isinstance(changes, dict):
-        made = list(values)
-        for key, new in changes.items():
-            place = place_of(made, str(key), where)
-            made[place] = merged(made[place], new, f"{where}.{key}")
-        return made
-    return changes
+    if not isinstance(changes, dict) or not isinstance(values, (dict, list, types.NoneType)):
+        if isinstance(changes, _Below):
+            raise ConfigError(f"{where} holds no nested keys, so '{next(iter(changes))}' cannot be set in it.")
+        return changes
+    made: Any = list(values) if isinstance(values, list) else dict(values or {})
+    names = [one["name"] for one in made if isinstance(one, dict) and "name" in one] if isinstance(made, list) else made
+    for key, new in _dotted({str(name): name for name in names}, changes):
+        place = place_of(made, str(key), where) if isinstance(made, list) else key
+        old = made.get(place) if isinstance(made, dict) else made[place]
+        whole = isinstance(changes, _Below) and not isinstance(new, _Below)
+        made[place] = new if whole else merged(old, new, f"{where}.{key}")
+    return made
 
 
-def _dotted(names: Any, changes: dict) -> Iterator[tuple[Any, Any]]:
-    """The changes by key, where a known name that holds dots was split at them."""
+def _dotted(names: dict[str, Any], changes: dict) -> Iterator[tuple[Any, Any]]:
+    """The changes by key as it stands in `names`, where a known name that holds dots (`dropout_0.1`) was split at them."""
     for key, new in changes.items():
-        if key not in names and isinstance(new, dict) and any(str(name).startswith(f"{key}.") for name in names):
-            yield from _dotted(names, {f"{key}.{below}": value for below, value in new.items()})
+        if str(key) not in names and isinstance(new, dict) and any(name.startswith(f"{key}.") for name in names):
+            yield from _dotted(names, type(new)({f"{key}.{below}": value for below, value in new.items()}))
         else:
-            yield key, new
+            yield names.get(str(key), key), new
 
 
 def _split_options(argv: Sequence[str]) -> tuple[str | None, dict[str, Any], list[str]]:
@@ -308,7 +287,10 @@ def parse(cls: type[T], argv: Sequence[str] | None = None) -> T:
     check_keys({former.get(name := key.split(".")[0], name): None for key in options}, names, "On the command line")
     for key, value in options.items():
         name, *below = key.split(".")
-        _assign(values, [former.get(name, name), *below], value, key)
+        for word in reversed(below):
+            value = _Below({word: value})
+        name = former.get(name, name)
+        values[name] = merged(values.get(name), value, f"The option --{name}") if below else value
     if "root" in names and config_path and options.get("root") is None:
         values["root"] = str(Path(config_path).parent)
     return build(cls, values, where)
