@@ -158,10 +158,10 @@ def test_unfitted_and_damaged_encoders_are_refused(tmp_path):
         (tmp_path / "e" / "vocabulary.json").write_text(json.dumps(wrong))
         with pytest.raises(DataError, match="do not fit together"):
             load_encoder(tmp_path / "e")
-    with pytest.raises(DataError, match="holds an encoder 'tfidf_svd', not a 'precomputed'"):
+    with pytest.raises(DataError, match="holds the encoder 'tfidf_svd', not a 'precomputed'"):
         PrecomputedEncoder.from_pretrained(tmp_path / "e")
     (tmp_path / "e" / "encoder_config.json").write_text("{}")
-    with pytest.raises(DataError, match="does not describe an encoder"):
+    with pytest.raises(DataError, match="describes no encoder"):
         load_encoder(tmp_path / "e")
 
 

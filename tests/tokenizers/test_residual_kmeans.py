@@ -268,12 +268,12 @@ def test_damaged_folders_are_named(fitted, tmp_path):
     with pytest.raises(DataError, match=r"'level_2' has shape \(8, 24\), expected \(9, 24\)"):
         load_quantizer(folder)
     write(quantizer="other")
-    with pytest.raises(DataError, match="holds a quantizer 'other'"):
+    with pytest.raises(DataError, match="holds the quantizer 'other'"):
         ResidualKMeans.from_pretrained(folder)
     with pytest.raises(ConfigError, match="no quantizer named 'other'"):
         load_quantizer(folder)
     (folder / "quantizer_config.json").write_text("[]")
-    with pytest.raises(DataError, match="does not describe a quantizer"):
+    with pytest.raises(DataError, match="describes no quantizer"):
         load_quantizer(folder)
     write()
     save_file({k: v for k, v in tensors.items() if k != "level_1"}, folder / "codebooks.safetensors")

@@ -379,7 +379,7 @@ def test_options_are_checked(tmp_path):
     ]:
         with pytest.raises(ConfigError, match=message):
             config(**options)
-    with pytest.raises(DataError, match="not trained yet"):
+    with pytest.raises(DataError, match="no codebooks yet"):
         vae().encode(clusters(10))
     quantizer = vae(epochs=1).fit(clusters(100))
     tensors = quantizer._tensors()

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from sidtune.core.errors import DataError, SidtuneError, nearest
 from sidtune.core.folders import read_json, write_files, write_json
-from sidtune.core.hub import push_saved, resolve_folder
+from sidtune.core.hub import Published, resolve_folder
 from sidtune.tokenizers.keywords.matcher import KeywordMatcher, normal_form
 
 KEYWORD_TYPES = (
@@ -47,7 +47,7 @@ POOL_FILE = "keywords.parquet"
 CONFIG_FILE = "keyword_pool.json"
 
 
-class KeywordPool:
+class KeywordPool(Published):
     """Typed keywords with their page views.
 
     Args:
@@ -161,10 +161,6 @@ class KeywordPool:
         if not whole:
             raise DataError(f"{folder / POOL_FILE} has {table.num_rows} rows, {CONFIG_FILE} says another number.")
         return cls(*columns)
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Saves into a scratch folder and uploads it; `options` (token, private, ...) are those of `push_folder`."""
-        return push_saved(self, repo_id, **options)
 
 
 def read_pool(path: str | Path) -> KeywordPool:

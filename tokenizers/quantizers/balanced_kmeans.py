@@ -27,7 +27,6 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.tokenizers.quantizers.base import check_codes
 from sidtune.tokenizers.quantizers.nearest_centroids import nearest_centroids
 from sidtune.tokenizers.quantizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig, train_centroids
 
@@ -216,13 +215,10 @@ class BalancedKMeans(ResidualKMeans):
         last = self._private.assign(residual, parents)
         return np.column_stack([codes, last]).astype(np.int32), residual - self._private.vectors(parents, last)
 
-    def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Sum of the chosen centroids, float32 (n, d). Raises DataError as `ResidualKMeans.decode` does."""
-        self._require_fit()
-        codes = check_codes(codes, self.level_sizes)
+    def _decode(self, codes: np.ndarray) -> np.ndarray:
         if self._private is None or codes.shape[1] < self.depth:
-            return super().decode(codes)
-        return super().decode(codes[:, :-1]) + self._private.vectors(self._parents(codes[:, :-1]), codes[:, -1])
+            return super()._decode(codes)
+        return super()._decode(codes[:, :-1]) + self._private.vectors(self._parents(codes[:, :-1]), codes[:, -1])
 
     def _tensors(self) -> dict[str, np.ndarray]:
         return super()._tensors() | ({} if self._private is None else self._private.tensors())

@@ -19,12 +19,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.tokenizers.quantizers.base import Quantizer, check_codes
+from sidtune.tokenizers.quantizers.base import Quantizer
 from sidtune.tokenizers.quantizers.nearest_centroids import nearest_centroids
 from sidtune.tokenizers.vectors import check_vectors
 
@@ -206,24 +206,7 @@ class ResidualKMeans(Quantizer):
         self._require_fit()
         return self._codebooks
 
-    def _require_fit(self) -> None:
-        if not self._codebooks:
-            raise DataError("This residual k-means has no codebooks yet; call fit(vectors) or load a saved one.")
-
-    def fit(self, vectors: np.ndarray) -> Self:
-        """Learns the codebooks.
-
-        Args:
-            vectors: (n, d) finite numbers; kept as float32.
-
-        Raises:
-            DataError: wrong shape, NaN, infinite or huge entries.
-        """
-        self.fit_encode(vectors)
-        return self
-
     def fit_encode(self, vectors: np.ndarray) -> np.ndarray:
-        """Learns the codebooks from vectors (n, d) and gives the codes (n, depth) int32 the training ended with."""
         codes = self._learn(vectors)[0]
         if self.notes:
             warnings.warn(" ".join(self.notes), stacklevel=2)
@@ -275,15 +258,8 @@ class ResidualKMeans(Quantizer):
         parts = [nearest_centroids(residual[i : i + step], centroids) for i in range(0, len(residual), step)]
         return np.concatenate(parts)
 
-    def encode(self, vectors: np.ndarray) -> np.ndarray:
-        """Codes (n, depth) int32 under the frozen codebooks.
-
-        Raises:
-            DataError: not fitted, another width than the training vectors, NaN, infinite or huge entries.
-        """
-        self._require_fit()
-        vectors, step = check_vectors(vectors, self.dims), self.config.chunk_size
-        return np.concatenate([self._walk(vectors[i : i + step])[0] for i in range(0, len(vectors), step)])
+    def _encode(self, vectors: np.ndarray) -> np.ndarray:
+        return self._walk(vectors)[0]
 
     def residual(self, vectors: np.ndarray, depth: int | None = None) -> np.ndarray:
         """What is left of vectors (n, d) after `depth` levels (default: all), float32 (n, d).
@@ -307,21 +283,14 @@ class ResidualKMeans(Quantizer):
                 residual = _unit_rows(residual)[0]
         return codes, residual
 
-    def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Sum of the chosen centroids, float32 (n, d); codes (n, l) with l < depth give the prefix's reconstruction.
-
-        Raises:
-            DataError: not fitted, more columns than levels, or a code outside its level.
-        """
-        self._require_fit()
-        codes = check_codes(codes, self.level_sizes)
+    def _decode(self, codes: np.ndarray) -> np.ndarray:
+        """Sum of the chosen centroids."""
         total = np.zeros((len(codes), self.dims or 0), dtype=np.float32)
         for level in range(codes.shape[1]):
             total += self._scales[level] * self._codebooks[level][codes[:, level]]
         return total
 
     def _tensors(self) -> dict[str, np.ndarray]:
-        self._require_fit()
         return {f"level_{n}": book for n, book in enumerate(self._codebooks)} | {"scales": self._scales}
 
     def _set_tensors(self, tensors: dict[str, Any]) -> None:

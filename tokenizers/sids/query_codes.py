@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from sidtune.core.errors import DataError
 from sidtune.core.folders import write_files
-from sidtune.core.hub import push_saved, resolve_folder
+from sidtune.core.hub import Published, resolve_folder
 from sidtune.data_builders.mining.query_pairs import squeezed
 from sidtune.tokenizers.encoders.base import Encoder, load_encoder
 from sidtune.tokenizers.quantizers.base import Quantizer, check_codes, load_quantizer
@@ -32,7 +32,7 @@ CODER_FOLDER = "query_coder"  # where a published bundle keeps a query coder
 CODER_PARTS = ENCODER_FOLDER, QUANTIZER_FOLDER, SID_FOLDER = "encoder", "quantizer", "sids"
 
 
-class QueryCoder:
+class QueryCoder(Published):
     """Codes and SID tokens of query texts.
 
     Args:
@@ -130,10 +130,6 @@ class QueryCoder:
             queries, codes = read_query_codes(folder / QUERY_FILE, quantizer.level_sizes)
             known = dict(zip(queries, codes, strict=True))
         return cls(encoder, quantizer, sids, known)
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Saves into a scratch folder and uploads it; `options` (token, private, ...) are those of `push_folder`."""
-        return push_saved(self, repo_id, **options)
 
 
 def check_text_encoder(encoder: Encoder) -> None:

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import read_json, write_files, write_json
-from sidtune.core.hub import push_saved, resolve_folder
+from sidtune.core.hub import Published, resolve_folder
 from sidtune.tokenizers.letters import LETTERS as LETTERS
 from sidtune.tokenizers.letters import SidLetters
 from sidtune.tokenizers.sids.arguments import check_codes, check_ids, check_popularity, read_ids
@@ -65,7 +65,7 @@ class Collisions:
         return asdict(self)
 
 
-class SemanticIds:
+class SemanticIds(Published):
     """Items and their codes.
 
     Args:
@@ -390,10 +390,6 @@ class SemanticIds:
             )
         made.source = folder
         return made
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Saves into a scratch folder and uploads it; `options` (token, private, ...) are those of `push_folder`."""
-        return push_saved(self, repo_id, **options)
 
     @classmethod
     def from_index_json(
