@@ -172,7 +172,7 @@ def test_options_are_checked(tmp_path):
     for options, message in [
         ({"balance": "private_code", "balanced_levels": (0,)}, "last of at least two levels"),
         ({"balanced_levels": (3,)}, r"\[-3, 3\)"),
-        ({"balance": "equal"}, "must be equal_size"),
+        ({"balance": "equal"}, "must be one of .equal_size"),
         ({"balance": "private_prefix", "normalize_residuals": True}, "plain residuals"),
         ({"balance_rounds": -1}, "must not be negative"),
     ]:

@@ -168,7 +168,7 @@ def test_unfitted_and_damaged_encoders_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "options", "sentence"),
     [
-        ("tfidf_svd", {"dims": 0}, "dims of the tfidf_svd encoder must be at least 1"),
+        ("tfidf_svd", {"dims": 0}, "dims must be at least 1"),
         ("tfidf_svd", {"ngram": [2, 1]}, "ngram must be"),
         ("tfidf_svd", {"max_df": 0.0}, "share in"),
         ("tfidf_svd", {"dim": 3}, "did you mean 'dims'"),

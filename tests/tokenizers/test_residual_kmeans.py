@@ -233,7 +233,7 @@ def test_wrong_width_unfitted_and_bad_codes_are_refused(fitted, tmp_path):
         ({"level_sizes": []}, "one positive integer per level"),
         ({"level_sizes": [8, 0]}, "one positive integer per level"),
         ({"level_sizes": "888"}, "level_sizes"),
-        ({"iterations": 0}, "iterations of the residual k-means must be at least 1"),
+        ({"iterations": 0}, "iterations must be at least 1"),
         ({"seed": -1}, "seed"),
         ({"levels": [8]}, "did you mean 'level_sizes'"),
         ({"seed": "x"}, "'seed' must be an integer"),

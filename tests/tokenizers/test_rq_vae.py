@@ -225,7 +225,7 @@ def error_of(quantizer, vectors):
 def test_a_pca_start_without_room_is_refused():
     with pytest.raises(ConfigError, match="at least 16 wide"):
         RqVaeConfig(latent_dims=8, hidden=(15,), start="pca")
-    with pytest.raises(ConfigError, match="random or pca"):
+    with pytest.raises(ConfigError, match="one of 'random', 'pca'"):
         RqVaeConfig(start="best")
     with pytest.raises(ConfigError, match="by definition"):
         RqKMeansPlusConfig(start="pca")
@@ -366,7 +366,7 @@ def test_scale_of_the_vectors_does_not_matter():
 
 def test_options_are_checked(tmp_path):
     for config, options, message in [
-        (RqVaeConfig, {"gradient": "gumbel"}, "straight_through or rotation"),
+        (RqVaeConfig, {"gradient": "gumbel"}, "one of 'straight_through', 'rotation'"),
         (RqVaeConfig, {"sinkhorn_levels": (3,)}, r"\[-3, 3\)"),
         (RqVaeConfig, {"ema_decay": 1.0}, r"\[0, 1\)"),
         (RqVaeConfig, {"learning_rate": 0.0}, "must be positive"),

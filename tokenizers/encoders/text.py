@@ -14,11 +14,10 @@ from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
+from sidtune.core.config import check_range, check_types
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.tokenizers.encoders.base import Encoder, check_texts
 from sidtune.tokenizers.vectors import check_vectors, unit_rows
-
-POOLINGS = ("auto", "mean", "cls", "last")
 
 
 @dataclass
@@ -44,7 +43,8 @@ class SentenceTransformersConfig:
     empty_text: str = "unknown item"
 
     def __post_init__(self) -> None:
-        _check_model(self.model, self.batch_size, "sentence_transformers")
+        _check(self, "sentence_transformers")
+        check_range(self, 1, "batch_size")
 
 
 @dataclass
@@ -75,18 +75,14 @@ class TransformersConfig:
     empty_text: str = "unknown item"
 
     def __post_init__(self) -> None:
-        _check_model(self.model, self.batch_size, "transformers")
-        if self.pooling not in POOLINGS:
-            raise ConfigError(f"pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}.")
-        if self.max_length < 1:
-            raise ConfigError(f"max_length of the transformers encoder must be at least 1, got {self.max_length}.")
+        _check(self, "transformers")
+        check_range(self, 1, "batch_size", "max_length")
 
 
-def _check_model(model: str, batch_size: int, name: str) -> None:
-    if not model:
+def _check(config: Any, name: str) -> None:
+    check_types(type(config), vars(config), f"Options of the encoder '{name}'")
+    if not config.model:
         raise ConfigError(f"The {name} encoder needs 'model', the name or folder of a pretrained model.")
-    if batch_size < 1:
-        raise ConfigError(f"batch_size of the {name} encoder must be at least 1, got {batch_size}.")
 
 
 class _PretrainedEncoder(Encoder):

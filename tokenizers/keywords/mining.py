@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import scipy.sparse as sp
 
+from sidtune.core.config import check_range
 from sidtune.core.errors import ConfigError
 from sidtune.data_builders.mining.query_pairs import query_item_pairs
 from sidtune.data_builders.tables.store import DataFolder
@@ -79,11 +80,8 @@ class PoolConfig:
         for name, kind in self.attribute_types.items():
             if kind is not None:
                 check_type(kind, f"the attribute '{name}'", ConfigError)
-        for key in ("head_per_type", "min_chars", "max_words"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"{key} of a keyword pool must be at least 1, got {getattr(self, key)}.")
-        if self.min_views < 0:
-            raise ConfigError(f"min_views of a keyword pool must be 0 or more, got {self.min_views}.")
+        check_range(self, 1, "head_per_type", "min_chars", "max_words")
+        check_range(self, 0, "min_views")
         if any(phrase.count("{}") != 1 for phrase in self.price_phrases):
             raise ConfigError(f"Each price phrase needs one {{}} for the price, got {list(self.price_phrases)}.")
 

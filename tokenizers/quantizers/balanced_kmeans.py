@@ -26,6 +26,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from sidtune.core.config import check_range, check_types
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.tokenizers.quantizers.nearest_centroids import nearest_centroids
 from sidtune.tokenizers.quantizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig, train_centroids
@@ -143,12 +144,10 @@ class BalancedKMeansConfig(ResidualKMeansConfig):
         super().__post_init__()
         depth = len(self.level_sizes)
         self.balanced_levels = tuple(self.balanced_levels)
-        if self.balance not in ("equal_size", "private_code", "private_prefix"):
-            raise ConfigError(f"balance must be equal_size, private_code or private_prefix, got '{self.balance}'.")
+        check_types(type(self), vars(self), "Options of the balanced k-means")
         if any(not -depth <= level < depth for level in self.balanced_levels):
             raise ConfigError(f"balanced_levels must lie in [-{depth}, {depth}), got {list(self.balanced_levels)}.")
-        if self.balance_rounds < 0:
-            raise ConfigError(f"balance_rounds must not be negative, got {self.balance_rounds}.")
+        check_range(self, 0, "balance_rounds")
         if self.balance == "equal_size":
             return
         if self.balanced_levels not in ((-1,), (depth - 1,)) or depth < 2:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sidtune.core.config import check_range
 from sidtune.core.errors import ConfigError
 from sidtune.tokenizers.quantizers.training import CodeModule, NeuralQuantizer, TrainingConfig, mlp
 
@@ -47,17 +48,14 @@ class FsqConfig(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.grids, self.hidden = tuple(tuple(level) for level in self.grids), tuple(self.hidden)
-        points = [g for level in self.grids for g in level]
-        if (
-            not self.grids
-            or any(not level for level in self.grids)
-            or any(not isinstance(g, int) or g < 2 for g in points)
-        ):
+        sound = [level and all(isinstance(g, int) and g >= 2 for g in level) for level in self.grids]
+        if not sound or not all(sound):
             raise ConfigError(
                 f"grids must be one list of integers of at least 2 per level, got {[list(level) for level in self.grids]}."
             )
-        if any(width < 1 for width in self.hidden) or not 0 <= self.dropout < 1:
-            raise ConfigError("hidden widths of FSQ must be at least 1 and dropout must lie in [0, 1).")
+        check_range(self, 1, "hidden")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout must lie in [0, 1), got {self.dropout}.")
 
 
 class FsqModule(CodeModule):

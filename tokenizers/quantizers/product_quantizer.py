@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from sidtune.core.config import check_range
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.tokenizers.quantizers.base import Quantizer
 from sidtune.tokenizers.quantizers.nearest_centroids import nearest_centroids, row_lengths
@@ -66,14 +67,12 @@ class ProductQuantizerConfig:
     chunk_size: int = 65_536
 
     def __post_init__(self) -> None:
-        for key in ("parts", "rotation_rounds", "iterations", "max_points_per_centroid", "chunk_size"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"{key} of the product quantizer must be at least 1, got {getattr(self, key)}.")
+        names = ("parts", "rotation_rounds", "iterations", "max_points_per_centroid", "chunk_size")
+        check_range(self, 1, *names, most=2**31)
+        check_range(self, 0, "seed", most=2**31 - 1)
         size = self.codes_per_part
         if not 2 <= size <= 65_536 or size & (size - 1):
             raise ConfigError(f"codes_per_part must be a power of two in [2, 65536], got {size}.")
-        if not 0 <= self.seed < 2**31:
-            raise ConfigError(f"seed of the product quantizer must lie in [0, 2^31), got {self.seed}.")
 
 
 class ProductQuantizer(Quantizer):

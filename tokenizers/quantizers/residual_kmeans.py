@@ -23,7 +23,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from sidtune.core.config import check_range
 from sidtune.core.errors import ConfigError, DataError
+from sidtune.tokenizers.letters import check_sizes
 from sidtune.tokenizers.quantizers.base import Quantizer
 from sidtune.tokenizers.quantizers.nearest_centroids import nearest_centroids
 from sidtune.tokenizers.vectors import check_vectors
@@ -56,15 +58,9 @@ class ResidualKMeansConfig:
     chunk_size: int = 65_536
 
     def __post_init__(self) -> None:
-        self.level_sizes = tuple(self.level_sizes)
-        sizes = self.level_sizes
-        if not sizes or any(not isinstance(k, int) or isinstance(k, bool) or k < 1 for k in sizes):
-            raise ConfigError(f"level_sizes must be one positive integer per level, got {list(sizes)}.")
-        for key in ("iterations", "max_points_per_centroid", "restarts", "chunk_size"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"{key} of the residual k-means must be at least 1, got {getattr(self, key)}.")
-        if not 0 <= self.seed < 2**31 - len(self.level_sizes):
-            raise ConfigError(f"seed of the residual k-means must lie in [0, 2^31 - levels), got {self.seed}.")
+        self.level_sizes = check_sizes(self.level_sizes)
+        check_range(self, 1, "iterations", "max_points_per_centroid", "restarts", "chunk_size", most=2**31)
+        check_range(self, 0, "seed", most=2**31 - 1 - len(self.level_sizes))
 
 
 def _unit_rows(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from sidtune.core.config import check_types
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.tokenizers.letters import LETTERS
 from sidtune.tokenizers.quantizers.balanced_kmeans import BalancedKMeans, BalancedKMeansConfig
@@ -69,10 +70,7 @@ class RqOpqConfig:
 
     def __post_init__(self) -> None:
         self.head_sizes = tuple(self.head_sizes)
-        if self.balance not in ("equal_size", "private_code", "private_prefix", "none"):
-            raise ConfigError(
-                f"balance must be equal_size, private_code, private_prefix or none, got '{self.balance}'."
-            )
+        check_types(type(self), vars(self), "Options of RQ-OPQ")
         self.head_config()
         self.tail_config()
 

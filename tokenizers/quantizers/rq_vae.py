@@ -31,7 +31,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sidtune.core.config import check_range, check_types
 from sidtune.core.errors import ConfigError, DataError
+from sidtune.tokenizers.letters import check_sizes
 from sidtune.tokenizers.quantizers.balanced_kmeans import equal_size_kmeans
 from sidtune.tokenizers.quantizers.code_losses import contrastive, diversity, rotation_trick, sinkhorn, straight_through
 from sidtune.tokenizers.quantizers.linear_start import check_widths, start_as_pca
@@ -88,22 +90,14 @@ class RqVaeConfig(TrainingConfig):
         super().__post_init__()
         self.level_sizes, self.hidden = tuple(self.level_sizes), tuple(self.hidden)
         self.sinkhorn_levels = tuple(self.sinkhorn_levels)
-        ResidualKMeansConfig(level_sizes=self.level_sizes)  # refuses sizes that are none
-        depth = len(self.level_sizes)
-        if min((self.latent_dims, self.sinkhorn_iterations, self.diversity_clusters, *self.hidden)) < 1:
-            raise ConfigError(
-                "latent_dims, hidden, sinkhorn_iterations and diversity_clusters of the RQ-VAE must be at least 1."
-            )
+        check_types(type(self), vars(self), "Options of the RQ-VAE")
+        depth = len(check_sizes(self.level_sizes))
+        check_range(self, 1, "latent_dims", "hidden", "sinkhorn_iterations", "diversity_clusters")
+        check_range(self, 0, "commitment", "alignment_weight", "diversity_weight")
         if not 0 <= self.ema_decay < 1 or not 0 <= self.dropout < 1:
             raise ConfigError(f"ema_decay and dropout lie in [0, 1), got {self.ema_decay} and {self.dropout}.")
-        if min(self.commitment, self.alignment_weight, self.diversity_weight) < 0 or self.sinkhorn_epsilon <= 0:
-            raise ConfigError(
-                "The loss weights of the RQ-VAE must not be negative and sinkhorn_epsilon must be positive."
-            )
-        if self.gradient not in ("straight_through", "rotation"):
-            raise ConfigError(f"gradient must be straight_through or rotation, got '{self.gradient}'.")
-        if self.start not in ("random", "pca"):
-            raise ConfigError(f"start must be random or pca, got '{self.start}'.")
+        if self.sinkhorn_epsilon <= 0:
+            raise ConfigError(f"sinkhorn_epsilon must be positive, got {self.sinkhorn_epsilon}.")
         if self.start == "pca":
             check_widths(self.hidden, self.latent_dims)
         if any(not -depth <= level < depth for level in self.sinkhorn_levels):

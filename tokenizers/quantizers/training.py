@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sidtune.core.config import check_range
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.finite import check_step, check_weights
 from sidtune.core.folders import read_json, write_json
@@ -60,19 +61,13 @@ class TrainingConfig:
     checkpoint_every: int = 10
 
     def __post_init__(self) -> None:
-        for key in ("batch_size", "checkpoint_every"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"{key} of the quantizer's training must be at least 1, got {getattr(self, key)}.")
-        if self.epochs < 0 or self.weight_decay < 0:
-            raise ConfigError(
-                f"epochs and weight_decay must not be negative, got {self.epochs} and {self.weight_decay}."
-            )
+        check_range(self, 1, "batch_size", "checkpoint_every")
+        check_range(self, 0, "epochs", "weight_decay")
+        check_range(self, 0, "seed", most=2**31 - 1)
         if not (self.learning_rate > 0 and self.max_grad_norm > 0):
             raise ConfigError(
                 f"learning_rate and max_grad_norm must be positive, got {self.learning_rate} and {self.max_grad_norm}."
             )
-        if not 0 <= self.seed < 2**31:
-            raise ConfigError(f"seed of the quantizer must lie in [0, 2^31), got {self.seed}.")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("device is 'cuda' but no GPU is there; set it to 'auto' or 'cpu'.")
 

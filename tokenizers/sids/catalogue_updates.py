@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from sidtune.core.config import check_range
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.tokenizers.quantizers.base import Quantizer
 from sidtune.tokenizers.sids.collision_cost import deviation, relative, squared_errors
@@ -54,9 +55,7 @@ class DriftLimits:
     max_cold_share: float = 0.02
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if not 0 <= value < float("inf"):
-                raise ConfigError(f"{name} must be a finite number of at least 0, got {value}.")
+        check_range(self, 0, *asdict(self))
 
 
 @dataclass(frozen=True)

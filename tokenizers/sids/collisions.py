@@ -30,6 +30,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from sidtune.core.config import check_range
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.tokenizers.quantizers.base import Quantizer
 from sidtune.tokenizers.registry import COLLISIONS
@@ -56,8 +57,7 @@ class SuffixConfig:
     size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.size is not None and self.size < 1:
-            raise ConfigError(f"size of the suffix level must be at least 1, got {self.size}.")
+        check_range(self, 1, "size")
 
 
 @dataclass
@@ -71,8 +71,7 @@ class NextNearestConfig:
     capacity: int = 1
 
     def __post_init__(self) -> None:
-        if self.capacity < 1:
-            raise ConfigError(f"capacity must be at least 1 item per code, got {self.capacity}.")
+        check_range(self, 1, "capacity")
 
 
 @dataclass
@@ -88,8 +87,7 @@ class CapacityConfig(NextNearestConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_exact_pairs < 0:
-            raise ConfigError(f"max_exact_pairs must be at least 0, got {self.max_exact_pairs}.")
+        check_range(self, 0, "max_exact_pairs", most=2**40)
 
 
 class CollisionMethod(abc.ABC):

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sidtune.core.config import check_range
 from sidtune.core.errors import ConfigError
 
 CONTRASTIVE = ("q2q", "i2i", "q2i")
@@ -50,9 +51,7 @@ class AlignedLossConfig:
     click_margin: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in (*TERMS, "order_margin", "click_margin"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"'{name}' of the aligned loss must be 0 or more, got {getattr(self, name)}.")
+        check_range(self, 0, *TERMS, "order_margin", "click_margin")
         if not 0 < self.temperature < float("inf"):
             raise ConfigError(f"The temperature of the aligned loss must be above 0, got {self.temperature}.")
         if not any(self.weight(term) for term in TERMS):
