@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from sidtune.core.config import as_dict
 from sidtune.core.folders import RUN_FILE, fingerprint, read_json, versions, write_folder, write_json, write_run
 from sidtune.data_builders.sequences.item_sequences import ItemSequences, SequenceExamples
 from sidtune.data_builders.tables.schema import Tables
@@ -26,9 +25,10 @@ from sidtune.decoding.next_item.ensembles import (
     weights_of,
 )
 from sidtune.metrics.report.readme_table import publish
-from sidtune.metrics.statistics.bootstrap import holm, paired_bootstrap
+from sidtune.metrics.statistics.bootstrap import paired_bootstrap
 from sidtune.metrics.statistics.sequence_slices import markdown_slices, mean_slices, slices
 from sidtune.recipes.next_item.config import Arguments
+from sidtune.recipes.over_seeds import adjusted, difference, means, spread, table
 from sidtune.trainers.next_item.trainer import FitSettings, draw_users, measure_targets
 
 PLACES = 20
@@ -246,9 +246,7 @@ def summary(row: dict[str, Any]) -> dict[str, Any]:
     for rule, metrics in found.items():
         by_seed = list(row[rule].values())
         for metric in by_seed[0]:
-            values = [means[metric] for means in by_seed]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            metrics[metric] = {"mean": statistics.fmean(values), "std": spread, "values": values}
+            metrics[metric] = spread([means[metric] for means in by_seed])
     return {"kind": row["kind"], "seeds": len(row["metrics"]), **found, **row["cost"]}
 
 
@@ -269,37 +267,26 @@ def paired(arguments: Arguments, rows: dict[str, Any], per_user: dict[str, dict[
             continue
         one, other = (np.mean([per_user[n][seed] for seed in common], axis=0) for n in (best, name))
         pairs[name] = paired_bootstrap(one, other, arguments.level, arguments.samples)
-    adjusted = holm([pair.p_value for pair in pairs.values()]) if pairs else []
-    against = {
-        name: {**as_dict(pair), "adjusted_p_value": p_value}
-        for (name, pair), p_value in zip(pairs.items(), adjusted, strict=True)
-    }
-    return {"best_by_validation": best, "against": against}
+    return {"best_by_validation": best, "against": adjusted(pairs)}
 
 
 def markdown(record: dict[str, Any]) -> str:
     """The table of a README."""
-    columns = [
-        *SHOWN,
-        *(f"{metric}*" for metric in OTHER),
-        "valid ndcg@10",
-        "parameters, M",
-        "training FLOPs",
-        "minutes",
-    ]
-    lines = ["| system | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    columns = ["system", *SHOWN, *(f"{metric}*" for metric in OTHER)]
+    columns += ["valid ndcg@10", "parameters, M", "training FLOPs", "minutes"]
+    rows = []
     for name, row in record["systems"].items():
-        cells = [f"{row['metrics'][m]['mean']:.4f} ± {row['metrics'][m]['std']:.4f}" for m in SHOWN]
-        cells += [f"{row['other_rule'][m]['mean']:.4f}" for m in OTHER]
+        cells = [name, *means(row, SHOWN), *(f"{row['other_rule'][m]['mean']:.4f}" for m in OTHER)]
         valid = f"{row['valid_ndcg@10']['mean']:.4f}" if "valid_ndcg@10" in row else ""
         costs = (("parameters", 1e6, ".2f"), ("training_flops", 1.0, ".1e"), ("training_seconds", 60, ".1f"))
         cost = [format(row[key] / unit, form) if key in row else "" for key, unit, form in costs]
-        lines.append("| " + " | ".join([name, *cells, valid, *cost]) + " |")
+        rows.append([*cells, valid, *cost])
     seeds = ", ".join(map(str, record["seeds"]))
     rules = ["ranked like any other (the baselines leave them out where users hardly repeat)", "left out"]
     seen, other = rules[record["exclude_seen"]], rules[not record["exclude_seen"]]
     threads = sorted({row["threads"] * row["processes"] for row in record["systems"].values() if "threads" in row})
-    lines += [
+    lines = [
+        *table(columns, rows),
         "",
         f"{record['split'].capitalize()} targets of {record['users']:,} users, leave-one-out, whole catalogue of "
         f"{record['catalogue']:,} items, {record['num_beams']} beams; items the user has are {seen}; in the columns with a star "
@@ -310,9 +297,6 @@ def markdown(record: dict[str, Any]) -> str:
         lines += ["", f"Not trained, so not in the table: {', '.join(record['untrained'])}.", ""]
     for name, pair in record["paired"].get("against", {}).items():
         best = record["paired"]["best_by_validation"]
-        lines.append(
-            f"{best} minus {name} on {PRIMARY}: {pair['difference']:+.4f} [{pair['low']:+.4f}, {pair['high']:+.4f}], "
-            f"p = {pair['adjusted_p_value']:.3f}."
-        )
+        lines.append(f"{best} minus {name} on {PRIMARY}: {difference(pair)}, p = {pair['adjusted_p_value']:.3f}.")
     lines += markdown_slices(record["where"])
     return "\n".join(lines) + "\n"

@@ -12,7 +12,6 @@ so an interrupted comparison goes on where it was. Choose settings on `split: va
 
 from __future__ import annotations
 
-import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,8 @@ from sidtune.core.errors import ConfigError, DataError, nearest
 from sidtune.core.folders import versions, writes
 from sidtune.core.pipeline import RunArguments, resolve, run_pipeline
 from sidtune.metrics.report.readme_table import check_readme, publish
-from sidtune.metrics.statistics.bootstrap import check_bootstrap, holm, paired_bootstrap
+from sidtune.metrics.statistics.bootstrap import check_bootstrap, paired_bootstrap
+from sidtune.recipes.over_seeds import adjusted, check_seeds, counted, difference, means, spread, table
 from sidtune.recipes.preflight import check_computed
 
 LAUNCH = "alone"
@@ -79,8 +79,7 @@ class Arguments:
     root: str | None = None
 
     def __post_init__(self) -> None:
-        if len(set(self.seeds)) != len(self.seeds) or len(self.seeds) < 2:
-            raise ConfigError(f"seeds must be at least two different integers, got {self.seeds}.")
+        check_seeds(self.seeds, 2)
         check_bootstrap(self.level, self.samples)
         names = [*self.variants, *self.models]
         wrong = [name for name in names if name == START or not isinstance(name, str) or "/" in name]
@@ -159,12 +158,7 @@ def compare(arguments: Arguments) -> dict[str, Any]:
     found = {name: [_values(arguments, seed, name, metrics) for seed in arguments.seeds] for name in names}
     rows: dict[str, Any] = {}
     for name, seeds in found.items():
-        means = {metric: [float(values[metric].mean()) for values in seeds] for metric in metrics}
-        rows[name] = {
-            "metrics": {
-                m: {"mean": statistics.fmean(v), "std": statistics.stdev(v), "values": v} for m, v in means.items()
-            }
-        }
+        rows[name] = {"metrics": {m: spread([float(values[m].mean()) for values in seeds]) for m in metrics}}
     for name in others:
         _check_same_requests(arguments, found, name)
     _add_pairs(arguments, rows, found, dict.fromkeys(others, START), "against_start")
@@ -193,9 +187,8 @@ def _add_pairs(
         # A user of one seed's shop is another person than the user of that name in another's.
         users = [f"{n}/{user}" for n, values in enumerate(found[name]) for user in values["users"]]
         pairs[name] = paired_bootstrap(one, other, arguments.level, arguments.samples, clusters=users)
-    adjusted = holm([pair.p_value for pair in pairs.values()]) if pairs else []
-    for (name, pair), p_value in zip(pairs.items(), adjusted, strict=True):
-        rows[name][key] = {**as_dict(pair), "adjusted_p_value": p_value}
+    for name, pair in adjusted(pairs).items():
+        rows[name][key] = pair
 
 
 def _values(arguments: Arguments, seed: int, name: str, metrics: list[str]) -> dict[str, Any]:
@@ -224,30 +217,25 @@ def markdown(record: dict[str, Any]) -> str:
     """The comparison as a GitHub table."""
     rows = record["rows"]
     metrics = list(rows[START]["metrics"])
-    head = [*metrics, f"{record['metric']} against start", "p (Holm)"]
+    head = ["variant", *metrics, f"{record['metric']} against start", "p (Holm)"]
     based = any("base" in row for row in rows.values())
     head += [f"{record['metric']} against its own start", "p (Holm)"] if based else []
-    lines = ["| variant | " + " | ".join(head) + " |", "|---|" + "---:|" * len(head)]
+    lines = []
     for name, row in rows.items():
-        cells = [f"{row['metrics'][m]['mean']:.4f} ± {row['metrics'][m]['std']:.4f}" for m in metrics]
-        cells += _pair_cells(row.get("against_start"))
+        cells = [name, *means(row, metrics), *_pair_cells(row.get("against_start"))]
         if based:
             told, p_value = _pair_cells(row.get("against_base"))
             cells += [f"{row['base']}: {told}" if told else "", p_value]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    seeds, counts = ", ".join(map(str, record["seeds"])), sorted(set(record["requests"]))
-    counted = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
-    lines += [
-        "",
-        f"Mean ± standard deviation over seeds {seeds}; {counted} {record['split']} requests each; paired bootstrap over users.",
-    ]
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    told = (
+        f"Mean ± standard deviation over seeds {', '.join(map(str, record['seeds']))}; {counted(record['requests'])} "
+        f"{record['split']} requests each; paired bootstrap over users."
+    )
+    return "\n".join([*table(head, lines), "", told]) + "\n"
 
 
 def _pair_cells(pair: dict[str, Any] | None) -> list[str]:
-    if pair is None:
-        return ["", ""]
-    return [f"{pair['difference']:+.4f} [{pair['low']:+.4f}, {pair['high']:+.4f}]", f"{pair['adjusted_p_value']:.3f}"]
+    return ["", ""] if pair is None else [difference(pair), f"{pair['adjusted_p_value']:.3f}"]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Each seed has its own folder below output_dir, so finished seeds are skipped lik
 
 from __future__ import annotations
 
-import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from sidtune.core.folders import read_json, versions, writes
 from sidtune.core.pipeline import RunArguments, resolve, run_pipeline
 from sidtune.metrics.report.readme_table import check_readme, publish
 from sidtune.metrics.statistics.compare import MODEL
+from sidtune.recipes.over_seeds import check_seeds, counted, difference, means, spread, table
 from sidtune.recipes.preflight import check_computed
 
 LAUNCH = "alone"
@@ -45,8 +45,7 @@ class Arguments(RunArguments):
     readme: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if len(set(self.seeds)) != len(self.seeds) or len(self.seeds) < 2:
-            raise ConfigError(f"seeds must be at least two different integers, got {self.seeds}.")
+        check_seeds(self.seeds, 2)
 
     def pipeline_of(self, seed: int) -> RunArguments:
         """The pipeline of one seed."""
@@ -91,13 +90,7 @@ def summarise(found: dict[int, dict[str, Any]], metrics: list[str]) -> dict[str,
                 if metric not in row["metrics"]:
                     raise ConfigError(f"The metric '{metric}' was not computed; set metrics and ks of the evaluation.")
                 values[metric].append(row["metrics"][metric]["value"])
-        systems[name] = {
-            "kind": kind,
-            "metrics": {
-                metric: {"mean": statistics.fmean(v), "std": statistics.stdev(v), "values": v}
-                for metric, v in values.items()
-            },
-        }
+        systems[name] = {"kind": kind, "metrics": {metric: spread(v) for metric, v in values.items()}}
     first = next(iter(found.values()))
     return {
         "seeds": list(found),
@@ -116,30 +109,21 @@ def markdown(record: dict[str, Any]) -> str:
     """The results as a GitHub table: mean ± sample standard deviation over the seeds, the model last but for bounds."""
     systems = record["systems"]
     metrics = list(next(iter(systems.values()))["metrics"])
-    lines = ["| system | " + " | ".join(metrics) + " |", "|---|" + "---:|" * len(metrics)]
-    for name in sorted(systems, key=lambda name: _place(name, systems[name]["kind"])):
-        row = systems[name]
-        cells = [f"{row['metrics'][m]['mean']:.4f} ± {row['metrics'][m]['std']:.4f}" for m in metrics]
-        shown = f"**{name}**" if name == MODEL else name
-        lines.append(f"| {shown} | " + " | ".join(cells) + " |")
-    requests = sorted(set(record["requests"]))
-    counted = f"{requests[0]:,}" if len(requests) == 1 else f"{requests[0]:,} to {requests[-1]:,}"
-    lines.append("")
-    lines.append(
-        f"Mean ± standard deviation over seeds {', '.join(map(str, record['seeds']))}; {counted} {record['split']} requests, whole "
-        f"catalogue of {record['catalogue']:,} items, {record['num_beams']} beams."
-    )
+    kinds = ("baseline", "model", "bound")
+    names = sorted(systems, key=lambda name: (kinds.index(systems[name]["kind"]), name == MODEL))
+    rows = [[f"**{name}**" if name == MODEL else name, *means(systems[name], metrics)] for name in names]
+    lines = [
+        *table(["system", *metrics], rows),
+        "",
+        f"Mean ± standard deviation over seeds {', '.join(map(str, record['seeds']))}; {counted(record['requests'])} "
+        f"{record['split']} requests, whole catalogue of {record['catalogue']:,} items, {record['num_beams']} beams.",
+    ]
     for name, pairs in record.get("against", {}).items():
-        each = ", ".join(f"{p['difference']:+.4f} [{p['low']:+.4f}, {p['high']:+.4f}]" for p in pairs)
+        each = ", ".join(map(difference, pairs))
         lines.append(
             f"{MODEL} minus {name} on {record['primary']}, seed by seed: {each} (paired bootstrap over users)."
         )
     return "\n".join(lines) + "\n"
-
-
-def _place(name: str, kind: str) -> tuple[int, bool]:
-    """Where a system stands: baselines, models with the final one last, bounds."""
-    return ("baseline", "model", "bound").index(kind), name == MODEL
 
 
 if __name__ == "__main__":
