@@ -174,7 +174,7 @@ def test_options_are_checked(tmp_path):
         ({"balanced_levels": (3,)}, r"\[-3, 3\)"),
         ({"balance": "equal"}, "must be one of .equal_size"),
         ({"balance": "private_prefix", "normalize_residuals": True}, "plain residuals"),
-        ({"balance_rounds": -1}, "must not be negative"),
+        ({"balance_rounds": -1}, "at least 0"),
     ]:
         with pytest.raises(ConfigError, match=message):
             BalancedKMeansConfig(**options)

@@ -371,7 +371,7 @@ def test_options_are_checked(tmp_path):
         (RqVaeConfig, {"ema_decay": 1.0}, r"\[0, 1\)"),
         (RqVaeConfig, {"learning_rate": 0.0}, "must be positive"),
         (RqVaeConfig, {"hidden": (0,)}, "at least 1"),
-        (RqVaeConfig, {"commitment": -1.0}, "must not be negative"),
+        (RqVaeConfig, {"commitment": -1.0}, "at least 0"),
         (RqKMeansPlusConfig, {"latent_dims": 8}, "width of the vectors"),
         (RqKMeansPlusConfig, {"kmeans_start": False}, "by definition"),
         (FsqConfig, {"grids": ((1, 4),)}, "at least 2"),

@@ -167,7 +167,7 @@ def test_a_batch_points_back_to_the_same_texts():
     ("make", "sentence"),
     [
         (lambda: AlignedLossConfig(**dict.fromkeys(TERMS, 0.0)), "All weights of the aligned loss are 0"),
-        (lambda: AlignedLossConfig(q2q=-1.0), "'q2q' of the aligned loss must be 0 or more"),
+        (lambda: AlignedLossConfig(q2q=-1.0), "q2q must be at least 0"),
         (lambda: AlignedLossConfig(temperature=0.0), "temperature of the aligned loss must be above 0"),
         (lambda: AlignedExamples(QUERIES, ITEMS, {"q2q": np.empty((0, 2), int)}), "no pairs to learn from"),
         (lambda: AlignedExamples(QUERIES, ITEMS, {"qq": np.empty((0, 2), int)}), "no term 'qq'"),
