@@ -91,17 +91,19 @@ def build(cls: type[T], values: Any, where: str) -> T:
     names = [f.name for f in dataclasses.fields(cls) if f.init]
     check_keys(values, names, where)
     check_types(cls, values, where)
-    missing = [
-        f.name
-        for f in dataclasses.fields(cls)
-        if f.init
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
-        and f.name not in values
-    ]
+    missing = [name for name in names if name not in {**defaults_of(cls), **values}]
     if missing:
         raise ConfigError(f"{where}: the required key '{missing[0]}' is missing; set it.")
     return cls(**values)
+
+
+def defaults_of(cls: type) -> dict[str, Any]:
+    """Field → default of a dataclass, without those that are required."""
+    made = {
+        f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        for f in dataclasses.fields(cls)
+    }
+    return {name: value for name, value in made.items() if value is not dataclasses.MISSING}
 
 
 def renamed(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -305,11 +307,10 @@ def help_text(cls: type) -> str:
     lines.append(
         "Every option may stand in FILE, a YAML file; nested values are reached by dots: --stages.align.args.max_steps 5."
     )
-    width = max(len(one.name) for one in dataclasses.fields(cls))
-    for one in dataclasses.fields(cls):
-        default = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
-        told = "required" if default is dataclasses.MISSING else f"default {'null' if default is None else default}"
-        lines.append(f"  --{one.name:<{width}}  {_describe(hints[one.name])}; {told}")
+    names, defaults = [one.name for one in dataclasses.fields(cls)], defaults_of(cls)
+    for name in names:
+        told = f"default {'null' if defaults[name] is None else defaults[name]}" if name in defaults else "required"
+        lines.append(f"  --{name:<{max(map(len, names))}}  {_describe(hints[name])}; {told}")
     return "\n".join(lines)
 
 

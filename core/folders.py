@@ -31,8 +31,8 @@ from sidtune.core.inputs import RUN_FILE, fingerprint, inputs_of, same_inputs
 from sidtune.core.locks import locked
 
 __all__ = [
-    "RUN_FILE", "check_output", "fingerprint", "inputs_of", "is_whole", "locked", "read_json", "same_inputs", "versions",
-    "write_files", "write_folder", "write_json", "write_run", "writes",
+    "RUN_FILE", "check_output", "fingerprint", "inputs_of", "is_whole", "locked", "read_json", "read_record", "same_inputs",
+    "versions", "write_files", "write_folder", "write_json", "write_run", "writes",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -133,10 +133,9 @@ def check_output(
 def _check_replaced(final: Path, path: str | Path, step: str | None, tree: bool) -> None:
     """Refuses a folder that holds anything but what an earlier run of `step` wrote."""
     standing = [name for name in _listed(final, tree) if name != RUN_FILE]
-    record = _record(final)
-    if tree and step is not None and _record(final, STARTED_FILE).get("step") == step:
-        return
-    if not standing and record.get("step", step) == step:
+    record = read_record(final / RUN_FILE)
+    begun = tree and step is not None and read_record(final / STARTED_FILE).get("step") == step
+    if begun or (not standing and record.get("step", step) == step):
         return
     way = "move it away or name another folder"
     if "step" not in record:
@@ -158,9 +157,7 @@ def write_folder(path: str | Path, step: str | None = None) -> Iterator[Path]:
     An existing `path` is replaced only at the very end, and only where `check_output` allows it, which is asked before and after
     the block. Use on one process only.
 
-    Args:
-        path: the folder.
-        step: name of what writes it; default: the step that runs, where this is its output.
+    `step` names what writes it; default: the step that runs, where this is its output.
     """
     final, run = Path(path).resolve(), _RUN.get()
     own = run if run is not None and run.output == final else None
@@ -175,13 +172,11 @@ def write_folder(path: str | Path, step: str | None = None) -> Iterator[Path]:
             yield scratch
             _seal(scratch, step)
             check_output(final, step, inputs)
+            old = final.parent / f".{final.name}.partial-old-{os.getpid()}"
             if final.exists():
-                old = final.parent / f".{final.name}.partial-old-{os.getpid()}"
                 os.replace(final, old)
-                os.replace(scratch, final)
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                os.replace(scratch, final)
+            os.replace(scratch, final)
+            shutil.rmtree(old, ignore_errors=True)
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
             raise
@@ -195,7 +190,6 @@ def write_files(folder: str | Path, optional: Sequence[str] = ()) -> Iterator[Pa
     JSON files last.
 
     Args:
-        folder: the folder.
         optional: names of files that an earlier save may have left and this one need not write; they do not outlive it.
 
     Raises:
@@ -235,10 +229,10 @@ def _listed(folder: Path, tree: bool = False) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
-def _record(folder: Path, name: str = RUN_FILE) -> dict[str, Any]:
-    """The record in a folder; empty where there is none that can be read."""
+def read_record(file: Path) -> dict[str, Any]:
+    """A JSON mapping; an empty one where there is none that can be read."""
     try:
-        found = read_json(folder / name)
+        found = read_json(file)
     except (DataError, OSError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -252,7 +246,7 @@ def _seal(folder: Path, step: str | None) -> None:
         if not path.is_symlink():
             with contextlib.suppress(PermissionError, FileNotFoundError):
                 path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
-    record = _record(folder) or ({"step": step} if step else {})
+    record = read_record(folder / RUN_FILE) or ({"step": step} if step else {})
     if record:
         record["files"] = {name: size for name, size in _listed(folder, tree=True).items() if name != RUN_FILE}
         write_json(folder / RUN_FILE, record)
@@ -263,7 +257,7 @@ def is_whole(folder: str | Path) -> bool:
 
     Only sizes are compared, so that this is quick. A `run.json` of an earlier version lists no files and is believed.
     """
-    record, standing = _record(Path(folder)), _listed(Path(folder))
+    record, standing = read_record(Path(folder, RUN_FILE)), _listed(Path(folder))
     return bool(record) and all(standing.get(name) == size for name, size in record.get("files", {}).items())
 
 

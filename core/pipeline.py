@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from sidtune.core.config import ERROR_FILE_VARIABLE, as_dict, build, check_keys, load_yaml, merged, renamed
+from sidtune.core.config import ERROR_FILE_VARIABLE, as_dict, build, check_keys, defaults_of, load_yaml, merged, renamed
 from sidtune.core.errors import ConfigError, SidtuneError, nearest
 from sidtune.core.folders import RUN_FILE, is_whole, locked, read_json, same_inputs
 from sidtune.core.scripts import Script, find_script
@@ -31,8 +31,6 @@ from sidtune.core.stopping import run_tied
 
 CONFIGS = Path(__file__).resolve().parents[1] / "accelerate_configs"
 
-# These fields say where a result lies or how fast it is made, not what it is.
-_PLACES = ("output_dir",)
 # What a launcher tells its processes; a launcher started by one of them must not believe that it is meant for it.
 _LAUNCHER = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT",
@@ -113,8 +111,7 @@ class Step:
 
     def record(self) -> dict[str, Any]:
         """What decides whether a finished step is still valid."""
-        values = as_dict(self.config)
-        return {key: value for key, value in values.items() if key not in (*_PLACES, *self.inputs)}
+        return {key: value for key, value in as_dict(self.config).items() if key not in ("output_dir", *self.inputs)}
 
 
 def check_there(step: Step, **paths: str | None) -> None:
@@ -161,16 +158,14 @@ def _resolved(spec: StepConfig, arguments: RunArguments, steps: list[Step]) -> S
     cls = module.Arguments
     values = load_yaml(Path(arguments.root or ".") / spec.config) if spec.config else {}
     values = merged(renamed(cls, values, "config"), renamed(cls, spec.args, "args"), "args")
-    names = {one.name for one in dataclasses.fields(cls)}
-    if "seed" in names:
+    if any(one.name == "seed" for one in dataclasses.fields(cls)):
         values.setdefault("seed", arguments.seed)
-    before = {}
+    before, known = {}, {step.name: step for step in steps}
     for option, source in spec.inputs.items():
         name, _, below = str(source).partition("/")
-        if name not in (step.name for step in steps):
-            raise ConfigError(f"the input '{name}' is no earlier step; {nearest(name, [step.name for step in steps])}")
-        values[option] = str(Path(arguments.output_dir) / name / below)
-        before[option] = next(step for step in steps if step.name == name)
+        if name not in known:
+            raise ConfigError(f"the input '{name}' is no earlier step; {nearest(name, known)}")
+        values[option], before[option] = str(Path(arguments.output_dir) / name / below), known[name]
     values["output_dir"] = str(Path(arguments.output_dir) / spec.name)
     return Step(spec.name, script, build(cls, values, "args"), dict(spec.inputs), before)
 
@@ -202,21 +197,11 @@ def is_done(step: Step) -> bool:
         return False
     record = read_json(step.folder / RUN_FILE)
     old = renamed(type(step.config), record.get("config", {}), str(step.folder / RUN_FILE))
-    old = {k: v for k, v in old.items() if k not in (*_PLACES, *step.inputs)}
-    if {**_defaults(type(step.config)), **old} != {**_defaults(type(step.config)), **step.record()}:
+    old = {key: value for key, value in old.items() if key not in ("output_dir", *step.inputs)}
+    defaults = defaults_of(type(step.config))
+    if {**defaults, **old} != {**defaults, **step.record()}:
         return False
     return set(step.inputs) <= set(record.get("inputs", {})) and same_inputs(record, step.config)
-
-
-def _defaults(cls: type) -> dict[str, Any]:
-    """Defaults of the options of a script, so that an option added since a step ran does not make it run again."""
-    made = {}
-    for one in dataclasses.fields(cls):
-        if one.default_factory is not dataclasses.MISSING:
-            made[one.name] = one.default_factory()
-        elif one.default is not dataclasses.MISSING:
-            made[one.name] = one.default
-    return made
 
 
 def launch_command(script: Script, options: dict[str, Any], words: Sequence[str]) -> list[str]:
@@ -272,10 +257,10 @@ def run_step(step: Step, options: dict[str, Any]) -> None:
         words = launch_command(step.script, options, ["--config", str(config_file)])
         environment = {**inherited, ERROR_FILE_VARIABLE: str(error_file)}
         if code := run_tied(words, environment, launcher=not step.script.alone):
-            reason = (
+            said = (
                 error_file.read_text("utf-8") if error_file.exists() else f"it ended with exit code {code}, see above"
             )
-            raise SidtuneError(f"The step '{step.name}' failed: {reason}")
+            raise SidtuneError(f"The step '{step.name}' failed: {said}")
 
 
 def do_step(
@@ -299,17 +284,12 @@ def do_step(
 
 def run_pipeline(arguments: RunArguments) -> None:
     """Runs the steps that are not done, and prints one line for each."""
-    steps = resolve(arguments)
+    steps, started = resolve(arguments), time.time()
     with locked(arguments.output_dir):
-        _run_steps(arguments, steps)
-
-
-def _run_steps(arguments: RunArguments, steps: list[Step]) -> None:
-    started = time.time()
-    for number, step in enumerate(steps, 1):
-        do_step(step, arguments.launch, f"[{number}/{len(steps)}] {step.name}", step.name in arguments.force)
-        if step.name == arguments.until:
-            break
+        for number, step in enumerate(steps, 1):
+            do_step(step, arguments.launch, f"[{number}/{len(steps)}] {step.name}", step.name in arguments.force)
+            if step.name == arguments.until:
+                break
     print(f"{arguments.name}: finished in {time.time() - started:.0f} s, results in {arguments.output_dir}", flush=True)
 
 
