@@ -240,11 +240,11 @@ def test_report_is_json_and_markdown(learned):
 
 def test_mismatched_input_is_refused(learned):
     sids, vectors, quantizer = learned
-    with pytest.raises(DataError, match="599 vectors for 600 semantic IDs"):
+    with pytest.raises(DataError, match="599 item vectors for 600 items"):
         sid_quality(sids, vectors[:-1])
     with pytest.raises(DataError, match="11 dimensions"):
         sid_quality(sids, vectors[:, :-1], quantizer)
-    with pytest.raises(DataError, match=r"levels of \(64, 32, 16\) codes, the semantic IDs \(64, 32, 17\)"):
+    with pytest.raises(DataError, match=r"levels of \[64, 32, 16\] codes, the semantic IDs \[64, 32, 17\]"):
         sid_quality(SemanticIds(sids.item_ids, sids.codes, (64, 32, 17)), vectors, quantizer)
     with pytest.raises(ConfigError, match="at least 1, got 0 and 2000"):
         sid_quality(sids, vectors, neighbours=0)

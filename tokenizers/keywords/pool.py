@@ -9,6 +9,7 @@ there, the last line of the file overwrites the others.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -75,11 +76,9 @@ class KeywordPool(Published):
             check_type(kind, "a keyword", DataError)
         if "" in self.keywords or (self.views < 0).any():
             raise DataError("A keyword pool has an empty keyword or negative page views; repair or drop such rows.")
-        rows = list(zip(self.keywords, self.types, strict=True))
-        if len(set(rows)) != len(rows):
-            seen: set[tuple[str, str]] = set()
-            twice = next(row for row in rows if row in seen or seen.add(row))
-            raise DataError(f"The keyword '{twice[0]}' of the type {twice[1]} stands in two rows; merge them.")
+        for (keyword, kind), count in Counter(zip(self.keywords, self.types, strict=True)).items():
+            if count > 1:
+                raise DataError(f"The keyword '{keyword}' of the type {kind} stands in two rows; merge them.")
 
     def __len__(self) -> int:
         return len(self.keywords)

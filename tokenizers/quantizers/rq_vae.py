@@ -310,9 +310,7 @@ class RqVae(NeuralQuantizer):
             raise ConfigError(
                 "alignment_weight needs collaborative vectors; set collaborative_path, pass them to fit, or set it to 0."
             )
-        side = check_vectors(side, what="collaborative vectors")
-        if len(side) != len(vectors):
-            raise DataError(f"There are {len(side)} collaborative vectors for {len(vectors)} items; give one per item.")
+        side = check_vectors(side, what="collaborative vectors", rows=len(vectors))
         device, width = self._device(), module.width(vectors.shape[1])
         module.collaborative = torch.from_numpy(side / max(float(np.std(side)), 1e-12)).to(device)
         if side.shape[1] != width:

@@ -27,8 +27,9 @@ import numpy as np
 from sidtune.core.config import check_range
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.tokenizers.quantizers.base import Quantizer
+from sidtune.tokenizers.sids.arguments import check_quantizer
 from sidtune.tokenizers.sids.collision_cost import deviation, relative, squared_errors
-from sidtune.tokenizers.sids.collisions import CollisionMethod, check_quantizer
+from sidtune.tokenizers.sids.collisions import CollisionMethod
 from sidtune.tokenizers.sids.quality import entropy_bits
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 from sidtune.tokenizers.vectors import check_vectors
@@ -176,9 +177,7 @@ def extend_catalogue(
     check_quantizer(sids, quantizer)
     if not len(new_ids):
         raise DataError("There are no new items to add; every item has a semantic ID already.")
-    vectors = check_vectors(new_vectors, quantizer.dims, "vectors of new items")
-    if len(vectors) != len(new_ids):
-        raise DataError(f"There are {len(vectors)} vectors for {len(new_ids)} new items; give one per item.")
+    vectors = check_vectors(new_vectors, quantizer.dims, "vectors of new items", len(new_ids))
     # `extended` looks at the ids, but only after the codes are made, and encoding may take long.
     used = [item_id for item_id in new_ids if item_id in sids]
     if used:
@@ -276,9 +275,7 @@ def measure_drift(
     errors, spread = None, 0.0
     if vectors is not None and quantizer is not None:
         check_quantizer(sids, quantizer)
-        vectors = check_vectors(vectors, quantizer.dims)
-        if len(vectors) != len(sids):
-            raise DataError(f"There are {len(vectors)} vectors for {len(sids)} items; give one per item, in row order.")
+        vectors = check_vectors(vectors, quantizer.dims, rows=len(sids))
         errors = squared_errors(vectors, sids.codes[:, : quantizer.depth], quantizer)
         spread = deviation(vectors[~added]) / int((~added).sum())
     width = 1 if vectors is None else vectors.shape[1]

@@ -17,7 +17,8 @@ import numpy as np
 
 from sidtune.core.errors import DataError
 from sidtune.tokenizers.quantizers.base import Quantizer
-from sidtune.tokenizers.sids.collisions import CollisionMethod, check_quantizer
+from sidtune.tokenizers.sids.arguments import check_quantizer
+from sidtune.tokenizers.sids.collisions import CollisionMethod
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 from sidtune.tokenizers.vectors import check_vectors
 
@@ -111,9 +112,7 @@ def collision_cost(
     check_quantizer(after, quantizer)
     if before.item_ids != after.item_ids:
         raise DataError("The semantic IDs before and after are of other items or in another order; compare equal ones.")
-    vectors = check_vectors(vectors, quantizer.dims)
-    if len(vectors) != len(before):
-        raise DataError(f"There are {len(vectors)} vectors for {len(before)} items; give one per item, in row order.")
+    vectors = check_vectors(vectors, quantizer.dims, rows=len(before))
     codes = after.codes[:, : quantizer.depth]
     moved = (codes != before.codes).any(axis=1)
     first = squared_errors(vectors, before.codes, quantizer)

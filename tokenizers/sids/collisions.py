@@ -31,9 +31,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from sidtune.core.config import check_range
-from sidtune.core.errors import ConfigError, DataError
+from sidtune.core.errors import ConfigError
 from sidtune.tokenizers.quantizers.base import Quantizer
 from sidtune.tokenizers.registry import COLLISIONS
+from sidtune.tokenizers.sids.arguments import check_quantizer
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 from sidtune.tokenizers.vectors import check_vectors
 
@@ -317,21 +318,7 @@ def _check(
         raise ConfigError(f"fixed must lie in [0, {len(sids)}], got {fixed}.")
     if fixed == len(sids):
         return np.zeros((0, quantizer.dims or 0), dtype=np.float32)
-    vectors = check_vectors(vectors, quantizer.dims)
-    if len(vectors) != len(sids) - fixed:
-        raise DataError(
-            f"There are {len(vectors)} vectors for {len(sids) - fixed} items that may move; give one per item, in row order."
-        )
-    return vectors
-
-
-def check_quantizer(sids: SemanticIds, quantizer: Quantizer) -> None:
-    """Raises DataError when the semantic IDs (their suffix level apart) are not of this quantizer."""
-    sizes, base = tuple(quantizer.level_sizes), sids.level_sizes[: len(sids.level_sizes) - sids.suffix_level]
-    if sizes != base:
-        raise DataError(
-            f"The quantizer has levels of {list(sizes)} codes, the semantic IDs {list(base)}; they are of another run."
-        )
+    return check_vectors(vectors, quantizer.dims, rows=len(sids) - fixed)
 
 
 def _crowded(sids: SemanticIds, capacity: int, fixed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 from sidtune.tokenizers.quantizers.base import Quantizer
+from sidtune.tokenizers.vectors import unit_rows
 
 _BLOCK = 1024  # rows whose candidates are gathered at once
 _SPARE = 16  # candidates beyond k that are ranked again exactly, so that near-ties cannot depend on faiss's rounding
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.ascontiguousarray(vectors / np.where(lengths > 0, lengths, 1.0), dtype=np.float32)
+    return np.ascontiguousarray(unit_rows(vectors), dtype=np.float32)
 
 
 def nearest_rows(vectors: np.ndarray, rows: np.ndarray, k: int) -> np.ndarray:

@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from sidtune.core.errors import ConfigError, DataError
+from sidtune.core.errors import ConfigError
 from sidtune.tokenizers.quantizers.base import Quantizer
+from sidtune.tokenizers.sids.arguments import check_quantizer
+from sidtune.tokenizers.sids.collision_cost import deviation, relative
 from sidtune.tokenizers.sids.neighbours import nearest_rows, neighbour_overlap, shared_levels
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 from sidtune.tokenizers.vectors import check_vectors
@@ -198,14 +200,11 @@ def _levels(sids: SemanticIds, errors: list[float] | None) -> list[LevelQuality]
 
 def _errors(vectors: np.ndarray, codes: np.ndarray, quantizer: Quantizer) -> tuple[float, list[float]]:
     """Mean squared error per entry at full depth, and squared error over variance for each prefix."""
-    centre = vectors.mean(axis=0, dtype=np.float64)
-    variance, squared = 0.0, np.zeros(codes.shape[1])
+    squared, spread = np.zeros(codes.shape[1]), deviation(vectors)
     for start in range(0, len(vectors), _BLOCK):
         block, part = vectors[start : start + _BLOCK].astype(np.float64), codes[start : start + _BLOCK]
-        variance += ((block - centre) ** 2).sum()
         squared += [((block - quantizer.decode(part[:, : n + 1])) ** 2).sum() for n in range(codes.shape[1])]
-    relative = [float(s / variance) if variance > 0 else float(s > 0) for s in squared]
-    return float(squared[-1] / vectors.size), relative
+    return float(squared[-1] / vectors.size), [relative(error, spread) for error in squared]
 
 
 def _check(sids: SemanticIds, vectors: Any, quantizer: Quantizer | None, neighbours: int, sample: int) -> Any:
@@ -213,18 +212,9 @@ def _check(sids: SemanticIds, vectors: Any, quantizer: Quantizer | None, neighbo
         raise ConfigError(f"neighbours and sample must be at least 1, got {neighbours} and {sample}.")
     if vectors is None:
         return None
-    vectors = check_vectors(vectors, None if quantizer is None else quantizer.dims)
-    if len(vectors) != len(sids):
-        raise DataError(
-            f"There are {len(vectors)} vectors for {len(sids)} semantic IDs; give one per item, in row order."
-        )
     if quantizer is not None:
-        sizes, base = tuple(quantizer.level_sizes), sids.level_sizes[: quantizer.depth]
-        if sizes != base:
-            raise DataError(
-                f"The quantizer has levels of {sizes} codes, the semantic IDs {base}; they are of another run."
-            )
-    return vectors
+        check_quantizer(sids, quantizer)
+    return check_vectors(vectors, None if quantizer is None else quantizer.dims, rows=len(sids))
 
 
 def sid_quality(

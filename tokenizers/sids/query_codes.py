@@ -25,6 +25,7 @@ from sidtune.core.hub import Published, resolve_folder
 from sidtune.data_builders.mining.query_pairs import squeezed
 from sidtune.tokenizers.encoders.base import Encoder, load_encoder
 from sidtune.tokenizers.quantizers.base import Quantizer, check_codes, load_quantizer
+from sidtune.tokenizers.sids.arguments import check_quantizer
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 
 QUERY_FILE = "queries.parquet"
@@ -55,11 +56,7 @@ class QueryCoder(Published):
         cache_size: int = 1 << 18,
     ) -> None:
         check_text_encoder(encoder)
-        if tuple(quantizer.level_sizes) != tuple(sids.level_sizes[: quantizer.depth]):
-            raise DataError(
-                f"The quantizer has levels of {tuple(quantizer.level_sizes)} codes, the semantic IDs "
-                f"{tuple(sids.level_sizes)}; they are of another run."
-            )
+        check_quantizer(sids, quantizer)
         self.encoder, self.quantizer, self.sids = encoder, quantizer, sids
         self.known = dict(known or {})
         self.cache_size = cache_size
