@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
+import scipy.sparse as sp
 
 from sidtune.core.config import build
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.tokenizers.encoders.base import TENSOR_FILE, Encoder, check_texts
-from sidtune.tokenizers.keywords.matcher import KeywordMatcher, Matches
+from sidtune.tokenizers.keywords.matcher import KeywordMatcher
 from sidtune.tokenizers.keywords.mining import PoolConfig
 from sidtune.tokenizers.keywords.pool import KeywordPool, read_pool
 from sidtune.tokenizers.vectors import load_tensors, unit_rows
@@ -35,19 +36,18 @@ BASE_FOLDER = "base"
 POOL_FOLDER = "keywords"
 
 
-def fuse(vectors: np.ndarray, keyword_vectors: np.ndarray, matches: Matches) -> np.ndarray:
+def fuse(vectors: np.ndarray, keyword_vectors: np.ndarray, found: sp.csr_array) -> np.ndarray:
     """Eq. 2 of OneSearch.
 
     Args:
         vectors: (n, d) e, one per text.
         keyword_vectors: (K, d) e_k; a zero row marks a keyword that is left out.
-        matches: keywords of the n texts.
+        found: (n, K) 1.0 where a text holds a keyword.
 
     Returns:
         (n, d) float32 rows of length 1: the mean of a text's vector and the mean of its keywords' vectors, or its own
         vector where it has no keyword.
     """
-    found = matches.matrix(len(keyword_vectors))
     known = np.linalg.norm(keyword_vectors, axis=1) > 0
     count = (found @ known.astype(np.float64))[:, None]
     mean = (found @ keyword_vectors.astype(np.float64)) / np.maximum(count, 1.0)

@@ -154,11 +154,11 @@ def page_views(matcher: KeywordMatcher, items: pa.Table, asked: pa.Array, wanted
         items: table in the ITEMS schema; a pair with an item that is not in it counts by its query alone.
         asked, wanted: query text and item id of each pair; without any, each item counts once.
     """
-    in_items = matcher.match(item_texts(items)).matrix(len(matcher.keywords))
+    in_items = matcher.match(item_texts(items))
     if not len(asked):
         return np.rint(in_items.sum(axis=0)).astype(np.int64)
     coded = asked.dictionary_encode()
-    in_queries = matcher.match(coded.dictionary.to_pylist()).matrix(len(matcher.keywords))
+    in_queries = matcher.match(coded.dictionary.to_pylist())
     place = {item_id: row for row, item_id in enumerate(items["item_id"].to_pylist())}
     # Unknown items become one more item, without a word.
     row = np.fromiter((place.get(item_id, len(place)) for item_id in wanted.to_pylist()), np.int64, len(wanted))
