@@ -53,6 +53,8 @@ class SplitConfig:
         _check_moments(self.train_until, self.valid_until)
         _check_shares(self.valid_share, self.test_share)
         _check_rows(self.min_rows)
+
+
 FEEDBACK = ("click", "like", "order")
 
 
