@@ -328,7 +328,7 @@ def test_pretrained_encoder_options(tiny_models, tmp_path):
 
 def test_unknown_models_and_missing_packages_are_named(monkeypatch, tmp_path):
     missing = str(tmp_path / "none")
-    with pytest.raises(ConfigError, match="cannot be loaded"):
+    with pytest.raises(DataError, match="does not exist"):
         make_encoder("transformers", {"model": missing}).fit(["pen"])
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(ConfigError, match=r"needs the package sentence-transformers.*sidtune\[encoders\]"):

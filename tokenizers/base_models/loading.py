@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -115,6 +116,24 @@ def load_tokenizer(folder_or_id: str | Path, revision: str | None = None) -> Pre
     if not local and len(tokenizer) < _FEWEST_TOKENS:
         raise DataError(f"The hub model {place} has a tokenizer of {len(tokenizer)} tokens, so its files are missing.")
     return tokenizer
+
+
+def load_text_model(
+    folder_or_id: str | Path, revision: str | None = None, dtype: Any = "float32"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A text model without a head, and its tokenizer, which pads on the right; arguments and errors as in `load_plain`."""
+    tokenizer, place, kind = load_tokenizer(folder_or_id, revision), check_place(folder_or_id), check_dtype(dtype)
+    try:
+        model = AutoModel.from_pretrained(place, dtype=kind, **({} if revision is None else {"revision": revision}))
+    except Exception as error:
+        raise _unreadable("text model", place, error) from None
+    check_weights(model, place)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise DataError(f"The tokenizer of {place} has no padding, end or unknown token; give it one.")
+    tokenizer.padding_side = "right"
+    return model, tokenizer
 
 
 def _unreadable(what: str, place: str, error: Exception) -> DataError:

@@ -98,8 +98,8 @@ class _PretrainedEncoder(Encoder):
         """Vectors (n, d) float32.
 
         Raises:
-            ConfigError: the model or its package cannot be loaded.
-            DataError: no texts, or the model returned NaN.
+            ConfigError: the package is not installed.
+            DataError: no texts, no such model, or it returned NaN.
         """
         texts = check_texts(texts)
         filled = [text if text.strip() else self.config.empty_text for text in texts]
@@ -141,7 +141,10 @@ class SentenceTransformersEncoder(_PretrainedEncoder):
                 self.config.model, revision=self.config.revision, device=self.config.device, trust_remote_code=False
             )
         except Exception as error:
-            raise _load_error(self.config.model, error) from error
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                f"The model '{self.config.model}' cannot be loaded ({type(error).__name__}: {reason}); check its name."
+            ) from error
 
     def _vectors(self, texts: list[str]) -> np.ndarray:
         self._load_model()
@@ -170,23 +173,14 @@ class TransformersEncoder(_PretrainedEncoder):
         if self._model is not None:
             return
         import torch
-        from transformers import AutoModel, AutoTokenizer
 
+        from sidtune.tokenizers.base_models.loading import load_text_model
         from sidtune.tokenizers.encoders.pooling import saved_pooling
 
         config = self.config
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(config.model, revision=config.revision)
-            model = AutoModel.from_pretrained(config.model, revision=config.revision, dtype=config.dtype)
-        except Exception as error:
-            raise _load_error(config.model, error) from error
+        model, tokenizer = load_text_model(config.model, config.revision, config.dtype)
         if model.config.is_encoder_decoder:
             model = model.get_encoder()
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-        if tokenizer.pad_token is None:
-            raise ConfigError(f"The tokenizer of {config.model} has no padding, end or unknown token; give it one.")
-        tokenizer.padding_side = "right"
         device = config.device
         if device == "auto":
             accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -224,8 +218,3 @@ class TransformersEncoder(_PretrainedEncoder):
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
         states = self._model(**inputs).last_hidden_state.float()
         return pooled(states, mask, self._pooling)
-
-
-def _load_error(model: str, error: Exception) -> ConfigError:
-    reason = " ".join(str(error).split())[:300]
-    return ConfigError(f"The model '{model}' cannot be loaded ({type(error).__name__}: {reason}); check its name.")

@@ -314,13 +314,19 @@ def _put_rows(model: nn.Module, vocabulary: Vocabulary, tensors: dict, record: d
             fill_spare_rows(matrix, vocabulary.base_vocab_size, vocabulary.stop)
 
 
-def _with_adapter(model: PreTrainedModel, folder: Path, tensors: dict[str, torch.Tensor]) -> nn.Module:
-    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+def _adapter_config(folder: Path) -> Any:
+    from peft import PeftConfig
 
     try:
-        config = PeftConfig.from_pretrained(str(folder))
+        return PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, OSError) as error:
         raise DataError(f"The adapter config in {folder} is damaged ({' '.join(str(error).split())[:200]}).") from None
+
+
+def _with_adapter(model: PreTrainedModel, folder: Path, tensors: dict[str, torch.Tensor]) -> nn.Module:
+    from peft import get_peft_model, set_peft_model_state_dict
+
+    config = _adapter_config(folder)
     config.trainable_token_indices = config.base_model_name_or_path = None
     config.inference_mode = True
     model = get_peft_model(model, config)  # type: ignore[assignment]
@@ -356,12 +362,9 @@ def load_model(folder_or_id: str | Path, **options: Any) -> PreTrainedModel:
 
 
 def _load_adapter_checkpoint(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, OSError) as error:
-        raise DataError(f"The adapter config in {folder} is damaged ({' '.join(str(error).split())[:200]}).") from None
+    config = _adapter_config(folder)
     reference = config.base_model_name_or_path or ""
     if not reference:
         raise DataError(f"The adapter in {folder} names no base model; write base_model_name_or_path into its config.")
