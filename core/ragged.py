@@ -94,6 +94,13 @@ def pad(
     return ids, mask
 
 
+def drawn(count: int, most: int | None, seed: int) -> np.ndarray:
+    """Row numbers of at most `most` of `count` rows (None: all), drawn at random, rising."""
+    if most is None or most >= count:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(seed).choice(count, most, replace=False))
+
+
 def own_rows(count: int, process: int, processes: int) -> np.ndarray:
     """The rows of `count` that this process works on; all processes together have each row once."""
     return np.arange(count)[process::processes]

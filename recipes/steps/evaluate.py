@@ -24,7 +24,7 @@ from sidtune.core.config import as_dict, check_range, command
 from sidtune.core.errors import ConfigError, DataError, SidtuneError
 from sidtune.core.folders import write_folder, write_json, write_run, writes
 from sidtune.core.pipeline import Step, check_there
-from sidtune.core.ragged import gathered, own_rows
+from sidtune.core.ragged import drawn, gathered, own_rows
 from sidtune.data_builders.tables.history import History
 from sidtune.data_builders.tables.store import DataFolder, load_folder
 from sidtune.metrics.baselines.base import BaselineRequests
@@ -187,10 +187,8 @@ def _choose(data: DataFolder, arguments: Arguments) -> tuple[pa.Table, int]:
         raise DataError(
             f"No request of the split '{arguments.split}' has feedback, so nothing can be measured; check labels."
         )
-    if arguments.max_requests is not None and arguments.max_requests < requests.num_rows:
-        chosen = np.random.default_rng(arguments.seed).choice(requests.num_rows, arguments.max_requests, replace=False)
-        requests = requests.take(np.sort(chosen))
-    return requests.combine_chunks(), excluded
+    chosen = drawn(requests.num_rows, arguments.max_requests, arguments.seed)
+    return requests.take(chosen).combine_chunks(), excluded
 
 
 def _rank_with_model(arguments: Arguments, model_dir: str, data: DataFolder, requests: pa.Table, state: Any):
@@ -297,10 +295,8 @@ def _samples(arguments, data, requests, relevance, history, ranked, scores) -> l
     sids = SemanticIds.from_pretrained(Path(arguments.sids_dir) / "sids").texts()
     ids, titles = data.items["item_id"].to_pylist(), data.items["title"].to_pylist()
     title_of = dict(zip(ids, titles, strict=True))
-    count = min(arguments.sample_requests, requests.num_rows)
-    chosen = np.sort(np.random.default_rng(arguments.seed).choice(requests.num_rows, count, replace=False))
     samples = []
-    for row in chosen.tolist():
+    for row in drawn(requests.num_rows, arguments.sample_requests, arguments.seed).tolist():
         (request,) = requests.slice(row, 1).to_pylist()
         relevant = set(relevance.rows[relevance.offsets[row] : relevance.offsets[row + 1]].tolist())
         past = data.events["item_id"].take(pa.array(history[row][-8:])).to_pylist()

@@ -11,7 +11,7 @@ added, no weight is read or written. Beside it stand `trie/`, `drift.json` (repo
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ import safetensors.numpy
 from sidtune.core.config import as_dict, build, command
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import write_folder, write_json, write_run, writes
+from sidtune.core.ragged import drawn
 from sidtune.data_builders.tables.store import load_folder
 from sidtune.tokenizers.encoders.base import Encoder, make_encoder, warn_empty
 from sidtune.tokenizers.registry import COLLISIONS, ENCODERS
@@ -111,9 +112,8 @@ def main(arguments: Arguments) -> None:
     ids, texts = new_items["item_id"].to_pylist(), texts_of(new_items)
     fresh = encoder.encode(texts, ids)
     warn_empty(encoder, len(texts))
-    sids = extend_catalogue(old.sids, old.quantizer, ids, fresh, popularity_of(new_items), method).with_titles(
-        new_items
-    )
+    sids = extend_catalogue(old.sids, old.quantizer, ids, fresh, popularity_of(new_items), method)
+    sids = sids.with_titles(new_items)
     made = LearnedSids(
         sids=sids,
         quantizer=old.quantizer,
@@ -137,9 +137,8 @@ def _encoder(arguments: Arguments, old: LearnedSids) -> Encoder:
     """The frozen encoder, or new vectors of a catalogue that was learned from precomputed ones."""
     if not arguments.encoder:
         return old.encoder
-    spec = {"name": old.encoder.name, **arguments.encoder}
-    options = {key: value for key, value in spec.items() if key != "name"}
-    if spec["name"] != old.encoder.name or spec["name"] != "precomputed":
+    options = {key: value for key, value in arguments.encoder.items() if key != "name"}
+    if {old.encoder.name, arguments.encoder.get("name", old.encoder.name)} != {"precomputed"}:
         raise ConfigError(
             f"The codebooks were trained on vectors of the encoder '{old.encoder.name}' saved beside them, and only these fit "
             "them; leave 'encoder' out. Other vectors can be given only where the SIDs were learned from precomputed ones."
@@ -182,8 +181,7 @@ def _split(items: pa.Table, sids: SemanticIds, arguments: Arguments) -> tuple[np
 def _check_encoder(encoder: Encoder, items: pa.Table, known: np.ndarray, old: LearnedSids, seed: int) -> None:
     if not len(known):
         return
-    chosen = np.random.default_rng(seed).choice(known, size=min(_CHECKED, len(known)), replace=False)
-    part = items.take(np.sort(chosen))
+    part = items.take(known[drawn(len(known), _CHECKED, seed)])
     ids, texts = part["item_id"].to_pylist(), texts_of(part)
     if encoder.name == "precomputed":
         keep = [row for row, item_id in enumerate(ids) if _has_vector(encoder, item_id)]
@@ -208,17 +206,11 @@ def _in_order_of(items: pa.Table, made: LearnedSids) -> LearnedSids:
     rows = made.sids.rows_of_ids(items["item_id"].to_pylist())
     if len(rows) != len(made.sids):
         return made
-    return LearnedSids(
-        made.sids.replaced(rows), made.quantizer, made.encoder, made.vectors[rows], made.batch[rows], made.collisions
-    )
+    return replace(made, sids=made.sids.replaced(rows), vectors=made.vectors[rows], batch=made.batch[rows])
 
 
 def _write(
-    arguments: Arguments,
-    made: LearnedSids,
-    drift: Drift,
-    token_ids: np.ndarray | None,
-    notes: list[str],
+    arguments: Arguments, made: LearnedSids, drift: Drift, token_ids: np.ndarray | None, notes: list[str]
 ) -> None:
     from sidtune.decoding.trie import SidTrie
 
