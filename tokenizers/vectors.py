@@ -61,3 +61,13 @@ def load_tensors(path: Path) -> dict[str, np.ndarray]:
         raise DataError(f"The file {path} does not exist; run the step that writes it first.") from None
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise DataError(f"The file {path} is not a readable safetensors file ({error}); write it again.") from None
+
+
+def load_array(path: str | Path) -> np.ndarray:
+    """The array of a `.npy` file; a missing or damaged one is a DataError that names it."""
+    try:
+        return np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise DataError(f"The vector file {path} does not exist; check the path.") from None
+    except (ValueError, OSError, EOFError) as error:
+        raise DataError(f"{path} is no readable .npy array of numbers ({error}); write it with numpy.save.") from None

@@ -277,7 +277,7 @@ def test_damaged_folders_are_named(fitted, tmp_path):
         load_quantizer(folder)
     write()
     save_file({k: v for k, v in tensors.items() if k != "level_1"}, folder / "codebooks.safetensors")
-    with pytest.raises(DataError, match="lack the tensor 'level_1'"):
+    with pytest.raises(DataError, match="lacks the tensor 'level_1'"):
         load_quantizer(folder)
     (folder / "codebooks.safetensors").write_bytes(b"\x00" * 11)
     with pytest.raises(DataError, match="not a readable safetensors file"):

@@ -159,6 +159,12 @@ class Quantizer(Registered):
         if self.curves:
             write_json(folder / CURVE_FILE, self.curves)
 
+    def _lacks(self, tensors: dict[str, Any], *names: str) -> None:
+        """Raises DataError where one of these tensors is not there."""
+        for name in names:
+            if name not in tensors:
+                raise DataError(f"The saved {self.name} quantizer lacks the tensor '{name}'; write the folder again.")
+
     def _load(self, folder: Path) -> None:
         self._set_tensors(load_tensors(folder / TENSOR_FILE))
         if (folder / CURVE_FILE).exists():

@@ -78,9 +78,6 @@ class ProductQuantizerConfig:
 class ProductQuantizer(Quantizer):
     """PQ and OPQ.
 
-    Args:
-        config: options, default `ProductQuantizerConfig()`.
-
     Attributes:
         rotation: (parts * width, d) float32, orthonormal columns; the identity (padded) without `rotate`.
         notes: after `fit`, one sentence per part with fewer distinct vectors than codes.
@@ -207,9 +204,7 @@ class ProductQuantizer(Quantizer):
         return {"rotation": self.rotation, "centroids": self._centroids, "means": self._means}
 
     def _set_tensors(self, tensors: dict[str, Any]) -> None:
-        missing = [name for name in ("rotation", "centroids", "means") if name not in tensors]
-        if missing:
-            raise DataError(f"The saved product quantizer lacks the tensor '{missing[0]}'; write the folder again.")
+        self._lacks(tensors, "rotation", "centroids", "means")
         rotation, centroids, means = tensors["rotation"], tensors["centroids"], tensors["means"]
         shape = (self.config.parts, self.config.codes_per_part)
         if (

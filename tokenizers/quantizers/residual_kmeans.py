@@ -173,9 +173,6 @@ def subtracted(points: np.ndarray, book: np.ndarray, codes: np.ndarray, into: np
 class ResidualKMeans(Quantizer):
     """Residual k-means quantizer.
 
-    Args:
-        config: options, default `ResidualKMeansConfig()`.
-
     Attributes:
         notes: after `fit`, one sentence per level that was larger than its number of distinct residuals.
     """
@@ -291,9 +288,7 @@ class ResidualKMeans(Quantizer):
 
     def _set_tensors(self, tensors: dict[str, Any]) -> None:
         names = [f"level_{n}" for n in range(self.depth)]
-        missing = [name for name in (*names, "scales") if name not in tensors]
-        if missing:
-            raise DataError(f"The saved codebooks lack the tensor '{missing[0]}'; write the quantizer folder again.")
+        self._lacks(tensors, *names, "scales")
         books = [check_vectors(tensors[name], what=f"centroids of {name}") for name in names]
         for name, book, size in zip(names, books, self.level_sizes, strict=True):
             if len(book) != size or book.shape[1] != books[0].shape[1]:

@@ -104,9 +104,6 @@ class RqOpqConfig:
 class RqOpq(Quantizer):
     """Residual k-means head and OPQ tail.
 
-    Args:
-        config: options, default `RqOpqConfig()`.
-
     Attributes:
         head: `ResidualKMeans` or `BalancedKMeans`.
         tail: `ProductQuantizer` of the head's residuals.

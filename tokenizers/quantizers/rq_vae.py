@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sidtune.core.config import check_range, check_types
-from sidtune.core.errors import ConfigError, DataError
+from sidtune.core.errors import ConfigError
 from sidtune.tokenizers.letters import check_sizes
 from sidtune.tokenizers.quantizers.balanced_kmeans import equal_size_kmeans
 from sidtune.tokenizers.quantizers.code_losses import contrastive, diversity, rotation_trick, sinkhorn, straight_through
@@ -40,7 +39,7 @@ from sidtune.tokenizers.quantizers.linear_start import check_widths, start_as_pc
 from sidtune.tokenizers.quantizers.nearest_centroids import nearest_centroids
 from sidtune.tokenizers.quantizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig
 from sidtune.tokenizers.quantizers.training import CodeModule, NeuralQuantizer, TrainingConfig, mlp
-from sidtune.tokenizers.vectors import check_vectors
+from sidtune.tokenizers.vectors import check_vectors, load_array
 
 
 @dataclass
@@ -305,7 +304,7 @@ class RqVae(NeuralQuantizer):
                 raise ConfigError("Collaborative vectors were given, but alignment_weight is 0; set it above 0.")
             return
         if side is None and config.collaborative_path:
-            side = _read_vectors(Path(config.collaborative_path))
+            side = load_array(config.collaborative_path)
         if side is None:
             raise ConfigError(
                 "alignment_weight needs collaborative vectors; set collaborative_path, pass them to fit, or set it to 0."
@@ -338,12 +337,3 @@ class RqVae(NeuralQuantizer):
 
     def _vectors(self, module: Any, codes: Tensor) -> Tensor:
         return module.decode(sum(module.books[level][codes[:, level]] for level in range(codes.shape[1])))
-
-
-def _read_vectors(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise DataError(f"The file of collaborative vectors {path} does not exist; check collaborative_path.") from None
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"{path} is no readable .npy array of numbers ({error}); write it with numpy.save.") from None

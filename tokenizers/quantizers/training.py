@@ -257,8 +257,7 @@ class NeuralQuantizer(Quantizer):
         return weights | {"mean": self._mean, "scale": np.array([self._scale])}
 
     def _set_tensors(self, tensors: dict[str, np.ndarray]) -> None:
-        if "mean" not in tensors or "scale" not in tensors:
-            raise DataError("The saved quantizer lacks the mean or scale of its vectors; write the folder again.")
+        self._lacks(tensors, "mean", "scale")
         self._mean, self._scale = tensors["mean"], float(tensors["scale"][0])
         with torch.random.fork_rng(devices=[]):
             module = self._build(len(self._mean))
