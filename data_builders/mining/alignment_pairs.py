@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sidtune.core.config import check_range
 from sidtune.core.errors import ConfigError
 from sidtune.data_builders.mining.pairs import Pairs, counted, interaction_matrix, item_cf, merged, swing
 from sidtune.data_builders.mining.query_pairs import distinct_queries, query_item_pairs, squeezed_column
@@ -55,9 +56,7 @@ class MiningConfig:
             if unknown or not given:
                 found = f"'{unknown[0]}'" if unknown else "nothing"
                 raise ConfigError(f"'{what}' of mining holds {found}; name at least one of {', '.join(known)}.")
-        for name in ("k", "min_support", "q2i_support", "rank_rows"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"'{name}' of mining must be 1 or more, got {getattr(self, name)}.")
+        check_range(self, 1, "k", "min_support", "q2i_support", "rank_rows")
 
 
 @dataclass(frozen=True)

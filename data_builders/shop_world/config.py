@@ -17,7 +17,7 @@ DAY = 86_400
 _SHARES = """
 popularity_quality launch_share profile_share late_user_share interest_drift taste_drift recommendation_share browse_share
 attribute_query_share brand_query_share department_query_share attribute_only_share like_unknown_share
-""".split()
+"""
 _LARGEST_WEIGHT = 100.0
 _MOST_LATENTS = 500_000_000
 
@@ -152,7 +152,7 @@ class ShopWorldConfig:
     def _check_ranges(self, values: dict[str, Any]) -> None:
         weights = [name for name, value in values.items() if isinstance(value, float)]
         check_range(self, -_LARGEST_WEIGHT, *weights, most=_LARGEST_WEIGHT)
-        check_range(self, 0, *_SHARES, most=1)
+        check_range(self, 0, *_SHARES.split(), most=1)
         check_range(self, 1, "n_items", "n_users", "brands_per_department", "drift_days", "ranked_tiers")
         check_range(self, 1, "n_requests", most=10_000_000)
         check_range(self, 1, "days", most=36_500)
