@@ -58,11 +58,8 @@ def main(arguments: Arguments) -> None:
     model = source.load_model()
     with write_folder(arguments.output_dir) as scratch:
         facts = export_engine(
-            model.to(getattr(torch, arguments.dtype)),
-            source.tokenizer,
-            source.vocabulary,
-            SidTrie.from_semantic_ids(source.sids),
-            scratch,
+            *(model.to(getattr(torch, arguments.dtype)), source.tokenizer, source.vocabulary),
+            *(SidTrie.from_semantic_ids(source.sids), scratch),
             max_sids=arguments.max_sids,
             end_token_id=end,
         )

@@ -107,16 +107,10 @@ def main(arguments: Arguments) -> None:
         add_plain_tokens(tokenizer, arguments.extra_tokens, model, seed=arguments.seed)
     quantizer = load_quantizer(Path(arguments.sids_dir) / "quantizer")
     ids, titles = data.items["item_id"].to_pylist(), data.items["title"].to_pylist()
-    vocabulary = extend_vocabulary(
-        model,
-        tokenizer,
-        sids,
-        init=arguments.init,
-        codebooks=quantizer.codebooks,
-        item_texts={item: title or "" for item, title in zip(ids, titles, strict=True)},
-        pad_to_multiple_of=arguments.pad_to_multiple_of,
-        seed=arguments.seed,
-    )
+    options = {name: getattr(arguments, name) for name in ("init", "pad_to_multiple_of", "seed")}
+    texts = {item: title or "" for item, title in zip(ids, titles, strict=True)}
+    start = {"codebooks": quantizer.codebooks, "item_texts": texts}
+    vocabulary = extend_vocabulary(model, tokenizer, sids, **start, **options)
     serializer = make_serializer(tokenizer, arguments.templates, PromptSettings())
     parameters = sum(p.numel() for p in model.parameters())
     with write_folder(arguments.output_dir) as scratch:

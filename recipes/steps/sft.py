@@ -77,15 +77,10 @@ class Arguments:
         """What builds the examples of a stage."""
         from sidtune.trainers.sft.task_examples import TaskExamples
 
-        names = ("seed", "templates", "max_chars", "history_context")
-        return TaskExamples(
-            self.data_dir,
-            Path(self.sids_dir) / "sids",
-            query_coder=self.sids_dir if self.query_sids else None,
-            max_history=self.prompt_max_history,
-            max_length=self.prompt_max_length,
-            **{name: getattr(self, name) for name in names},
-        )
+        options = {name: getattr(self, name) for name in ("seed", "templates", "max_chars", "history_context")}
+        options |= {"max_history": self.prompt_max_history, "max_length": self.prompt_max_length}
+        coder = self.sids_dir if self.query_sids else None
+        return TaskExamples(self.data_dir, Path(self.sids_dir) / "sids", query_coder=coder, **options)
 
 
 def preflight(step: Step) -> None:
@@ -114,10 +109,7 @@ def main(arguments: Arguments) -> None:
     # A mistake in a template, and folders of different runs, show now, not after the first stage.
     examples.opened(load_tokenizer(arguments.model_dir), Vocabulary.from_pretrained(arguments.model_dir))
     folders = run_stages(
-        arguments.stages,
-        arguments.model_dir,
-        arguments.data_dir,
-        Path(arguments.sids_dir) / "sids",
+        *(arguments.stages, arguments.model_dir, arguments.data_dir, Path(arguments.sids_dir) / "sids"),
         arguments.output_dir,
         seed=arguments.seed,
         build_examples=examples,
