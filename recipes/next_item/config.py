@@ -12,8 +12,7 @@ from sidtune.data_builders.sequences.source import SequenceSource
 from sidtune.metrics.registry import BASELINES
 from sidtune.metrics.statistics.bootstrap import check_bootstrap
 from sidtune.recipes.over_seeds import check_seeds
-from sidtune.tokenizers.registry import QUANTIZERS
-from sidtune.tokenizers.sids.learned import made_by
+from sidtune.tokenizers.registry import QUANTIZERS, made_by
 from sidtune.tokenizers.sids.sequence_sids import PUBLISHED, quantizer_spec
 
 

@@ -30,7 +30,8 @@ from sidtune.core.resume import Work, identity_of
 from sidtune.data_builders.mining.alignment_pairs import MiningConfig, held_out_pairs
 from sidtune.data_builders.tables.splits import training_cut
 from sidtune.data_builders.tables.store import DataFolder, load_folder
-from sidtune.tokenizers.sids.learned import made_by, texts_of
+from sidtune.tokenizers.registry import ENCODERS, made_by
+from sidtune.tokenizers.sids.learned import texts_of
 from sidtune.trainers.contrastive.sources import AlignmentSource, RelevanceConfig, ThresholdConfig, alignment_source
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,6 @@ class Arguments:
 
     def __post_init__(self) -> None:
         from sidtune.tokenizers.encoders.scratch import check_text_model
-        from sidtune.tokenizers.registry import ENCODERS
         from sidtune.trainers.contrastive.losses import AlignedLossConfig
         from sidtune.trainers.contrastive.trainer import checked_aligned_args
 
@@ -154,8 +154,6 @@ def _prepare(arguments: Arguments, work: Path, shape: tuple[str, int]) -> dict[s
 
 def _base(arguments: Arguments, texts: list[str]) -> Any:
     """The fitted base encoder."""
-    from sidtune.tokenizers.registry import ENCODERS
-
     return made_by(ENCODERS, {"name": "tfidf_svd", **arguments.base}, arguments.seed).fit(texts)
 
 

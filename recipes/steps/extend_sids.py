@@ -25,7 +25,7 @@ from sidtune.core.folders import write_folder, write_json, write_run, writes
 from sidtune.core.ragged import drawn
 from sidtune.data_builders.tables.store import load_folder
 from sidtune.tokenizers.encoders.base import Encoder, make_encoder, warn_empty
-from sidtune.tokenizers.registry import COLLISIONS, ENCODERS
+from sidtune.tokenizers.registry import COLLISIONS, ENCODERS, made_by
 from sidtune.tokenizers.sids.catalogue_updates import (
     Drift,
     DriftLimits,
@@ -39,7 +39,6 @@ from sidtune.tokenizers.sids.learned import (
     COLLISION_FILE,
     VECTOR_FILE,
     LearnedSids,
-    made_by,
     popularity_of,
     texts_of,
 )

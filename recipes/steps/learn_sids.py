@@ -31,10 +31,10 @@ from sidtune.tokenizers.encoders.base import Encoder, warn_empty
 from sidtune.tokenizers.keywords.fusion import MINED, KeywordFusionEncoder
 from sidtune.tokenizers.keywords.mining import mine_pool
 from sidtune.tokenizers.quantizers.base import Quantizer
-from sidtune.tokenizers.registry import COLLISIONS, ENCODERS, QUANTIZERS
+from sidtune.tokenizers.registry import COLLISIONS, ENCODERS, QUANTIZERS, made_by
 from sidtune.tokenizers.sids.collision_cost import collision_cost, compare_collisions, costs_to_markdown
 from sidtune.tokenizers.sids.collisions import CollisionMethod, make_collisions
-from sidtune.tokenizers.sids.learned import COLLISION_FILE, VECTOR_FILE, made_by, popularity_of, texts_of
+from sidtune.tokenizers.sids.learned import COLLISION_FILE, VECTOR_FILE, popularity_of, texts_of
 from sidtune.tokenizers.sids.quality import sid_quality
 from sidtune.tokenizers.sids.query_codes import QUERY_FILE, QueryCoder, check_text_encoder, write_query_codes
 from sidtune.tokenizers.sids.query_recall import QueryItemRecall, query_item_recall, query_targets

@@ -14,7 +14,6 @@ Where it differs from the paper and its released code (our choices):
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from sidtune.tokenizers.encoders.base import TENSOR_FILE, Encoder, check_texts
 from sidtune.tokenizers.keywords.matcher import KeywordMatcher
 from sidtune.tokenizers.keywords.mining import PoolConfig
 from sidtune.tokenizers.keywords.pool import KeywordPool, read_pool
+from sidtune.tokenizers.registry import ENCODERS, made_by
 from sidtune.tokenizers.vectors import load_tensors, unit_rows
 
 MINED = "mined"
@@ -93,13 +93,7 @@ class KeywordFusionConfig:
 
     def new_base(self) -> Encoder:
         """The base encoder, unfitted; raises ConfigError on a wrong name or option."""
-        from sidtune.tokenizers.encoders.base import make_encoder
-        from sidtune.tokenizers.registry import ENCODERS
-
-        options = {key: value for key, value in self.base.items() if key != "name"}
-        if "seed" in {known.name for known in dataclasses.fields(ENCODERS.get(self.base["name"]).config_class)}:
-            options.setdefault("seed", self.seed)
-        return make_encoder(self.base["name"], options)
+        return made_by(ENCODERS, self.base, self.seed)
 
 
 class KeywordFusionEncoder(Encoder):

@@ -131,7 +131,6 @@ class Drift:
         return asdict(self)
 
     def to_markdown(self) -> str:
-        """A table (as learned, added, now) and the recommendation."""
         parts = (self.learned, self.added, self.now)
         rows = [("items", [f"{p.items:,}" for p in parts]), ("distinct codes", [f"{p.codes:,}" for p in parts])]
         rows.append(("ICR (items with a code of their own)", [f"{p.icr:.2%}" for p in parts]))
@@ -162,10 +161,8 @@ def extend_catalogue(
     """Semantic IDs with the new items appended; the rows, codes and tokens of the old ones stay as they are.
 
     Args:
-        sids: the semantic IDs in use.
-        quantizer: the quantizer they were made with, frozen.
-        new_ids: ids without a SID.
-        new_vectors: (n, d) their vectors, of the encoder the codebooks were trained with.
+        sids, quantizer: in use, and frozen.
+        new_ids, new_vectors: (n,) ids without a SID, and (n, d) vectors of the encoder the codebooks were trained with.
         popularity: (n,), default 0.
         method: what becomes of new items on a crowded code, default expansion; old items never move.
 
@@ -189,13 +186,9 @@ def extend_catalogue(
 
 
 def check_same_encoder(stored: np.ndarray, fresh: np.ndarray) -> None:
-    """Refuses vectors of another encoder: items that have a vector already must get it again.
+    """Refuses vectors of another encoder: items must get the vector again that they have `stored` (n, d).
 
     A text that was edited since gives another vector of the same encoder, so up to half of the items may differ.
-
-    Args:
-        stored: (n, d) vectors the codebooks were trained with.
-        fresh: (n, d') vectors of the same items from the encoder that is to encode new ones.
 
     Raises:
         DataError: another width, or more than half of the rows differ by over 1 % of their length.
@@ -222,9 +215,7 @@ def held_out_error(quantizer: Quantizer, vectors: np.ndarray, share: float = 0.2
 
     Args:
         quantizer: kind and options; it is not changed.
-        vectors: (N, d) vectors of the learned items.
-        share: part that is held out, between 0 and 1.
-        seed: of the draw.
+        vectors: (N, d) of the learned items. share: part that is held out, between 0 and 1. seed: of the draw.
 
     Raises:
         ConfigError: share out of range. DataError: fewer than two items.
@@ -258,8 +249,7 @@ def measure_drift(
         sids: all items.
         added: (N,) bool, True for items added since; at least one of each kind.
         new_items: how many of them this run added, default all.
-        vectors: (N, d) in row order; with `quantizer` the errors are reported too.
-        quantizer: the frozen quantizer.
+        vectors, quantizer: (N, d) in row order, and what codes them; with both the errors are reported too.
         held_out_mse: see `held_out_error`.
         limits: of the recommendation, default `DriftLimits()`.
 
@@ -272,13 +262,12 @@ def measure_drift(
             f"`added` must be {len(sids)} booleans, with learned and added items among them; got {added.dtype} of "
             f"shape {added.shape}."
         )
-    errors, spread = None, 0.0
+    errors, spread, width = None, 0.0, 1
     if vectors is not None and quantizer is not None:
         check_quantizer(sids, quantizer)
         vectors = check_vectors(vectors, quantizer.dims, rows=len(sids))
         errors = squared_errors(vectors, sids.codes[:, : quantizer.depth], quantizer)
-        spread = deviation(vectors[~added]) / int((~added).sum())
-    width = 1 if vectors is None else vectors.shape[1]
+        spread, width = deviation(vectors[~added]) / int((~added).sum()), vectors.shape[1]
     parts = [_part(sids, rows, errors, spread, width) for rows in (~added, added, np.ones(len(sids), dtype=bool))]
     reference = None if errors is None else "learned" if held_out_mse is None else "held_out"
     drift = Drift(
@@ -355,9 +344,7 @@ def recommend(drift: Drift, limits: DriftLimits) -> Drift:
         held_out = drift.reference == "held_out"
         limit = limits.max_error_ratio if held_out else limits.max_in_sample_ratio
         if drift.error_ratio > limit:
-            others = (
-                "items the codebooks have not seen either" if held_out else "the items the codebooks were learned from"
-            )
+            others = "items the codebooks have not seen either" if held_out else "those they were learned from"
             again.append(
                 f"Learn the SIDs again: the added items fit the codebooks {drift.error_ratio:.2f} times worse than {others} "
                 f"(limit {limit:g})."

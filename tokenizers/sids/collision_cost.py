@@ -96,14 +96,7 @@ def places(sids: SemanticIds) -> np.ndarray:
 def collision_cost(
     before: SemanticIds, after: SemanticIds, vectors: np.ndarray, quantizer: Quantizer, method: CollisionMethod
 ) -> CollisionCost:
-    """Compares the codes before and after a method.
-
-    Args:
-        before: the codes as the quantizer gave them, no suffix.
-        after: what `method.resolve` made of them; the same items in the same order.
-        vectors: (N, d) item vectors in row order.
-        quantizer: the quantizer of the codes.
-        method: the method, for its name and notes.
+    """Compares the codes as the quantizer gave them for `vectors` (N, d) with what `method.resolve` made of them.
 
     Raises:
         DataError: other items, other vectors, or another quantizer.

@@ -21,9 +21,7 @@ from sidtune.tokenizers.letters import LETTERS
 def read_index_json(path: Path, letters: str | None = None) -> tuple[list[str], np.ndarray]:
     """Item ids in file order and the numbers (N, L) int32 of an `index.json` file.
 
-    Args:
-        path: the file.
-        letters: one letter per level, default a, b, c, ...; levels that share a letter are numbered on (`<d_17><d_300>`).
+    `letters`: one letter per level, default a, b, c, ...; levels that share a letter are numbered on (`<d_17><d_300>`).
 
     Raises:
         DataError: unreadable file, an item given twice, a value that is no list of tokens, levels that disagree.

@@ -55,17 +55,14 @@ class LevelQuality:
     """One level of a SID.
 
     Attributes:
-        name: letter of the level.
-        size: number of codes k_l.
-        used: codes that occur.
-        utilisation: used / size.
+        name, size: letter of the level and number of codes k_l.
+        used, utilisation: codes that occur, and their share of the size.
         entropy_bits: entropy of the codes over items, in bits.
         normalized_entropy: the same over log2(size); 1 for a level of one code.
         gini: inequality of the code counts, unused codes included: 0 equal, 1 - 1/size when one code has everything.
         cur: distinct prefixes up to this level over the product of the level sizes.
         prefixes: distinct prefixes up to this level.
-        relative_error: squared reconstruction error of the prefix over the variance; None without quantizer and
-        vectors.
+        relative_error: squared reconstruction error of the prefix over the variance; None without quantizer and vectors.
     """
 
     name: str
@@ -86,10 +83,8 @@ class SidQuality:
 
     Attributes:
         items, depth, codes: N, L and the number of distinct codes M.
-        icr: share of items that own their code.
-        sharing_rate: share of items that share their code, 1 - icr.
-        lost_rate: (N - M) / N.
-        distinct_rate: M / N.
+        icr, sharing_rate: share of items that own their code, and that share it.
+        lost_rate, distinct_rate: (N - M) / N and M / N.
         largest_group: items of the most crowded code.
         cur_total: CUR over all levels.
         levels: one `LevelQuality` per level.
@@ -127,7 +122,6 @@ class SidQuality:
         return asdict(self)
 
     def to_markdown(self) -> str:
-        """Two tables (whole code, levels) and the warnings as a list."""
         rows = [
             ("items", f"{self.items:,}"),
             ("distinct codes", f"{self.codes:,}"),
@@ -227,15 +221,13 @@ def sid_quality(
     seed: int = 0,
     thresholds: SidThresholds | None = None,
 ) -> SidQuality:
-    """Measures semantic IDs.
+    """Measures semantic IDs, with or without a suffix level.
 
     Args:
-        sids: the semantic IDs, with or without a suffix level.
         vectors: (N, d) item vectors in row order; without them nothing about geometry is reported.
         quantizer: the quantizer the codes came from; without it nothing about reconstruction is reported.
         neighbours: nearest neighbours per item, at most N - 1.
-        sample: items whose neighbours are looked up, drawn without replacement.
-        seed: of that draw.
+        sample, seed: items whose neighbours are looked up, drawn without replacement.
         thresholds: of the warnings, default `SidThresholds()`.
 
     Raises:

@@ -92,9 +92,7 @@ class QueryCoder(Published):
         """SID text of each query, for example `<a_12><b_7><c_0>`; "" where there is no query."""
         return ["" if code[0] < 0 else self.sids.code_text(code) for code in self.codes(texts)]
 
-    def __call__(self, texts: Sequence[str | None]) -> list[str]:
-        """`token_texts`, so that a coder can be given to `Serializer` as `query_sids`."""
-        return self.token_texts(texts)
+    __call__ = token_texts  # so that a coder can be given to `Serializer` as `query_sids`
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes encoder, quantizer, SIDs and the known queries, whole or not at all."""
@@ -107,8 +105,8 @@ class QueryCoder(Published):
 
     @classmethod
     def from_pretrained(cls, folder_or_repo: str | Path, **hub: Any) -> Self:
-        """Loads from the folder of learn_sids or extend_sids, a folder of `save_pretrained`, or a bundle or hub
-        repository that holds one as `query_coder` (`hub`: options of `resolve_folder`).
+        """Loads from the folder of learn_sids or extend_sids, of `save_pretrained`, or a bundle or hub repository that holds one as
+        `query_coder` (`hub`: options of `resolve_folder`).
 
         Raises:
             DataError: no encoder and quantizer there, damaged files, or parts of different runs.
@@ -146,11 +144,7 @@ def write_query_codes(path: Path, queries: Sequence[str], codes: np.ndarray) -> 
 
 
 def read_query_codes(path: Path, level_sizes: Sequence[int]) -> tuple[list[str], np.ndarray]:
-    """Reads what `write_query_codes` wrote: texts (Q,) and codes (Q, depth) int32.
-
-    Raises:
-        DataError: unreadable, or codes of another quantizer.
-    """
+    """Texts (Q,) and codes (Q, depth) int32 of `write_query_codes`. Raises DataError when unreadable, or of another quantizer."""
     try:
         table = pq.read_table(path)
         queries, column = table.column("query").to_pylist(), table.column("code").combine_chunks()
