@@ -1,4 +1,4 @@
-"""What tables over several seeds share: mean and spread, families of paired tests, the lines of a README's table."""
+"""What scripts over several seeds share: the runs, mean and spread, families of paired tests, the lines of a README's table."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sidtune.core.config import as_dict
-from sidtune.core.errors import ConfigError
+from sidtune.core.errors import ConfigError, nearest
+from sidtune.core.pipeline import RunArguments, resolve, run_pipeline
+from sidtune.metrics.ranking import check_metrics
+from sidtune.metrics.report.readme_table import check_readme
 from sidtune.metrics.statistics.bootstrap import PairedResult, holm
 
 
@@ -16,6 +19,26 @@ def check_seeds(seeds: list[int], least: int = 1) -> None:
     if len(set(seeds)) != len(seeds) or len(seeds) < least:
         number = "at least two" if least > 1 else "one or more"
         raise ConfigError(f"seeds must be {number} different integers, got {seeds}.")
+
+
+def run_all(pipelines: Sequence[RunArguments], evaluation: str, metrics: list[str], readmes: list[str]) -> None:
+    """Runs pipelines, one for each seed, after all of them and the READMEs that get the table were checked.
+
+    Raises:
+        ConfigError: `evaluation` is no evaluation of them, or it does not compute the metrics.
+    """
+    for readme in readmes:
+        check_readme(readme)
+    for pipeline in pipelines:
+        evaluations = {step.name: step.config for step in resolve(pipeline) if hasattr(step.config, "ks")}
+        if evaluation not in evaluations:
+            raise ConfigError(
+                f"There is no evaluation '{evaluation}' in the pipeline: {nearest(evaluation, evaluations)}"
+            )
+        for metric in metrics:
+            check_metrics(evaluations[evaluation].ks, evaluations[evaluation].metrics, metric)
+    for pipeline in pipelines:
+        run_pipeline(pipeline)
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:

@@ -23,11 +23,10 @@ import pyarrow.parquet as pq
 from sidtune.core.config import as_dict, command, load_yaml
 from sidtune.core.errors import ConfigError, DataError, nearest
 from sidtune.core.folders import versions, writes
-from sidtune.core.pipeline import RunArguments, resolve, run_pipeline
-from sidtune.metrics.report.readme_table import check_readme, publish
+from sidtune.core.pipeline import RunArguments
+from sidtune.metrics.report.readme_table import publish
 from sidtune.metrics.statistics.bootstrap import check_bootstrap, paired_bootstrap
-from sidtune.recipes.over_seeds import adjusted, check_seeds, counted, difference, means, spread, table
-from sidtune.recipes.preflight import check_computed
+from sidtune.recipes.over_seeds import adjusted, check_seeds, counted, difference, means, run_all, spread, table
 
 LAUNCH = "alone"
 
@@ -137,14 +136,9 @@ class Arguments:
 @writes(None, tree=True)
 def main(arguments: Arguments) -> None:
     """Runs all seeds and writes results and table."""
-    for readme in arguments.readme:
-        check_readme(readme)
-    pipelines = {seed: arguments.pipeline_of(seed) for seed in arguments.seeds}
-    for pipeline in pipelines.values():
-        check_computed(resolve(pipeline), f"{arguments.split}_{START}", [arguments.metric, *arguments.shown])
-    started = time.time()
-    for pipeline in pipelines.values():
-        run_pipeline(pipeline)
+    started, metrics = time.time(), [arguments.metric, *arguments.shown]
+    pipelines = [arguments.pipeline_of(seed) for seed in arguments.seeds]
+    run_all(pipelines, f"{arguments.split}_{START}", metrics, arguments.readme)
     record = compare(arguments)
     record["seconds"] = round(time.time() - started)
     publish(record, markdown(record), arguments.results, arguments.readme)

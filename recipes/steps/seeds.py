@@ -17,11 +17,10 @@ from typing import Any
 from sidtune.core.config import command
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import read_json, versions, writes
-from sidtune.core.pipeline import RunArguments, resolve, run_pipeline
-from sidtune.metrics.report.readme_table import check_readme, publish
+from sidtune.core.pipeline import RunArguments
+from sidtune.metrics.report.readme_table import publish
 from sidtune.metrics.statistics.compare import MODEL
-from sidtune.recipes.over_seeds import check_seeds, counted, difference, means, spread, table
-from sidtune.recipes.preflight import check_computed
+from sidtune.recipes.over_seeds import check_seeds, counted, difference, means, run_all, spread, table
 
 LAUNCH = "alone"
 
@@ -57,17 +56,10 @@ class Arguments(RunArguments):
 @writes(None, tree=True)
 def main(arguments: Arguments) -> None:
     """Runs all seeds and writes results and table."""
-    for seed in arguments.seeds:
-        check_computed(resolve(arguments.pipeline_of(seed)), arguments.eval_step, arguments.metrics)
-    for readme in arguments.readme:
-        check_readme(readme)
-    started = time.time()
-    found = {}
-    for seed in arguments.seeds:
-        pipeline = arguments.pipeline_of(seed)
-        run_pipeline(pipeline)
-        found[seed] = read_json(Path(pipeline.output_dir) / arguments.eval_step / "metrics.json")
-    record = summarise(found, arguments.metrics)
+    started, pipelines = time.time(), {seed: arguments.pipeline_of(seed) for seed in arguments.seeds}
+    run_all([*pipelines.values()], arguments.eval_step, arguments.metrics, arguments.readme)
+    folders = {seed: Path(pipeline.output_dir) / arguments.eval_step for seed, pipeline in pipelines.items()}
+    record = summarise({seed: read_json(one / "metrics.json") for seed, one in folders.items()}, arguments.metrics)
     record["seconds"] = round(time.time() - started)
     publish(record, markdown(record), arguments.results, arguments.readme)
 
