@@ -23,7 +23,8 @@ import pyarrow.compute as pc
 
 from sidtune.core.config import build
 from sidtune.core.errors import ConfigError, DataError, nearest
-from sidtune.data_builders.tables.history import FOREVER, TimeCut, action_strength, encode
+from sidtune.data_builders.tables.columns import encode, rows_of
+from sidtune.data_builders.tables.history import FOREVER, TimeCut, action_strength
 from sidtune.data_builders.tables.schema import SCHEMAS, Tables
 from sidtune.data_builders.tables.store import split_names
 
@@ -386,5 +387,5 @@ def _count_candidates(items: pa.Table, shown: pa.StructArray) -> dict[str, np.nd
 
 
 def _count(items: pa.Table, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    rows = pc.drop_null(pc.index_in(ids, value_set=items["item_id"].combine_chunks()))
-    return np.bincount(rows.to_numpy().astype(np.int64), minlength=items.num_rows).astype(np.int64)
+    rows = rows_of(ids, items["item_id"])
+    return np.bincount(rows[rows >= 0], minlength=items.num_rows).astype(np.int64)
