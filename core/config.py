@@ -75,12 +75,7 @@ def check_keys(values: dict[str, Any], known: Sequence[str], where: str) -> None
 
 
 def build(cls: type[T], values: Any, where: str) -> T:
-    """Makes a (nested) dataclass from a mapping, strictly.
-
-    Args:
-        cls: the dataclass.
-        values: mapping of its fields.
-        where: how messages call this place, for example `stages[1]`.
+    """Makes a (nested) dataclass from a mapping of its fields, strictly; `where` is how messages call this place (`stages[1]`).
 
     Raises:
         ConfigError: not a mapping, unknown key, missing required key, or a value of the wrong type.
@@ -186,15 +181,12 @@ def _describe(hint: Any) -> str:
 
 
 def place_of(values: list, key: str, where: str) -> int:
-    """Which element of a list `key` means: the one of that `name`, or the one of that number, counted from 0.
-
-    Raises:
-        ConfigError: neither; the nearest name is told.
-    """
-    names = [str(one["name"]) for one in values if isinstance(one, dict) and "name" in one]
-    for place, one in enumerate(values):
-        if isinstance(one, dict) and str(one.get("name")) == key and "name" in one:
-            return place
+    """Which element of a list `key` means: the one of that `name`, or of that number, counted from 0; else a ConfigError."""
+    names = {
+        str(one["name"]): n for n, one in reversed([*enumerate(values)]) if isinstance(one, dict) and "name" in one
+    }
+    if key in names:
+        return names[key]
     if key.isdigit() and int(key) < len(values):
         return int(key)
     if key.isdigit() or not names:
@@ -252,10 +244,7 @@ def _split_options(argv: Sequence[str]) -> tuple[str | None, dict[str, Any], lis
             raise ConfigError(f"Expected an option such as --key value, got '{word}'.")
         key, equals, text = word[2:].partition("=")
         if not equals:
-            if words and not words[0].startswith("--"):
-                text = words.pop(0)
-            else:
-                text = "true"
+            text = words.pop(0) if words and not words[0].startswith("--") else "true"
         if key == "config":
             config = text
         else:
@@ -269,10 +258,8 @@ def _split_options(argv: Sequence[str]) -> tuple[str | None, dict[str, Any], lis
 def parse(cls: type[T], argv: Sequence[str] | None = None) -> T:
     """Fills the dataclass `cls` from `--config FILE` and command-line options, which win.
 
-    Args:
-        cls: dataclass of a recipe script. A field named `config` is reserved for the YAML path; a field named `root` gets the
-            folder of that file, whatever the file says, so that paths in it can start there; only the command line sets another.
-        argv: words of the command line, default `sys.argv[1:]`.
+    A field named `root` gets the folder of that file, whatever the file says, so that paths in it can start there; only the
+    command line (`argv`, default `sys.argv[1:]`) sets another.
 
     Raises:
         ConfigError: unknown key, wrong type, missing required key, unreadable file.
@@ -314,21 +301,16 @@ def help_text(cls: type) -> str:
     return "\n".join(lines)
 
 
-def as_dict(config: Any) -> dict[str, Any]:
+def as_dict(config: Any) -> Any:
     """A dataclass as JSON-ready values (paths become text)."""
 
-    def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        if isinstance(value, dict):
-            return {str(k): plain(v) for k, v in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(v) for v in value]
-        if isinstance(value, Path):
-            return str(value)
-        return value
-
-    return plain(config)
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {f.name: as_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, dict):
+        return {str(key): as_dict(value) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [as_dict(value) for value in config]
+    return str(config) if isinstance(config, Path) else config
 
 
 def command(main: Callable[[T], Any], cls: type[T], argv: Sequence[str] | None = None) -> None:

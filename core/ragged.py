@@ -47,11 +47,7 @@ def owners(offsets: np.ndarray) -> np.ndarray:
 
 
 def taken(offsets: np.ndarray, lists: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Chosen lists, in their order; a list may be taken several times.
-
-    Returns:
-        the places of their elements, and the offsets of the new ragged array.
-    """
+    """Chosen lists, in their order, also several times: the places of their elements, and the offsets of the new ragged array."""
     lengths = offsets[lists + 1] - offsets[lists]
     new = offsets_of(lengths)
     return np.repeat(offsets[lists] - new[:-1], lengths) + np.arange(new[-1]), new

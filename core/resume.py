@@ -76,9 +76,8 @@ class Work:
     ) -> None:
         self.output, self.folder = Path(output), Path(folder or work_folder(output))
         self.checkpoints = self.folder / "checkpoints"
-        self._record = {role: digest(value) for role, value in identity.items()}
-        self.name = digest(self._record)
-        self._mine = {"identity": self._record, "place": place}
+        self._mine = {"identity": {role: digest(value) for role, value in identity.items()}, "place": place}
+        self.name = digest(self._mine["identity"])
 
     def is_done(self) -> bool:
         """Whether the output is whole and this run's; unfinished parts, left by a stop at the very end, go then."""
@@ -162,12 +161,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def last_complete_checkpoint(folder: str | Path, remove_broken: bool = False) -> Path | None:
-    """The newest complete checkpoint below `folder`, or None.
-
-    Args:
-        folder: where the checkpoints lie; need not exist.
-        remove_broken: also delete checkpoints that are not complete (one process only).
-    """
+    """The newest complete checkpoint below `folder`, or None; `remove_broken` also deletes the others (one process only)."""
     found = []
     for path in Path(folder).iterdir() if Path(folder).is_dir() else ():
         match = _CHECKPOINT.fullmatch(path.name)
