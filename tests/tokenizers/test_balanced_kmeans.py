@@ -181,5 +181,5 @@ def test_options_are_checked(tmp_path):
     quantizer = BalancedKMeans(BalancedKMeansConfig(level_sizes=(4, 4), balance="private_code")).fit(clusters(100))
     tensors = quantizer._tensors()
     del tensors["private_starts"]
-    with pytest.raises(DataError, match="private centroids"):
+    with pytest.raises(DataError, match="private_starts"):
         BalancedKMeans(quantizer.config)._set_tensors(tensors)

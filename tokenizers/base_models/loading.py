@@ -63,8 +63,7 @@ def load_plain(
     """A causal or encoder-decoder language model, by its config.
 
     Args:
-        folder_or_id: model folder or hub id.
-        revision: revision on the hub.
+        folder_or_id, revision: model folder or hub id, and revision on the hub.
         dtype: `float32` (default), `bfloat16`, `float16`, `auto`, or a torch dtype.
         options: further options of transformers' `from_pretrained`.
 

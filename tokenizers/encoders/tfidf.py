@@ -132,11 +132,7 @@ class TfidfSvdEncoder(Encoder):
         return np.pad(vectors, ((0, 0), (0, missing))).astype(np.float32)
 
     def encode(self, texts: Sequence[str], item_ids: Sequence[str] | None = None) -> np.ndarray:
-        """Vectors (n, dims) float32, rows of length 1. Each row depends on its own text only.
-
-        Raises:
-            DataError: not fitted, or no texts.
-        """
+        """Vectors (n, dims) float32, rows of length 1. Each row depends on its own text only."""
         if self._vectorizer is None:
             raise DataError("This tfidf_svd encoder is not fitted yet; call fit(texts) or load a saved one.")
         projected = self._project(check_texts(texts))

@@ -119,7 +119,7 @@ class KeywordFusionEncoder(Encoder):
 
     def use_pool(self, pool: KeywordPool) -> Self:
         """Takes a pool, before `fit`."""
-        self.pool, self.matcher = pool, pool.matcher(self.config.word_boundaries)
+        self.pool, self.matcher = pool, KeywordMatcher(pool.distinct, self.config.word_boundaries)
         self.keyword_vectors = None
         return self
 
@@ -148,11 +148,7 @@ class KeywordFusionEncoder(Encoder):
         return np.where(unknown[:, None], 0.0, unit_rows(vectors)).astype(np.float32)[:-1]
 
     def encode(self, texts: Sequence[str], item_ids: Sequence[str] | None = None) -> np.ndarray:
-        """Vectors (n, d) float32, rows of length 1. Each row depends on its own text only.
-
-        Raises:
-            DataError: not fitted, or no texts.
-        """
+        """Vectors (n, d) float32, rows of length 1. Each row depends on its own text only."""
         if self.keyword_vectors is None:
             raise DataError("This keyword_fusion encoder is not fitted yet; call fit(texts) or load a saved one.")
         texts = check_texts(texts)

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from sidtune.core.errors import DataError, SidtuneError, nearest
 from sidtune.core.folders import read_json, write_files, write_json
 from sidtune.core.hub import Published, resolve_folder
-from sidtune.tokenizers.keywords.matcher import KeywordMatcher, normal_form
+from sidtune.tokenizers.keywords.matcher import normal_form
 
 KEYWORD_TYPES = (
     "entity",
@@ -88,10 +88,6 @@ class KeywordPool(Published):
         """Each keyword once, in order of first appearance: what a matcher is made of."""
         return list(dict.fromkeys(self.keywords))
 
-    def matcher(self, word_boundaries: bool = True) -> KeywordMatcher:
-        """A matcher of the distinct keywords."""
-        return KeywordMatcher(self.distinct, word_boundaries)
-
     def counts(self) -> dict[str, int]:
         """Type → number of keywords, for the types that occur, in the order of `KEYWORD_TYPES`."""
         return {kind: self.types.count(kind) for kind in KEYWORD_TYPES if kind in self.types}
@@ -143,11 +139,7 @@ class KeywordPool(Published):
 
     @classmethod
     def from_pretrained(cls, folder_or_repo: str | Path, **hub: Any) -> Self:
-        """Loads a folder or hub repository (`hub`: options of `resolve_folder`).
-
-        Raises:
-            DataError: missing or damaged files.
-        """
+        """Loads a folder or hub repository (`hub`: options of `resolve_folder`); DataError when files are missing or damaged."""
         folder = resolve_folder(folder_or_repo, what="keyword pool", **hub)
         record = read_json(folder / CONFIG_FILE)
         try:

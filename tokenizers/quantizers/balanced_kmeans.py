@@ -41,15 +41,11 @@ def capacity_assignment(points: np.ndarray, centroids: np.ndarray, capacity: int
     Among equal distances the lower row, then the lower centroid goes first.
 
     Args:
-        points: (n, d) float32.
-        centroids: (k, d) float32.
-        capacity: most points a centroid takes; `capacity * k >= n`.
+        points, centroids: (n, d) and (k, d) float32.
+        capacity: most points a centroid takes; `capacity * k >= n`, else a ConfigError.
 
     Returns:
         (n,) int64 centroid of each point.
-
-    Raises:
-        ConfigError: not enough room.
     """
     count, size = len(points), len(centroids)
     if capacity * size < count:
@@ -88,8 +84,7 @@ def equal_size_kmeans(
     """k-means whose clusters hold at most `ceil(n / size)` points.
 
     Args:
-        points: (n, d) float32.
-        size: number of clusters k.
+        points, size: (n, d) float32 and the number of clusters k.
         seed, iterations: of the plain k-means it starts from.
         rounds: rounds of assignment under capacity and means (our choice: 10); ends early when nothing moves.
 
@@ -225,7 +220,11 @@ class BalancedKMeans(ResidualKMeans):
     def _set_tensors(self, tensors: dict[str, Any]) -> None:
         super()._set_tensors(tensors)
         if self._has_private:
-            self._private = PrivateCentroids.from_tensors(tensors, self.dims)
+            names = ("private_parents", "private_starts", "private_centroids")
+            self._lacks(tensors, *names)
+            self._private = PrivateCentroids(*(tensors[name] for name in names))
+            if not self._private.fits(self.dims):
+                raise DataError("The saved private centroids do not fit together; write the quantizer folder again.")
 
 
 class PrivateCentroids:
@@ -289,21 +288,9 @@ class PrivateCentroids:
         """Tensors of the quantizer's file."""
         return {"private_parents": self.parents, "private_starts": self.starts, "private_centroids": self.centroids}
 
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, np.ndarray], dims: int | None) -> PrivateCentroids:
-        """Takes `tensors` back. Raises DataError when they are missing or do not fit together."""
-        names = ("private_parents", "private_starts", "private_centroids")
-        if any(name not in tensors for name in names):
-            raise DataError("The saved codebooks lack the private centroids; write the quantizer folder again.")
-        parents, starts, centroids = (tensors[name] for name in names)
-        if (
-            centroids.ndim != 2
-            or centroids.shape[1] != dims
-            or len(starts) != len(parents) + 1
-            or starts[-1] != len(centroids)
-        ):
-            raise DataError("The saved private centroids do not fit together; write the quantizer folder again.")
-        return cls(parents, starts, centroids)
+    def fits(self, dims: int | None) -> bool:
+        """Whether its arrays, as loaded, go together."""
+        return self.centroids.shape[1:] == (dims,) and list(self.starts[len(self.parents) :]) == [len(self.centroids)]
 
 
 def _groups(parents: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:

@@ -37,8 +37,7 @@ class FsqConfig(TrainingConfig):
     Attributes:
         grids: per SID level, the grid points of its coordinates. Default three levels of 8·8·4 = 256 codes. The paper
             advises at least 5 points per coordinate; [8, 6, 5] (240 codes) follows that.
-        hidden: widths of the encoder's hidden layers; the decoder mirrors them.
-        dropout: between hidden layers.
+        hidden, dropout: widths of the encoder's hidden layers, which the decoder mirrors, and dropout between them.
     """
 
     grids: Sequence[Sequence[int]] = ((8, 8, 4), (8, 8, 4), (8, 8, 4))
@@ -59,12 +58,7 @@ class FsqConfig(TrainingConfig):
 
 
 class FsqModule(CodeModule):
-    """Encoder, grids, decoder.
-
-    Args:
-        dims: width d of the vectors.
-        config: options.
-    """
+    """Encoder, grids, decoder of vectors `dims` wide."""
 
     def __init__(self, dims: int, config: FsqConfig) -> None:
         super().__init__()

@@ -47,10 +47,8 @@ class RqVaeConfig(TrainingConfig):
     """Options of `RqVae`, beside those of the training loop.
 
     Attributes:
-        level_sizes: codes per level.
-        latent_dims: width of the latent space.
-        hidden: widths of the encoder's hidden layers; the decoder mirrors them.
-        dropout: between hidden layers.
+        level_sizes, latent_dims: codes per level and width of the latent space.
+        hidden, dropout: widths of the encoder's hidden layers, which the decoder mirrors, and dropout between them.
         commitment: β.
         gradient: through the choice of codes, `straight_through` or `rotation`.
         ema_decay: above 0, codebooks follow the mean of their latents with this decay instead of a loss (0.99).
@@ -104,15 +102,7 @@ class RqVaeConfig(TrainingConfig):
 
 
 class RqVaeModule(CodeModule):
-    """Encoder, codebooks, decoder.
-
-    Args:
-        dims: width d of the vectors.
-        config: options.
-
-    Attributes:
-        collaborative: (N, c) float32 or None, rows as in training; not saved.
-    """
+    """Encoder, codebooks, decoder of vectors `dims` wide; `collaborative` (N, c) float32, rows as in training, is not saved."""
 
     def __init__(self, dims: int, config: RqVaeConfig) -> None:
         super().__init__()

@@ -54,10 +54,7 @@ def save_trained(
     For a folder that is written whole or not at all give the scratch folder of `write_folder`.
 
     Args:
-        model: the model `set_trainable` returned, unwrapped (`accelerator.unwrap_model`).
-        vocabulary: its vocabulary.
-        tokenizer: its tokenizer.
-        folder: where to write.
+        model, vocabulary, tokenizer: what `set_trainable` returned, unwrapped (`accelerator.unwrap_model`), and its own.
         base_model: folder or hub id of the base, default the one the model was loaded from. A folder is stored relative
             to `folder`, so both can move together.
         state_dict: whole weights of a sharded model in mode "all" (`accelerator.get_state_dict`).
@@ -206,7 +203,6 @@ def load_trained(
     """Loads what `save_trained` or `merge_and_save` wrote, in evaluation mode.
 
     Args:
-        folder: the folder.
         base_model: the base, as folder, hub id or loaded model (changed in place); default the one that was stored. It
             may be the original model without SID tokens: then it grows here.
         merge: merge a LoRA adapter, so that the model is a plain one.
@@ -343,12 +339,7 @@ def load_model(folder_or_id: str | Path, **options: Any) -> PreTrainedModel:
     That is a full model, what `save_trained` wrote (its base is found by reference, everything is merged), a checkpoint
     of a LoRA run, or a hub id.
 
-    Args:
-        folder_or_id: folder or hub id.
-        options: `dtype` (default float32) and other options of `load_plain`.
-
-    Raises:
-        DataError: nothing readable there.
+    `options`: `dtype` (default float32) and others of `load_plain`. Raises DataError when nothing readable is there.
     """
     place = Path(check_place(folder_or_id))
     if (place / TRAINED_FILE).exists():

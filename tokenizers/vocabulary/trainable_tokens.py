@@ -336,7 +336,8 @@ def _with_lora(model: PreTrainedModel, vocabulary: Vocabulary, options: dict[str
 
 def _check_targets(model: PreTrainedModel, options: dict[str, Any]) -> None:
     names = {matrix.name.rpartition(".")[2] for matrix in vocab_matrices(model)}
-    names |= {name.rpartition(".")[2] for name, module in model.named_modules() if _is_token_matrix(model, module)}
+    token = (model.get_output_embeddings(), model.get_input_embeddings())
+    names |= {name.rpartition(".")[2] for name, module in model.named_modules() if any(module is one for one in token)}
     for key in ("target_modules", "modules_to_save"):
         chosen = options.get(key) or []
         listed = [chosen] if isinstance(chosen, str) else list(chosen)
@@ -346,10 +347,6 @@ def _check_targets(model: PreTrainedModel, options: dict[str, Any]) -> None:
                 f"'{clash[0]}' in {key} would adapt the whole vocabulary matrix; leave it out, its SID rows train "
                 "anyway."
             )
-
-
-def _is_token_matrix(model: PreTrainedModel, module: nn.Module) -> bool:
-    return module is model.get_output_embeddings() or module is model.get_input_embeddings()
 
 
 def _zero3() -> bool:

@@ -68,7 +68,6 @@ def info_nce(left: Tensor, right: Tensor, left_texts: Tensor, right_texts: Tenso
     Args:
         left, right: (B, d) vectors of length 1.
         left_texts, right_texts: (B,) int64, equal numbers for equal texts, over both sides.
-        temperature: tau.
 
     Returns:
         Scalar mean over the rows; a row without any negative gives 0.
@@ -103,11 +102,6 @@ def order_margin(
     return (upper + lower + across).mean()
 
 
-def relevance_regression(query: Tensor, item: Tensor, score: Tensor) -> Tensor:
-    """Mean squared difference of cosine and judged relevance; query, item (B, d) of length 1, score (B,) in [0, 1]."""
-    return F.mse_loss((query * item).sum(dim=-1), score.to(query.dtype))
-
-
 def aligned_loss(
     vectors: Tensor, places: Mapping[str, Tensor], config: AlignedLossConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -134,7 +128,8 @@ def aligned_loss(
             found = vectors[rows.clamp(min=0)].unbind(dim=1)
             value = order_margin(*found, rows[:, 1:] >= 0, config.order_margin, config.click_margin)
         else:
-            value = relevance_regression(vectors[rows[:, 0]], vectors[rows[:, 1]], places["relevance_score"])
+            cosine = (vectors[rows[:, 0]] * vectors[rows[:, 1]]).sum(dim=-1)
+            value = F.mse_loss(cosine, places["relevance_score"].to(cosine.dtype))
         total = total + config.weight(term) * value
         parts[term] = value.detach()
     return total, parts

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,16 +128,13 @@ class AlignedExamples(Dataset):
         return [self.texts[n] for n in used], places
 
 
-class AlignedCollator:
+def collated(
+    numbers: Sequence[int], examples: AlignedExamples, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> dict[str, Any]:
     """Numbers of `AlignedExamples` → `input_ids`, `attention_mask` (U, T) of the distinct texts, and `places`."""
-
-    def __init__(self, examples: AlignedExamples, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-        self.examples, self.tokenizer, self.max_length = examples, tokenizer, max_length
-
-    def __call__(self, numbers: Sequence[int]) -> dict[str, Any]:
-        texts, places = self.examples.batch(numbers)
-        batch = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
-        return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "places": places}
+    texts, places = examples.batch(numbers)
+    batch = tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "places": places}
 
 
 class AlignedTrainer(FiniteSteps, Trainer):
@@ -173,7 +171,7 @@ class AlignedTrainer(FiniteSteps, Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=AlignedCollator(examples, tokenizer, max_length),
+            data_collator=partial(collated, examples=examples, tokenizer=tokenizer, max_length=max_length),
             train_dataset=examples,
             callbacks=[self._epoch_callback, MarkComplete(), *options.pop("callbacks", ())],
             **options,
