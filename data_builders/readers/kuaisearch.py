@@ -81,16 +81,7 @@ class _Shown:
 
 
 def read(path: str, **options: Any) -> Tables:
-    """Reads the folder; see the module's docstring.
-
-    Args:
-        path: the folder.
-        options: see `Options`.
-
-    Raises:
-        ConfigError: an unknown option.
-        DataError: a file is missing, or lines are broken or of wrong types; all of them are listed.
-    """
+    """Reads the folder; see the module's docstring."""
     chosen = build(Options, options, "reader 'kuaisearch'")
     folder = source_folder(path, "kuaisearch")
     counts: dict[str, int] = {}

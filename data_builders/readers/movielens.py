@@ -87,16 +87,7 @@ class Ratings:
 
 
 def read(path: str, **options: Any) -> Tables:
-    """Reads the folder into the suite's tables; see the module's docstring.
-
-    Args:
-        path: the folder.
-        options: see `Options`.
-
-    Raises:
-        ConfigError: an unknown option or layout.
-        DataError: a file is missing or damaged.
-    """
+    """Reads the folder into the suite's tables; see the module's docstring."""
     chosen = build(Options, options, "reader 'movielens'")
     found = read_ratings(path, chosen.layout)
     users, items = pa.array(found.user_ids, pa.string()), pa.array(found.item_ids, pa.string())
