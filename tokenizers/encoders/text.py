@@ -88,11 +88,19 @@ def _check(config: Any, name: str) -> None:
 class _PretrainedEncoder(Encoder):
     """What both have in common: `fit` learns nothing, empty texts are replaced by `empty_text` and counted."""
 
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self._model: Any = None
+
     def fit(self, texts: Sequence[str]) -> Self:
         """Learns nothing; checks the texts and loads the model, so that a wrong name fails before any work."""
         check_texts(texts)
-        self._load_model()
+        self._ready()
         return self
+
+    def _ready(self) -> None:
+        if self._model is None:
+            self._load_model()
 
     def encode(self, texts: Sequence[str], item_ids: Sequence[str] | None = None) -> np.ndarray:
         """Vectors (n, d) float32.
@@ -104,6 +112,7 @@ class _PretrainedEncoder(Encoder):
         texts = check_texts(texts)
         filled = [text if text.strip() else self.config.empty_text for text in texts]
         self.empty_texts = sum(not text.strip() for text in texts)
+        self._ready()
         vectors = check_vectors(self._vectors(filled), what=f"vectors of {self.config.model}")
         return np.ascontiguousarray(unit_rows(vectors), dtype=np.float32) if self.config.normalize else vectors
 
@@ -122,13 +131,7 @@ class SentenceTransformersEncoder(_PretrainedEncoder):
     name: ClassVar[str] = "sentence_transformers"
     config_class: ClassVar[type] = SentenceTransformersConfig
 
-    def __init__(self, config: SentenceTransformersConfig) -> None:
-        super().__init__(config)
-        self._model: Any = None
-
     def _load_model(self) -> None:
-        if self._model is not None:
-            return
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError:
@@ -147,14 +150,8 @@ class SentenceTransformersEncoder(_PretrainedEncoder):
             ) from error
 
     def _vectors(self, texts: list[str]) -> np.ndarray:
-        self._load_model()
-        return self._model.encode(
-            texts,
-            prompt=self.config.prompt,
-            batch_size=self.config.batch_size,
-            convert_to_numpy=True,
-            show_progress_bar=False,
-        )
+        options = {"prompt": self.config.prompt, "batch_size": self.config.batch_size}
+        return self._model.encode(texts, convert_to_numpy=True, show_progress_bar=False, **options)
 
 
 class TransformersEncoder(_PretrainedEncoder):
@@ -163,15 +160,7 @@ class TransformersEncoder(_PretrainedEncoder):
     name: ClassVar[str] = "transformers"
     config_class: ClassVar[type] = TransformersConfig
 
-    def __init__(self, config: TransformersConfig) -> None:
-        super().__init__(config)
-        self._model: Any = None
-        self._tokenizer: Any = None
-        self._pooling = self.config.pooling
-
     def _load_model(self) -> None:
-        if self._model is not None:
-            return
         import torch
 
         from sidtune.tokenizers.base_models.loading import load_text_model
@@ -185,14 +174,13 @@ class TransformersEncoder(_PretrainedEncoder):
         if device == "auto":
             accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
             device = str(accelerator or "cpu")
-        if config.pooling == "auto":
-            self._pooling = saved_pooling(config.model, config.revision) or "mean"
+        named = saved_pooling(config.model, config.revision) if config.pooling == "auto" else config.pooling
+        self._pooling = named or "mean"
         self._tokenizer, self._model = tokenizer, model.to(device).eval()
 
     def _vectors(self, texts: list[str]) -> np.ndarray:
         import torch
 
-        self._load_model()
         # Long texts first: batches of like length waste little padding, and running out of memory shows at once.
         order = sorted(range(len(texts)), key=lambda n: -len(texts[n]))
         parts = []
