@@ -49,12 +49,10 @@ def push_folder(
     """Uploads a folder, but its hidden files, into a model repository of the hub, which is made if it does not exist.
 
     Args:
-        folder: an existing local folder.
         repo_id: `user/name` or `name`.
-        token: access token; default is the one the hub client finds.
+        token: default is the one the hub client finds.
         private: visibility of a newly made repository; default is the account's.
         path_in_repo: sub-folder of the repository, default its root.
-        commit_message: message of the commit.
         endpoint: address of the hub; default HF_ENDPOINT, then the public hub.
 
     Returns:

@@ -124,13 +124,13 @@ def check_there(step: Step, **paths: str | None) -> None:
 
 def resolve(arguments: RunArguments) -> list[Step]:
     """Checks every step and fills its config. Raises ConfigError for the first wrong one, before anything runs."""
-    steps: list[Step] = []
+    steps: dict[str, Step] = {}
     processes = _processes(launch_options(arguments.launch))
     for place, raw in enumerate(arguments.steps):
         named = f" ('{raw['name']}')" if isinstance(raw, dict) and "name" in raw else ""
         spec = build(StepConfig, raw, f"steps[{place}]{named}")
         where = f"steps[{place}] ('{spec.name}', {spec.config or 'inline args'})"
-        if spec.name in (step.name for step in steps):
+        if spec.name in steps:
             raise ConfigError(f"{where}: the name '{spec.name}' is used twice; give every step its own name.")
         if not spec.name or "/" in spec.name or spec.name.startswith("."):
             raise ConfigError(f"{where}: the name of a step is the name of its folder, without '/' and a '.' in front.")
@@ -140,17 +140,21 @@ def resolve(arguments: RunArguments) -> list[Step]:
             module = step.script.load()
             if hasattr(module, "preflight"):
                 module.preflight(step)
-            _check_output(module.main, step, step.name in arguments.force)
+            try:
+                module.main.check(step.config)
+            except ConfigError:  # it has nothing to do there, so it need not be able to write
+                if step.name in arguments.force or not is_done(step):
+                    raise
         except SidtuneError as error:
             raise ConfigError(f"{where}: {error}") from None
-        steps.append(step)
+        steps[spec.name] = step
     for name in (*arguments.force, *([arguments.until] if arguments.until else [])):
-        if name not in (step.name for step in steps):
-            raise ConfigError(f"There is no step '{name}': {nearest(name, [step.name for step in steps])}")
-    return steps
+        if name not in steps:
+            raise ConfigError(f"There is no step '{name}': {nearest(name, steps)}")
+    return [*steps.values()]
 
 
-def _resolved(spec: StepConfig, arguments: RunArguments, steps: list[Step]) -> Step:
+def _resolved(spec: StepConfig, arguments: RunArguments, known: dict[str, Step]) -> Step:
     script = find_script(spec.script)
     module = script.load()
     if getattr(module.main, "step", None) is None:
@@ -160,7 +164,7 @@ def _resolved(spec: StepConfig, arguments: RunArguments, steps: list[Step]) -> S
     values = merged(renamed(cls, values, "config"), renamed(cls, spec.args, "args"), "args")
     if any(one.name == "seed" for one in dataclasses.fields(cls)):
         values.setdefault("seed", arguments.seed)
-    before, known = {}, {step.name: step for step in steps}
+    before = {}
     for option, source in spec.inputs.items():
         name, _, below = str(source).partition("/")
         if name not in known:
@@ -168,15 +172,6 @@ def _resolved(spec: StepConfig, arguments: RunArguments, steps: list[Step]) -> S
         values[option], before[option] = str(Path(arguments.output_dir) / name / below), known[name]
     values["output_dir"] = str(Path(arguments.output_dir) / spec.name)
     return Step(spec.name, script, build(cls, values, "args"), dict(spec.inputs), before)
-
-
-def _check_output(main: Any, step: Step, force: bool) -> None:
-    """Raises ConfigError when the step must not write its folder (`core/folders.py`), unless it has nothing to do there."""
-    try:
-        main.check(step.config)
-    except ConfigError:
-        if force or not is_done(step):
-            raise
 
 
 def _processes(launch: dict[str, Any]) -> int:

@@ -88,9 +88,7 @@ class Arguments:
             )
         for name, options in self.models.items():
             if not isinstance(options, dict) or set(options) - {"model", "args", "against"} or "model" not in options:
-                raise ConfigError(
-                    f"models.{name} must have a `model` and may have `args` and `against`, got {options}."
-                )
+                raise ConfigError(f"models.{name} must have a `model`, may have `args` and `against`, got {options}.")
             if options.get("against", START) not in (START, *names):
                 raise ConfigError(f"models.{name}.against: {nearest(str(options['against']), names)}")
 
@@ -108,17 +106,14 @@ class Arguments:
                 step["config"] = str((file.parent / step["config"]).resolve())
         used = dict(next(step for step in steps if step["name"] == self.start).get("inputs", {}))
         data = {name: used[name] for name in ("data_dir", "sids_dir") if name in used}
+        common = {"script": self.script, "config": str((root / self.config).resolve())}
+        common |= {"inputs": {**data, "model_dir": self.start}}
         steps.append(self._evaluation(START, self.start, data))
         for name, options in self.variants.items():
-            config = str((root / self.config).resolve())
-            inputs = {**data, "model_dir": self.start}
-            steps.append({"name": name, "script": self.script, "config": config, "inputs": inputs, "args": options})
-            steps.append(self._evaluation(name, name, data))
+            steps += [{"name": name, "args": options, **common}, self._evaluation(name, name, data)]
         steps += self.steps
-        for name, options in self.models.items():
-            steps.append(self._evaluation(name, options["model"], data, options.get("args")))
-        folder = Path(self.output_dir) / f"seed_{seed}"
-        launch = base.get("launch", {})
+        steps += [self._evaluation(name, one["model"], data, one.get("args")) for name, one in self.models.items()]
+        folder, launch = Path(self.output_dir) / f"seed_{seed}", base.get("launch", {})
         return RunArguments(steps, str(folder), name=f"seed {seed}", launch=launch, seed=seed, root=str(root))
 
     def _evaluation(
@@ -126,11 +121,8 @@ class Arguments:
     ) -> dict[str, Any]:
         config = str((Path(self.root or ".") / self.evaluate).resolve())
         alone = {"baselines": [], "upper_bound": False} if self.evaluator == "evaluate" else {"reasoning": False}
-        inputs = {**data, "model_dir": model}
-        args = {"split": self.split, **alone, **(args or {})}
-        return {
-            "name": f"{self.split}_{name}", "script": self.evaluator, "config": config, "inputs": inputs, "args": args
-        }  # fmt: skip
+        step = {"name": f"{self.split}_{name}", "script": self.evaluator, "config": config}
+        return {**step, "inputs": {**data, "model_dir": model}, "args": {"split": self.split, **alone, **(args or {})}}
 
 
 @writes(None, tree=True)
@@ -148,13 +140,16 @@ def compare(arguments: Arguments) -> dict[str, Any]:
     """Mean and spread of every variant, and its difference to the start, request by request."""
     metrics = [arguments.metric, *arguments.shown]
     others = [*arguments.variants, *arguments.models]
-    names = [START, *others]
-    found = {name: [_values(arguments, seed, name, metrics) for seed in arguments.seeds] for name in names}
+    found = {name: [_values(arguments, seed, name, metrics) for seed in arguments.seeds] for name in (START, *others)}
     rows: dict[str, Any] = {}
     for name, seeds in found.items():
         rows[name] = {"metrics": {m: spread([float(values[m].mean()) for values in seeds]) for m in metrics}}
-    for name in others:
-        _check_same_requests(arguments, found, name)
+        for seed, one, start in zip(arguments.seeds, seeds, found[START], strict=True):
+            if one["requests"] != start["requests"]:
+                raise DataError(
+                    f"'{name}' of seed {seed} was evaluated on other requests than its start, so they cannot be paired; remove "
+                    "the folders of both evaluations and run again."
+                )
     _add_pairs(arguments, rows, found, dict.fromkeys(others, START), "against_start")
     bases = {name: options["against"] for name, options in arguments.models.items() if "against" in options}
     _add_pairs(arguments, rows, found, bases, "against_base")
@@ -165,7 +160,7 @@ def compare(arguments: Arguments) -> dict[str, Any]:
         "split": arguments.split,
         "seeds": arguments.seeds,
         "requests": [len(values["users"]) for values in found[START]],
-        "variants": {name: as_dict(options) for name, options in (arguments.variants | arguments.models).items()},
+        "variants": as_dict(arguments.variants | arguments.models),
         "rows": rows,
         "versions": versions(),
     }
@@ -196,15 +191,6 @@ def _values(arguments: Arguments, seed: int, name: str, metrics: list[str]) -> d
         )
     values: dict[str, Any] = {metric: table[prefix + metric].to_numpy() for metric in metrics}
     return {**values, "users": table["user_id"].to_pylist(), "requests": table["request_id"].to_pylist()}
-
-
-def _check_same_requests(arguments: Arguments, found: dict[str, list[dict[str, Any]]], name: str) -> None:
-    for seed, one, start in zip(arguments.seeds, found[name], found[START], strict=True):
-        if one["requests"] != start["requests"]:
-            raise DataError(
-                f"'{name}' of seed {seed} was evaluated on other requests than its start, so they cannot be paired; remove the "
-                "folders of both evaluations and run again."
-            )
 
 
 def markdown(record: dict[str, Any]) -> str:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from sidtune.core.config import command
-from sidtune.core.errors import ConfigError
 from sidtune.core.folders import read_json, versions, writes
 from sidtune.core.pipeline import RunArguments
 from sidtune.metrics.report.readme_table import publish
@@ -65,32 +64,18 @@ def main(arguments: Arguments) -> None:
 
 
 def summarise(found: dict[int, dict[str, Any]], metrics: list[str]) -> dict[str, Any]:
-    """Mean and sample standard deviation over seeds of every system and metric.
-
-    Args:
-        found: seed → `metrics.json` of its evaluation.
-        metrics: metric names.
-    """
-    systems: dict[str, Any] = {}
-    for name in [row["name"] for row in next(iter(found.values()))["systems"]]:
-        values: dict[str, list[float]] = {metric: [] for metric in metrics}
-        kind = ""
-        for record in found.values():
-            row = next(row for row in record["systems"] if row["name"] == name)
-            kind = row["kind"]
-            for metric in metrics:
-                if metric not in row["metrics"]:
-                    raise ConfigError(f"The metric '{metric}' was not computed; set metrics and ks of the evaluation.")
-                values[metric].append(row["metrics"][metric]["value"])
-        systems[name] = {"kind": kind, "metrics": {metric: spread(v) for metric, v in values.items()}}
+    """Mean and sample standard deviation of every system and metric; `found` is seed → `metrics.json` of its evaluation."""
     first = next(iter(found.values()))
+    systems: dict[str, Any] = {}
+    for name, kind in [(row["name"], row["kind"]) for row in first["systems"]]:
+        rows = [next(row["metrics"] for row in record["systems"] if row["name"] == name) for record in found.values()]
+        values = {metric: spread([row[metric]["value"] for row in rows]) for metric in metrics}
+        systems[name] = {"kind": kind, "metrics": values}
     return {
         "seeds": list(found),
         "requests": [record["requests"] for record in found.values()],
-        "catalogue": first["catalogue"],
-        "split": first["split"],
+        **{name: first[name] for name in ("catalogue", "split", "primary")},
         "num_beams": first["decoding"]["num_beams"],
-        "primary": first["primary"],
         "against": {name: [record["against"][name] for record in found.values()] for name in first["against"]},
         "systems": systems,
         "versions": versions(),
