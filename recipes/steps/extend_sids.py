@@ -23,23 +23,16 @@ from sidtune.core.config import as_dict, build, command
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import write_folder, write_json, write_run, writes
 from sidtune.core.ragged import drawn
+from sidtune.data_builders.tables.past import past_popularity
 from sidtune.data_builders.tables.store import load_folder
 from sidtune.tokenizers.encoders.base import Encoder, make_encoder, warn_empty
 from sidtune.tokenizers.registry import COLLISIONS, ENCODERS, made_by
-from sidtune.tokenizers.sids.catalogue_updates import (
-    Drift,
-    DriftLimits,
-    check_same_encoder,
-    extend_catalogue,
-    held_out_error,
-    measure_drift,
-)
+from sidtune.tokenizers.sids import catalogue_updates as updates
 from sidtune.tokenizers.sids.learned import (
     BATCH_FILE,
     COLLISION_FILE,
     VECTOR_FILE,
     LearnedSids,
-    popularity_of,
     texts_of,
 )
 from sidtune.tokenizers.sids.quality import sid_quality
@@ -87,7 +80,7 @@ class Arguments:
     def __post_init__(self) -> None:
         if not 0 <= self.held_out_share < 1:
             raise ConfigError(f"held_out_share is a share in [0, 1), got {self.held_out_share}.")
-        build(DriftLimits, self.limits, "limits")
+        build(updates.DriftLimits, self.limits, "limits")
         if "path" in self.encoder:
             made_by(ENCODERS, {"name": "precomputed", **self.encoder})
         if self.collisions:
@@ -101,7 +94,8 @@ class Arguments:
 @writes("extend_sids")
 def main(arguments: Arguments) -> None:
     """Extends the folder; prints the drift report and the recommendation."""
-    old, items = LearnedSids.load(arguments.sids_dir), load_folder(arguments.data_dir).items
+    old, data = LearnedSids.load(arguments.sids_dir), load_folder(arguments.data_dir)
+    items = data.items
     method = made_by(COLLISIONS, {"name": "expand", **(arguments.collisions or old.collisions)})
     encoder = _encoder(arguments, old)
     token_ids = _token_ids(arguments, old.sids)
@@ -111,7 +105,7 @@ def main(arguments: Arguments) -> None:
     ids, texts = new_items["item_id"].to_pylist(), texts_of(new_items)
     fresh = encoder.encode(texts, ids)
     warn_empty(encoder, len(texts))
-    sids = extend_catalogue(old.sids, old.quantizer, ids, fresh, popularity_of(new_items), method)
+    sids = updates.extend_catalogue(old.sids, old.quantizer, ids, fresh, past_popularity(data)[new], method)
     sids = sids.with_titles(new_items)
     made = LearnedSids(
         sids=sids,
@@ -124,9 +118,9 @@ def main(arguments: Arguments) -> None:
     held_out = None
     if arguments.held_out_share:
         rows = old.vectors[old.batch == 0]
-        held_out = held_out_error(old.quantizer, rows, arguments.held_out_share, arguments.seed)
-    limits = build(DriftLimits, arguments.limits, "limits")
-    drift = measure_drift(sids, made.batch > 0, len(ids), made.vectors, made.quantizer, held_out, limits)
+        held_out = updates.held_out_error(old.quantizer, rows, arguments.held_out_share, arguments.seed)
+    limits = build(updates.DriftLimits, arguments.limits, "limits")
+    drift = updates.measure_drift(sids, made.batch > 0, len(ids), made.vectors, made.quantizer, held_out, limits)
     _write(arguments, _in_order_of(items, made), drift, token_ids, [*method.notes])
     print(f"{arguments.output_dir}: {len(ids):,} new items, {len(sids):,} in all\n")
     print(drift.to_markdown())
@@ -186,7 +180,7 @@ def _check_encoder(encoder: Encoder, items: pa.Table, known: np.ndarray, old: Le
         keep = [row for row, item_id in enumerate(ids) if _has_vector(encoder, item_id)]
         ids, texts = [ids[row] for row in keep], [texts[row] for row in keep]
     if ids:
-        check_same_encoder(old.vectors[old.sids.rows_of_ids(ids)], encoder.encode(texts, ids))
+        updates.check_same_encoder(old.vectors[old.sids.rows_of_ids(ids)], encoder.encode(texts, ids))
 
 
 def _has_vector(encoder: Encoder, item_id: str) -> bool:
@@ -209,7 +203,7 @@ def _in_order_of(items: pa.Table, made: LearnedSids) -> LearnedSids:
 
 
 def _write(
-    arguments: Arguments, made: LearnedSids, drift: Drift, token_ids: np.ndarray | None, notes: list[str]
+    arguments: Arguments, made: LearnedSids, drift: updates.Drift, token_ids: np.ndarray | None, notes: list[str]
 ) -> None:
     from sidtune.decoding.trie import SidTrie
 

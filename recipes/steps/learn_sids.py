@@ -26,6 +26,7 @@ from sidtune.core.folders import write_folder, write_json, write_run, writes
 from sidtune.core.pipeline import Step, check_there
 from sidtune.core.ragged import drawn
 from sidtune.data_builders.mining.query_pairs import distinct_queries
+from sidtune.data_builders.tables.past import past_popularity
 from sidtune.data_builders.tables.store import DataFolder, load_folder
 from sidtune.tokenizers.encoders.base import Encoder, warn_empty
 from sidtune.tokenizers.keywords.fusion import MINED, KeywordFusionEncoder
@@ -34,7 +35,7 @@ from sidtune.tokenizers.quantizers.base import Quantizer
 from sidtune.tokenizers.registry import COLLISIONS, ENCODERS, QUANTIZERS, made_by
 from sidtune.tokenizers.sids.collision_cost import collision_cost, compare_collisions, costs_to_markdown
 from sidtune.tokenizers.sids.collisions import CollisionMethod, make_collisions
-from sidtune.tokenizers.sids.learned import COLLISION_FILE, VECTOR_FILE, popularity_of, texts_of
+from sidtune.tokenizers.sids.learned import COLLISION_FILE, VECTOR_FILE, texts_of
 from sidtune.tokenizers.sids.quality import sid_quality
 from sidtune.tokenizers.sids.query_codes import QUERY_FILE, QueryCoder, check_text_encoder, write_query_codes
 from sidtune.tokenizers.sids.query_recall import QueryItemRecall, query_item_recall, query_targets
@@ -131,13 +132,14 @@ def main(arguments: Arguments) -> None:
     spec, data = arguments.collision_spec(), load_folder(arguments.data_dir)
     queries = _queries(data) if arguments.queries else []
     part = max(1, round(arguments.learn_share * data.items.num_rows))
-    items = data.items.take(drawn(data.items.num_rows, part, arguments.seed))
+    rows = drawn(data.items.num_rows, part, arguments.seed)
+    items, popularity = data.items.take(rows), past_popularity(data)[rows]
     _mine_keywords(encoder, data)
     texts, ids = texts_of(items), items["item_id"].to_pylist()
     vectors = encoder.fit(texts).encode(texts, ids)
     warn_empty(encoder, len(texts))
     asked, codes = _codes(queries, vectors, encoder, quantizer)
-    coded = SemanticIds(ids, codes, quantizer.level_sizes, popularity_of(items), letters=quantizer.level_letters())
+    coded = SemanticIds(ids, codes, quantizer.level_sizes, popularity, letters=quantizer.level_letters())
     sids = method.resolve(coded, vectors, quantizer).with_titles(items)
     others = [name for name in COLLISIONS if name != method.name] if arguments.compare_collisions else []
     costs = [collision_cost(coded, sids, vectors, quantizer, method)]

@@ -57,8 +57,3 @@ class LearnedSids:
 def texts_of(items: pa.Table) -> list[str]:
     """The encoder's input for each item. The title says most in the fewest words, so it counts twice."""
     return item_texts(items, repeats={"title": 2})
-
-
-def popularity_of(items: pa.Table) -> np.ndarray:
-    """(N,) float64 clicks before the split, 0 where unknown: the order of the items of one code."""
-    return np.nan_to_num(items.column("clicks").to_numpy(zero_copy_only=False).astype(np.float64))
