@@ -35,6 +35,7 @@ class SidThresholds:
         min_icr: share of items that own their code.
         max_lost_rate: (items - codes) / items.
         max_group: items of one code; decoding shows a few per code, the rest can hardly be found.
+        max_suffix: codes of a suffix level, each a token that means nothing by itself.
         max_relative_error: reconstruction error over variance; at 1 the catalogue's mean does as well.
         min_level_gain: each level must remove this share of the variance.
         min_shared_gain: neighbours must share this many levels more than random pairs.
@@ -45,6 +46,7 @@ class SidThresholds:
     min_icr: float = 0.5
     max_lost_rate: float = 0.3
     max_group: int = 20
+    max_suffix: int = 256
     max_relative_error: float = 0.95
     min_level_gain: float = 0.001
     min_shared_gain: float = 0.1
@@ -324,6 +326,12 @@ def _crowding(report: SidQuality, sids: SemanticIds, limits: SidThresholds) -> l
         found.append(
             f"{report.items - report.codes:,} of {report.items:,} items come after the first of their code, so "
             "ranking among them is by popularity alone; enlarge the last level or add one."
+        )
+    if sids.suffix_level and sids.level_sizes[-1] > limits.max_suffix:
+        found.append(
+            f"The suffix level adds {sids.level_sizes[-1]:,} tokens that mean nothing by themselves (limit {limits.max_suffix:,}), "
+            f"since up to {int(sids.codes[:, -1].max()) + 1:,} items share the levels before it; look for duplicate or empty texts "
+            "among them, enlarge level_sizes or add a level, or use collisions: {name: next_nearest}."
         )
     if report.largest_group > limits.max_group:
         found.append(
