@@ -6,8 +6,7 @@
     sidtune sft --launch.num_processes 2 --launch.config_file accelerate_configs/ddp.yaml --config ...
 
 A script runs in this process; with options `--launch.NAME VALUE` it is started by `accelerate launch` with these, and ends with
-this process. `python -m
-sidtune.recipes.steps.sft` and `accelerate launch -m sidtune.recipes.steps.sft` do the same work.
+this process. `python -m sidtune.recipes.steps.sft` and `accelerate launch -m sidtune.recipes.steps.sft` do the same work.
 """
 
 from __future__ import annotations
@@ -43,9 +42,7 @@ SHELLS = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs `sidtune WORD OPTIONS...`. A wrong word ends in one sentence that names the nearest command, and exit code 2."""
     words = list(sys.argv[1:] if argv is None else argv)
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "PASSIVE"
-    )  # waiting threads that spin slow each other down on a busy machine
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin slow each other down on a busy machine
     try:
         if not words or words[0] in ("-h", "--help", "help"):
             print(overview())
@@ -64,15 +61,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def overview() -> str:
     """All commands with one line each."""
-    width = max(len(script.command) for script in scripts().values())
     about = {script.command: re.split(r"[,;:] | \(", script.summary)[0].rstrip(".") for script in scripts().values()}
-    lines = [f"  {name:<{width}}  {text}" for name, text in about.items()]
-    lines.append(
-        f'  {"completion":<{width}}  Prints completion for a shell: eval "$(sidtune completion bash)", or zsh, fish.'
-    )
-    return "\n".join(
-        ["usage: sidtune COMMAND [--help] [--config FILE] [--OPTION VALUE ...] [--launch.OPTION VALUE ...]", "", *lines]
-    )
+    about["completion"] = 'Prints completion for a shell: eval "$(sidtune completion bash)", or zsh, fish.'
+    lines = [f"  {name:<{max(map(len, about))}}  {text}" for name, text in about.items()]
+    usage = "usage: sidtune COMMAND [--help] [--config FILE] [--OPTION VALUE ...] [--launch.OPTION VALUE ...]"
+    return "\n".join([usage, "", *lines])
 
 
 def run_script(script: Script, words: list[str]) -> None:

@@ -15,7 +15,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -76,12 +76,7 @@ def check_keys(values: dict[str, Any], known: Sequence[str], where: str) -> None
 
 
 def build(cls: type[T], values: Any, where: str) -> T:
-    """Makes a (nested) dataclass from a mapping, strictly.
-
-    Args:
-        cls: the dataclass.
-        values: mapping of its fields.
-        where: how messages call this place, for example `stages[1]`.
+    """Makes a (nested) dataclass from a mapping of its fields, strictly; `where` is how messages call this place (`stages[1]`).
 
     Raises:
         ConfigError: not a mapping, unknown key, missing required key, or a value of the wrong type.
@@ -92,17 +87,19 @@ def build(cls: type[T], values: Any, where: str) -> T:
     names = [f.name for f in dataclasses.fields(cls) if f.init]
     check_keys(values, names, where)
     check_types(cls, values, where)
-    missing = [
-        f.name
-        for f in dataclasses.fields(cls)
-        if f.init
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
-        and f.name not in values
-    ]
+    missing = [name for name in names if name not in {**defaults_of(cls), **values}]
     if missing:
         raise ConfigError(f"{where}: the required key '{missing[0]}' is missing; set it.")
     return cls(**values)
+
+
+def defaults_of(cls: type) -> dict[str, Any]:
+    """Field → default of a dataclass, without those that are required."""
+    made = {
+        f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        for f in dataclasses.fields(cls)
+    }
+    return {name: value for name, value in made.items() if value is not dataclasses.MISSING}
 
 
 def renamed(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -185,15 +182,12 @@ def _describe(hint: Any) -> str:
 
 
 def place_of(values: list, key: str, where: str) -> int:
-    """Which element of a list `key` means: the one of that `name`, or the one of that number, counted from 0.
-
-    Raises:
-        ConfigError: neither; the nearest name is told.
-    """
-    names = [str(one["name"]) for one in values if isinstance(one, dict) and "name" in one]
-    for place, one in enumerate(values):
-        if isinstance(one, dict) and str(one.get("name")) == key and "name" in one:
-            return place
+    """Which element of a list `key` means: the one of that `name`, or of that number, counted from 0; else a ConfigError."""
+    names = {
+        str(one["name"]): n for n, one in reversed([*enumerate(values)]) if isinstance(one, dict) and "name" in one
+    }
+    if key in names:
+        return names[key]
     if key.isdigit() and int(key) < len(values):
         return int(key)
     if key.isdigit() or not names:
@@ -201,31 +195,8 @@ def place_of(values: list, key: str, where: str) -> int:
     raise ConfigError(f"{where} names the element '{key}', but the list has none of that name; {nearest(key, names)}")
 
 
-def _assign(target: Any, path: list[str], value: Any, option: str) -> None:
-    key, rest, where = path[0], path[1:], f"The option --{option}"
-    if isinstance(target, list):
-        names = [str(one["name"]) for one in target if isinstance(one, dict) and "name" in one]
-        key, rest = _longest(names, path)
-        place: Any = place_of(target, key, where)
-    elif isinstance(target, dict):
-        place, rest = _longest(target, path)
-    else:
-        raise ConfigError(f"{where} reaches into '{option.split('.')[-len(path) - 1]}', which holds no nested keys.")
-    if not rest:
-        target[place] = value
-        return
-    if isinstance(target, dict) and target.get(place) is None:
-        target[place] = {}
-    _assign(target[place], rest, value, option)
-
-
-def _longest(names: Iterable[Any], path: list[str]) -> tuple[Any, list[str]]:
-    """The known name that `path` begins with, which may hold dots (`dropout_0.1`), and what follows it."""
-    known = {str(name): name for name in names}
-    for length in range(len(path), 1, -1):
-        if (name := ".".join(path[:length])) in known:
-            return known[name], path[length:]
-    return known.get(path[0], path[0]), path[1:]
+class _Below(dict):
+    """What an option says by dots: `--stages.align.args.max_steps 5`. The value at their end replaces the one that stands there."""
 
 
 def merged(values: Any, changes: Any, where: str) -> Any:
@@ -236,27 +207,29 @@ def merged(values: Any, changes: Any, where: str) -> Any:
     `--steps.sft.args.stages.personalise.args.max_steps 5`, changes one value of the step's config file.
 
     Raises:
-        ConfigError: a name or number that the list does not have.
+        ConfigError: a name or number that the list does not have; an option that reaches into a value without keys.
     """
-    if isinstance(values, dict) and isinstance(changes, dict):
-        found = dict(_dotted(values, changes))
-        return {**values, **{key: merged(values.get(key), new, f"{where}.{key}") for key, new in found.items()}}
-    if isinstance(values, list) and isinstance(changes, dict):
-        made = list(values)
-        for key, new in changes.items():
-            place = place_of(made, str(key), where)
-            made[place] = merged(made[place], new, f"{where}.{key}")
-        return made
-    return changes
+    if not isinstance(changes, dict) or not isinstance(values, (dict, list, types.NoneType)):
+        if isinstance(changes, _Below):
+            raise ConfigError(f"{where} holds no nested keys, so '{next(iter(changes))}' cannot be set in it.")
+        return changes
+    made: Any = list(values) if isinstance(values, list) else dict(values or {})
+    names = [one["name"] for one in made if isinstance(one, dict) and "name" in one] if isinstance(made, list) else made
+    for key, new in _dotted({str(name): name for name in names}, changes):
+        place = place_of(made, str(key), where) if isinstance(made, list) else key
+        old = made.get(place) if isinstance(made, dict) else made[place]
+        whole = isinstance(changes, _Below) and not isinstance(new, _Below)
+        made[place] = new if whole else merged(old, new, f"{where}.{key}")
+    return made
 
 
-def _dotted(names: Any, changes: dict) -> Iterator[tuple[Any, Any]]:
-    """The changes by key, where a known name that holds dots was split at them."""
+def _dotted(names: dict[str, Any], changes: dict) -> Iterator[tuple[Any, Any]]:
+    """The changes by key as it stands in `names`, where a known name that holds dots (`dropout_0.1`) was split at them."""
     for key, new in changes.items():
-        if key not in names and isinstance(new, dict) and any(str(name).startswith(f"{key}.") for name in names):
-            yield from _dotted(names, {f"{key}.{below}": value for below, value in new.items()})
+        if str(key) not in names and isinstance(new, dict) and any(name.startswith(f"{key}.") for name in names):
+            yield from _dotted(names, type(new)({f"{key}.{below}": value for below, value in new.items()}))
         else:
-            yield key, new
+            yield names.get(str(key), key), new
 
 
 def _split_options(argv: Sequence[str]) -> tuple[str | None, dict[str, Any], list[str]]:
@@ -272,10 +245,7 @@ def _split_options(argv: Sequence[str]) -> tuple[str | None, dict[str, Any], lis
             raise ConfigError(f"Expected an option such as --key value, got '{word}'.")
         key, equals, text = word[2:].partition("=")
         if not equals:
-            if words and not words[0].startswith("--"):
-                text = words.pop(0)
-            else:
-                text = "true"
+            text = words.pop(0) if words and not words[0].startswith("--") else "true"
         if key == "config":
             config = text
         else:
@@ -289,11 +259,9 @@ def _split_options(argv: Sequence[str]) -> tuple[str | None, dict[str, Any], lis
 def parse(cls: type[T], argv: Sequence[str] | None = None) -> T:
     """Fills the dataclass `cls` from `--config FILE` and command-line options, which win.
 
-    Args:
-        cls: dataclass of a recipe script. A field named `config` is reserved for the YAML path; a field named `root` gets the
-            folder of that file, whatever the file says, so that paths in it can start there; only the command line sets another.
-            `cls.POSITIONAL` names an option that may come first without its name.
-        argv: words of the command line, default `sys.argv[1:]`.
+    A field named `root` gets the folder of that file, whatever the file says, so that paths in it can start there; only the
+    command line (`argv`, default `sys.argv[1:]`) sets another. `cls.POSITIONAL` names an option that may come first without its
+    name.
 
     Raises:
         ConfigError: unknown key, wrong type, missing required key, unreadable file.
@@ -314,7 +282,10 @@ def parse(cls: type[T], argv: Sequence[str] | None = None) -> T:
     check_keys({former.get(name := key.split(".")[0], name): None for key in options}, names, "On the command line")
     for key, value in options.items():
         name, *below = key.split(".")
-        _assign(values, [former.get(name, name), *below], value, key)
+        for word in reversed(below):
+            value = _Below({word: value})
+        name = former.get(name, name)
+        values[name] = merged(values.get(name), value, f"The option --{name}") if below else value
     if "root" in names and config_path and options.get("root") is None:
         values["root"] = str(Path(config_path).parent)
     return build(cls, values, where)
@@ -329,29 +300,23 @@ def help_text(cls: type) -> str:
     lines.append(
         "Every option may stand in FILE, a YAML file; nested values are reached by dots: --stages.align.args.max_steps 5."
     )
-    width = max(len(one.name) for one in dataclasses.fields(cls))
-    for one in dataclasses.fields(cls):
-        default = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
-        told = "required" if default is dataclasses.MISSING else f"default {'null' if default is None else default}"
-        lines.append(f"  --{one.name:<{width}}  {_describe(hints[one.name])}; {told}")
+    names, defaults = [one.name for one in dataclasses.fields(cls)], defaults_of(cls)
+    for name in names:
+        told = f"default {'null' if defaults[name] is None else defaults[name]}" if name in defaults else "required"
+        lines.append(f"  --{name:<{max(map(len, names))}}  {_describe(hints[name])}; {told}")
     return "\n".join(lines)
 
 
-def as_dict(config: Any) -> dict[str, Any]:
+def as_dict(config: Any) -> Any:
     """A dataclass as JSON-ready values (paths become text)."""
 
-    def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        if isinstance(value, dict):
-            return {str(k): plain(v) for k, v in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(v) for v in value]
-        if isinstance(value, Path):
-            return str(value)
-        return value
-
-    return plain(config)
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {f.name: as_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, dict):
+        return {str(key): as_dict(value) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [as_dict(value) for value in config]
+    return str(config) if isinstance(config, Path) else config
 
 
 def command(main: Callable[[T], Any], cls: type[T], argv: Sequence[str] | None = None) -> None:

@@ -21,17 +21,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sidtune.core.config import as_dict
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.inputs import RUN_FILE, fingerprint, inputs_of, same_inputs
 from sidtune.core.locks import locked
 
 __all__ = [
-    "RUN_FILE", "check_output", "fingerprint", "inputs_of", "is_whole", "locked", "read_json", "same_inputs", "versions",
-    "write_files", "write_folder", "write_json", "write_run", "writes",
+    "RUN_FILE", "check_output", "fingerprint", "inputs_of", "is_whole", "locked", "read_json", "read_record", "same_inputs",
+    "versions", "write_files", "write_folder", "write_json", "write_run", "writes",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -49,8 +50,10 @@ class _Run:
 
     output: Path
     step: str | None
-    inputs: dict[str, str] = field(default_factory=dict)
-    fingerprints: dict[str, str] = field(default_factory=dict)
+    arguments: Any
+    inputs: dict[str, str]
+    fingerprints: dict[str, str]
+    started: float
 
 
 _RUN: contextvars.ContextVar[_Run | None] = contextvars.ContextVar("run", default=None)
@@ -76,7 +79,7 @@ def writes(step: str | None, *, tree: bool = False) -> Callable[[Callable[[T], N
         def run(arguments: Any) -> None:
             if os.environ.get("RANK", "0") != "0":
                 return main(arguments)
-            output, inputs = Path(arguments.output_dir).resolve(), inputs_of(arguments)
+            output, inputs, started = Path(arguments.output_dir).resolve(), inputs_of(arguments), time.time()
             check(arguments)
             with locked(output):
                 known = {path: fingerprint(path) for path in dict.fromkeys(inputs.values())}
@@ -84,7 +87,7 @@ def writes(step: str | None, *, tree: bool = False) -> Callable[[Callable[[T], N
                     output.mkdir(parents=True, exist_ok=True)
                     write_json(output / STARTED_FILE, {"step": step})
                     (output / RUN_FILE).unlink(missing_ok=True)  # it is complete again when the record is back
-                token = _RUN.set(_Run(output, step, inputs, known))
+                token = _RUN.set(_Run(output, step, arguments, inputs, known, started))
                 try:
                     return main(arguments)
                 finally:
@@ -130,10 +133,9 @@ def check_output(
 def _check_replaced(final: Path, path: str | Path, step: str | None, tree: bool) -> None:
     """Refuses a folder that holds anything but what an earlier run of `step` wrote."""
     standing = [name for name in _listed(final, tree) if name != RUN_FILE]
-    record = _record(final)
-    if tree and step is not None and _record(final, STARTED_FILE).get("step") == step:
-        return
-    if not standing and record.get("step", step) == step:
+    record = read_record(final / RUN_FILE)
+    begun = tree and step is not None and read_record(final / STARTED_FILE).get("step") == step
+    if begun or (not standing and record.get("step", step) == step):
         return
     way = "move it away or name another folder"
     if "step" not in record:
@@ -155,9 +157,7 @@ def write_folder(path: str | Path, step: str | None = None) -> Iterator[Path]:
     An existing `path` is replaced only at the very end, and only where `check_output` allows it, which is asked before and after
     the block. Use on one process only.
 
-    Args:
-        path: the folder.
-        step: name of what writes it; default: the step that runs, where this is its output.
+    `step` names what writes it; default: the step that runs, where this is its output.
     """
     final, run = Path(path).resolve(), _RUN.get()
     own = run if run is not None and run.output == final else None
@@ -172,13 +172,11 @@ def write_folder(path: str | Path, step: str | None = None) -> Iterator[Path]:
             yield scratch
             _seal(scratch, step)
             check_output(final, step, inputs)
+            old = final.parent / f".{final.name}.partial-old-{os.getpid()}"
             if final.exists():
-                old = final.parent / f".{final.name}.partial-old-{os.getpid()}"
                 os.replace(final, old)
-                os.replace(scratch, final)
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                os.replace(scratch, final)
+            os.replace(scratch, final)
+            shutil.rmtree(old, ignore_errors=True)
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
             raise
@@ -192,7 +190,6 @@ def write_files(folder: str | Path, optional: Sequence[str] = ()) -> Iterator[Pa
     JSON files last.
 
     Args:
-        folder: the folder.
         optional: names of files that an earlier save may have left and this one need not write; they do not outlive it.
 
     Raises:
@@ -232,10 +229,10 @@ def _listed(folder: Path, tree: bool = False) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
-def _record(folder: Path, name: str = RUN_FILE) -> dict[str, Any]:
-    """The record in a folder; empty where there is none that can be read."""
+def read_record(file: Path) -> dict[str, Any]:
+    """A JSON mapping; an empty one where there is none that can be read."""
     try:
-        found = read_json(folder / name)
+        found = read_json(file)
     except (DataError, OSError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -249,7 +246,7 @@ def _seal(folder: Path, step: str | None) -> None:
         if not path.is_symlink():
             with contextlib.suppress(PermissionError, FileNotFoundError):
                 path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
-    record = _record(folder) or ({"step": step} if step else {})
+    record = read_record(folder / RUN_FILE) or ({"step": step} if step else {})
     if record:
         record["files"] = {name: size for name, size in _listed(folder, tree=True).items() if name != RUN_FILE}
         write_json(folder / RUN_FILE, record)
@@ -260,7 +257,7 @@ def is_whole(folder: str | Path) -> bool:
 
     Only sizes are compared, so that this is quick. A `run.json` of an earlier version lists no files and is believed.
     """
-    record, standing = _record(Path(folder)), _listed(Path(folder))
+    record, standing = read_record(Path(folder, RUN_FILE)), _listed(Path(folder))
     return bool(record) and all(standing.get(name) == size for name, size in record.get("files", {}).items())
 
 
@@ -295,8 +292,8 @@ def versions() -> dict[str, str]:
 def write_run(
     folder: str | Path,
     *,
-    step: str,
-    config: dict[str, Any],
+    step: str | None = None,
+    config: dict[str, Any] | None = None,
     inputs: Mapping[str, str | Path] | None = None,
     metrics: dict[str, Any] | None = None,
     started: float | None = None,
@@ -305,7 +302,7 @@ def write_run(
 
     Args:
         folder: the scratch folder of the step, or the folder of a tree.
-        step: name of the step.
+        step: name of the step; default the one that runs, with its options and its start.
         config: the resolved config, JSON-ready. What it names is fingerprinted (`inputs_of`): as it was when the step started
             (`writes`), else as it is now.
         inputs: role → path of what is read and the config does not name.
@@ -313,6 +310,8 @@ def write_run(
         started: `time.time()` at the start of the step.
     """
     now, folder, run = time.time(), Path(folder), _RUN.get()
+    if step is None and run is not None:
+        step, config, started = run.step, as_dict(run.arguments), run.started
     known = run.fingerprints if run is not None else {}
     read = {name: str(path) for name, path in {**inputs_of(config), **(inputs or {})}.items()}
     record = {

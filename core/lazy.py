@@ -14,18 +14,12 @@ from typing import Any
 
 
 def lazy_names(package: str, file: str) -> tuple[list[str], Callable[[str], Any], Callable[[], list[str]]]:
-    """`__all__`, `__getattr__` and `__dir__` of a package whose public names stand below `if TYPE_CHECKING:`.
+    """`__all__`, `__getattr__` and `__dir__` of a package whose public names stand below `if TYPE_CHECKING:` in its source:
 
-    Args:
-        package: `__name__` of the package.
-        file: its `__file__`; source is needed, as in every wheel.
-
-    The `__init__.py` of a package then reads
-
-        if TYPE_CHECKING:
-            from sidtune.tokenizers.quantizers.fsq import Fsq as Fsq
-        else:
-            __all__, __getattr__, __dir__ = lazy_names(__name__, __file__)
+    if TYPE_CHECKING:
+        from sidtune.tokenizers.quantizers.fsq import Fsq as Fsq
+    else:
+        __all__, __getattr__, __dir__ = lazy_names(__name__, __file__)
     """
     homes = declared_names(Path(file).read_text("utf-8"))
 

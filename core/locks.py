@@ -68,13 +68,8 @@ def _take(file: Path, folder: Path) -> IO[str] | None:
                 break
         stream.close()  # its holder ended and removed it in between
     stream.truncate(0)
-    told = {
-        "pid": os.getpid(),
-        "host": socket.gethostname(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-    json.dump(told, stream)
+    words, now = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    json.dump({"pid": os.getpid(), "host": socket.gethostname(), "command": words, "started": now}, stream)
     stream.flush()
     return stream
 

@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from sidtune.core.config import ERROR_FILE_VARIABLE, as_dict, build, check_keys, load_yaml, merged, renamed
+from sidtune.core.config import ERROR_FILE_VARIABLE, as_dict, build, check_keys, defaults_of, load_yaml, merged, renamed
 from sidtune.core.console import LOGGED_VARIABLE
 from sidtune.core.errors import ConfigError, SidtuneError, nearest
 from sidtune.core.folders import RUN_FILE, is_whole, locked, read_json, same_inputs
@@ -34,8 +34,6 @@ LOGS = "logs"  # folder beside those of the steps
 CLEAR = "\x1b[2K"  # tells a terminal to empty the line
 CONFIGS = Path(__file__).resolve().parents[1] / "accelerate_configs"
 
-# These fields say where a result lies or how fast it is made, not what it is.
-_PLACES = ("output_dir",)
 # What a launcher tells its processes; a launcher started by one of them must not believe that it is meant for it.
 _LAUNCHER = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT",
@@ -122,8 +120,7 @@ class Step:
 
     def record(self) -> dict[str, Any]:
         """What decides whether a finished step is still valid."""
-        values = as_dict(self.config)
-        return {key: value for key, value in values.items() if key not in (*_PLACES, *self.inputs)}
+        return {key: value for key, value in as_dict(self.config).items() if key not in ("output_dir", *self.inputs)}
 
 
 def check_there(step: Step, **paths: str | None) -> None:
@@ -136,13 +133,13 @@ def check_there(step: Step, **paths: str | None) -> None:
 
 def resolve(arguments: RunArguments) -> list[Step]:
     """Checks every step and fills its config. Raises ConfigError for the first wrong one, before anything runs."""
-    steps: list[Step] = []
+    steps: dict[str, Step] = {}
     processes = _processes(launch_options(arguments.launch))
     for place, raw in enumerate(arguments.steps):
         named = f" ('{raw['name']}')" if isinstance(raw, dict) and "name" in raw else ""
         spec = build(StepConfig, raw, f"steps[{place}]{named}")
         where = f"steps[{place}] ('{spec.name}', {spec.config or 'inline args'})"
-        if spec.name in (step.name for step in steps):
+        if spec.name in steps:
             raise ConfigError(f"{where}: the name '{spec.name}' is used twice; give every step its own name.")
         if spec.name in ("", LOGS) or "/" in spec.name or spec.name.startswith("."):
             raise ConfigError(
@@ -154,17 +151,21 @@ def resolve(arguments: RunArguments) -> list[Step]:
             module = step.script.load()
             if hasattr(module, "preflight"):
                 module.preflight(step)
-            _check_output(module.main, step, step.name in arguments.force)
+            try:
+                module.main.check(step.config)
+            except ConfigError:  # it has nothing to do there, so it need not be able to write
+                if step.name in arguments.force or not is_done(step):
+                    raise
         except SidtuneError as error:
             raise ConfigError(f"{where}: {error}") from None
-        steps.append(step)
+        steps[spec.name] = step
     for name in (*arguments.force, *([arguments.until] if arguments.until else [])):
-        if name not in (step.name for step in steps):
-            raise ConfigError(f"There is no step '{name}': {nearest(name, [step.name for step in steps])}")
-    return steps
+        if name not in steps:
+            raise ConfigError(f"There is no step '{name}': {nearest(name, steps)}")
+    return [*steps.values()]
 
 
-def _resolved(spec: StepConfig, arguments: RunArguments, steps: list[Step]) -> Step:
+def _resolved(spec: StepConfig, arguments: RunArguments, known: dict[str, Step]) -> Step:
     script = find_script(spec.script)
     module = script.load()
     if getattr(module.main, "step", None) is None:
@@ -172,27 +173,16 @@ def _resolved(spec: StepConfig, arguments: RunArguments, steps: list[Step]) -> S
     cls = module.Arguments
     values = load_yaml(Path(arguments.root or ".") / spec.config) if spec.config else {}
     values = merged(renamed(cls, values, "config"), renamed(cls, spec.args, "args"), "args")
-    names = {one.name for one in dataclasses.fields(cls)}
-    if "seed" in names:
+    if any(one.name == "seed" for one in dataclasses.fields(cls)):
         values.setdefault("seed", arguments.seed)
     before = {}
     for option, source in spec.inputs.items():
         name, _, below = str(source).partition("/")
-        if name not in (step.name for step in steps):
-            raise ConfigError(f"the input '{name}' is no earlier step; {nearest(name, [step.name for step in steps])}")
-        values[option] = str(Path(arguments.output_dir) / name / below)
-        before[option] = next(step for step in steps if step.name == name)
+        if name not in known:
+            raise ConfigError(f"the input '{name}' is no earlier step; {nearest(name, known)}")
+        values[option], before[option] = str(Path(arguments.output_dir) / name / below), known[name]
     values["output_dir"] = str(Path(arguments.output_dir) / spec.name)
     return Step(spec.name, script, build(cls, values, "args"), dict(spec.inputs), before)
-
-
-def _check_output(main: Any, step: Step, force: bool) -> None:
-    """Raises ConfigError when the step must not write its folder (`core/folders.py`), unless it has nothing to do there."""
-    try:
-        main.check(step.config)
-    except ConfigError:
-        if force or not is_done(step):
-            raise
 
 
 def _processes(launch: dict[str, Any]) -> int:
@@ -213,21 +203,11 @@ def is_done(step: Step) -> bool:
         return False
     record = read_json(step.folder / RUN_FILE)
     old = renamed(type(step.config), record.get("config", {}), str(step.folder / RUN_FILE))
-    old = {k: v for k, v in old.items() if k not in (*_PLACES, *step.inputs)}
-    if {**_defaults(type(step.config)), **old} != {**_defaults(type(step.config)), **step.record()}:
+    old = {key: value for key, value in old.items() if key not in ("output_dir", *step.inputs)}
+    defaults = defaults_of(type(step.config))
+    if {**defaults, **old} != {**defaults, **step.record()}:
         return False
     return set(step.inputs) <= set(record.get("inputs", {})) and same_inputs(record, step.config)
-
-
-def _defaults(cls: type) -> dict[str, Any]:
-    """Defaults of the options of a script, so that an option added since a step ran does not make it run again."""
-    made = {}
-    for one in dataclasses.fields(cls):
-        if one.default_factory is not dataclasses.MISSING:
-            made[one.name] = one.default_factory()
-        elif one.default is not dataclasses.MISSING:
-            made[one.name] = one.default
-    return made
 
 
 def launch_command(script: Script, options: dict[str, Any], words: Sequence[str]) -> list[str]:
@@ -313,17 +293,12 @@ def do_step(
 
 def run_pipeline(arguments: RunArguments) -> None:
     """Runs the steps that are not done, and prints one line for each."""
-    steps = resolve(arguments)
+    steps, started = resolve(arguments), time.time()
     with locked(arguments.output_dir):
-        _run_steps(arguments, steps)
-
-
-def _run_steps(arguments: RunArguments, steps: list[Step]) -> None:
-    started = time.time()
-    for number, step in enumerate(steps, 1):
-        do_step(step, arguments.launch, f"[{number}/{len(steps)}] {step.name}", step.name in arguments.force)
-        if step.name == arguments.until:
-            break
+        for number, step in enumerate(steps, 1):
+            do_step(step, arguments.launch, f"[{number}/{len(steps)}] {step.name}", step.name in arguments.force)
+            if step.name == arguments.until:
+                break
     for step in steps[:number]:
         if getattr(step.script.load(), "SHOW_AT_END", False) and step.log.is_file():
             print(step.log.read_text("utf-8").rstrip(), flush=True)

@@ -28,8 +28,7 @@ _PAUSE = 0.2  # seconds without the lock, in which the threads of the group free
 def end_processes() -> None:
     """Ends the process group of `torch.distributed` once its threads rest; does nothing without a group.
 
-    Call it as the last thing of a script that `accelerate launch` started, on every process; the recipes' commands do.
-    Nothing can be sent between processes afterwards. Our choice.
+    The last thing that `core.config.command` does on every process. Our choice.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():

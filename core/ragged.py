@@ -47,11 +47,7 @@ def owners(offsets: np.ndarray) -> np.ndarray:
 
 
 def taken(offsets: np.ndarray, lists: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Chosen lists, in their order; a list may be taken several times.
-
-    Returns:
-        the places of their elements, and the offsets of the new ragged array.
-    """
+    """Chosen lists, in their order, also several times: the places of their elements, and the offsets of the new ragged array."""
     lengths = offsets[lists + 1] - offsets[lists]
     new = offsets_of(lengths)
     return np.repeat(offsets[lists] - new[:-1], lengths) + np.arange(new[-1]), new
@@ -92,6 +88,13 @@ def pad(
         part = slice(width - len(row), width) if left else slice(0, len(row))
         ids[place, part], mask[place, part] = row, 1
     return ids, mask
+
+
+def drawn(count: int, most: int | None, seed: int) -> np.ndarray:
+    """Row numbers of at most `most` of `count` rows (None: all), drawn at random, rising."""
+    if most is None or most >= count:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(seed).choice(count, most, replace=False))
 
 
 def own_rows(count: int, process: int, processes: int) -> np.ndarray:

@@ -27,11 +27,7 @@ class Registry:
         self._entries: dict[str, Any] = dict(entries)
 
     def register(self, name: str, target: Any) -> None:
-        """Adds a method at run time: `target` is the object itself or `"package.module:attribute"`.
-
-        Raises:
-            ConfigError: the name is taken.
-        """
+        """Adds a method at run time: the object itself or `"package.module:attribute"`. ConfigError: the name is taken."""
         if name in self._entries:
             raise ConfigError(f"A {self.kind} named '{name}' is registered already; choose another name.")
         self._entries[name] = target

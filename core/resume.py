@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from sidtune.core.config import as_dict
-from sidtune.core.errors import ConfigError, DataError
-from sidtune.core.folders import RUN_FILE, is_whole, read_json, write_folder, write_json
+from sidtune.core.errors import ConfigError
+from sidtune.core.folders import RUN_FILE, is_whole, read_json, read_record, write_folder, write_json
 from sidtune.core.inputs import fingerprint, inputs_of
 
 COMPLETE_FILE, WORK_FILE = "complete.json", "work.json"
@@ -76,13 +76,12 @@ class Work:
     ) -> None:
         self.output, self.folder = Path(output), Path(folder or work_folder(output))
         self.checkpoints = self.folder / "checkpoints"
-        self._record = {role: digest(value) for role, value in identity.items()}
-        self.name = digest(self._record)
-        self._mine = {"identity": self._record, "place": place}
+        self._mine = {"identity": {role: digest(value) for role, value in identity.items()}, "place": place}
+        self.name = digest(self._mine["identity"])
 
     def is_done(self) -> bool:
         """Whether the output is whole and this run's; unfinished parts, left by a stop at the very end, go then."""
-        done = _read(self.output / RUN_FILE).get("identity") == self.name and is_whole(self.output)
+        done = read_record(self.output / RUN_FILE).get("identity") == self.name and is_whole(self.output)
         if done:
             self.close()
         return done
@@ -100,7 +99,7 @@ class Work:
         Raises:
             ConfigError: what another run left is there, and `refuse` is given; names the roles that differ.
         """
-        left = _read(self.folder / WORK_FILE)
+        left = read_record(self.folder / WORK_FILE)
         if {key: left.get(key) for key in self._mine} == self._mine:
             return left.get("told")
         if self.folder.is_dir() and any(self.folder.iterdir()):
@@ -140,15 +139,6 @@ class Work:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _read(file: Path) -> dict[str, Any]:
-    """A JSON mapping; an empty one where there is none that can be read."""
-    try:
-        found = read_json(file)
-    except DataError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _differences(left: dict[str, Any], mine: dict[str, Any]) -> str:
     old, new = left.get("identity") or {}, mine["identity"]
     roles = [role for role in {**new, **old} if old.get(role) != new.get(role)]
@@ -164,19 +154,14 @@ def mark_complete(folder: Path, **told: Any) -> None:
 
 def is_complete(folder: Path) -> bool:
     """Whether `folder` holds every file of its list in the recorded size."""
-    files = _read(folder / COMPLETE_FILE).get("files")
-    if not isinstance(files, dict):
-        return False
-    return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in files.items())
+    files = read_record(folder / COMPLETE_FILE).get("files")
+    return isinstance(files, dict) and all(
+        (folder / name).is_file() and (folder / name).stat().st_size == size for name, size in files.items()
+    )
 
 
 def last_complete_checkpoint(folder: str | Path, remove_broken: bool = False) -> Path | None:
-    """The newest complete checkpoint below `folder`, or None.
-
-    Args:
-        folder: where the checkpoints lie; need not exist.
-        remove_broken: also delete checkpoints that are not complete (one process only).
-    """
+    """The newest complete checkpoint below `folder`, or None; `remove_broken` also deletes the others (one process only)."""
     found = []
     for path in Path(folder).iterdir() if Path(folder).is_dir() else ():
         match = _CHECKPOINT.fullmatch(path.name)

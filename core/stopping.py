@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -148,7 +149,9 @@ class _Watch:
             if signal.getsignal(number) != signal.SIG_IGN:  # as `nohup` and a shell's `&` want it
                 self.old[number] = signal.signal(number, self._handle)
         self.old_wakeup = signal.set_wakeup_fd(self.mouth, warn_on_full_buffer=False)
-        os.register_at_fork(before=self._hold_signals, after_in_parent=self._free_signals, after_in_child=self._forget)
+        # A signal for a child that is just being forked would be taken for one for this process.
+        block, free = partial(self._mask, signal.SIG_BLOCK), partial(self._mask, signal.SIG_UNBLOCK)
+        os.register_at_fork(before=block, after_in_parent=free, after_in_child=self._forget)
         threading.Thread(target=self._look, name="sidtune-watch", daemon=True).start()
 
     def _open_leash(self) -> int | None:
@@ -203,14 +206,9 @@ class _Watch:
             return bool(select.select([self.leash], [], [], _GRACE)[0]) and (self.told or os.read(self.leash, 1) != b"")
         return self.told
 
-    def _hold_signals(self) -> None:
-        """A signal for a child that is just being forked would be taken for one for this process."""
+    def _mask(self, how: int) -> None:
         if self.owner:
-            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-
-    def _free_signals(self) -> None:
-        if self.owner:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+            signal.pthread_sigmask(how, _SIGNALS)
 
     def _forget(self) -> None:
         """In a forked child, which is no run of its own."""
@@ -218,7 +216,7 @@ class _Watch:
             own_signals()
             if self.leash is not None:
                 os.close(self.leash)
-            self._free_signals()
+            self._mask(signal.SIG_UNBLOCK)
             self.owner = 0
 
     def close(self) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from sidtune.core.errors import DataError
 from sidtune.core.folders import read_json, write_json
-from sidtune.core.hub import push_saved, resolve_folder
+from sidtune.core.hub import Published, resolve_folder
 
 if TYPE_CHECKING:
     from sidtune.tokenizers.sids.semantic_ids import SemanticIds
@@ -36,7 +36,7 @@ META_FILE = "sid_trie.json"
 _INT64_CODES = 2**62
 
 
-class SidTrie:
+class SidTrie(Published):
     """Legal codes after every prefix of a catalogue's SIDs. Make one with `from_codes` or `from_semantic_ids`.
 
     Attributes:
@@ -311,10 +311,6 @@ class SidTrie:
         partial.replace(folder / TENSOR_FILE)
         meta = {"format": 1, "level_sizes": list(self.level_sizes), "leaves": self.num_leaves, "nodes": self.num_nodes}
         write_json(folder / META_FILE, meta)
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Uploads what `save_pretrained` writes; `options` as in `core.hub.push_folder`. Returns the address."""
-        return push_saved(self, repo_id, **options)
 
     @classmethod
     def from_pretrained(cls, folder_or_repo: str | Path, **options: Any) -> SidTrie:

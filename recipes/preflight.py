@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from sidtune.core.config import build
-from sidtune.core.errors import ConfigError, nearest
+from sidtune.core.errors import ConfigError
 from sidtune.core.pipeline import Step
-from sidtune.metrics.ranking import check_metrics
 
 
 def check_data(step: Step, split: str | None = None, largest: int = 0) -> None:
@@ -52,13 +51,3 @@ def check_lengths(step: Step, **lengths: int | None) -> None:
             raise ConfigError(
                 f"{option}: {most} tokens leave no room beside a SID of {learned.depth()} tokens; raise it."
             )
-
-
-def check_computed(steps: list[Step], name: str, metrics: list[str]) -> None:
-    """Refuses a name that is no evaluation of the pipeline, and metrics that it does not compute. Raises ConfigError."""
-    evaluations = {step.name: step for step in steps if hasattr(step.config, "ks")}
-    if name not in evaluations:
-        raise ConfigError(f"There is no evaluation '{name}' in the pipeline: {nearest(name, evaluations)}")
-    config = evaluations[name].config
-    for metric in metrics:
-        check_metrics(config.ks, config.metrics, metric)

@@ -7,6 +7,9 @@ A new method is one file and one line here; recipes name it in YAML. The class n
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 from sidtune.core.registry import Registry
 
 ENCODERS = Registry(
@@ -41,3 +44,11 @@ COLLISIONS = Registry(
         "capacity": "sidtune.tokenizers.sids.collisions:CapacityAware",
     },
 )
+
+
+def made_by(registry: Registry, spec: dict[str, Any], seed: int | None = None) -> Any:
+    """The part that `{name: ..., option: ...}` names; where it has an option `seed`, `seed` is the default."""
+    options = {key: value for key, value in spec.items() if key != "name"}
+    if seed is not None and "seed" in {f.name for f in dataclasses.fields(registry.get(spec["name"]).config_class)}:
+        options.setdefault("seed", seed)
+    return registry.make(spec["name"], options)

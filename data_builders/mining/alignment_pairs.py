@@ -16,9 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sidtune.core.config import check_range
 from sidtune.core.errors import ConfigError
 from sidtune.data_builders.mining.pairs import Pairs, counted, interaction_matrix, item_cf, merged, swing
 from sidtune.data_builders.mining.query_pairs import distinct_queries, query_item_pairs, squeezed_column
+from sidtune.data_builders.tables.columns import among, encode, rows_of
 from sidtune.data_builders.tables.history import ACTIONS, History
 
 SHOW, CLICK, ORDER = 0, 1, 2
@@ -55,9 +57,7 @@ class MiningConfig:
             if unknown or not given:
                 found = f"'{unknown[0]}'" if unknown else "nothing"
                 raise ConfigError(f"'{what}' of mining holds {found}; name at least one of {', '.join(known)}.")
-        for name in ("k", "min_support", "q2i_support", "rank_rows"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"'{name}' of mining must be 1 or more, got {getattr(self, name)}.")
+        check_range(self, 1, "k", "min_support", "q2i_support", "rank_rows")
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,10 @@ def mine_pairs(
     config = config or MiningConfig()
     queries, count = distinct_queries(requests), items.num_rows
     wanted = events.filter(pc.is_in(events["action"], value_set=pa.array(config.actions)))
-    users = pc.dictionary_encode(wanted["user_id"].combine_chunks())
-    item, user = _rows(wanted["item_id"], items["item_id"]), _filled(users.indices)
+    user, users = encode(wanted["user_id"])
+    item = rows_of(wanted["item_id"], items["item_id"])
     known = (item >= 0) & (user >= 0)
-    i2i = _mined(user[known], item[known], len(users.dictionary), count, config)
+    i2i = _mined(user[known], item[known], len(users), count, config)
     query, chosen = _query_items(requests, queries, items)
     q2q = _mined(chosen, query, count, len(queries), config)
     found = behaviours(requests, queries, items)
@@ -119,9 +119,9 @@ def behaviours(requests: pa.Table, queries: Sequence[str], items: pa.Table) -> B
     """The level of each pair of query and shown item. A candidate whose feedback is unknown (null) tells nothing."""
     column = requests.column("candidates").combine_chunks()
     flat, parents = column.flatten(), pc.list_parent_indices(column)
-    query = _rows(squeezed_column(requests.column("query")), pa.array(list(queries), pa.string()))[parents.to_numpy()]
-    item = _rows(pc.struct_field(flat, "item_id"), items["item_id"])
-    click, order = (_filled(pc.struct_field(flat, name)) for name in ("click", "order"))
+    query = rows_of(squeezed_column(requests.column("query")), pa.array(list(queries), pa.string()))[parents.to_numpy()]
+    item = rows_of(pc.struct_field(flat, "item_id"), items["item_id"])
+    click, order = (pc.fill_null(pc.struct_field(flat, name), -1).to_numpy() for name in ("click", "order"))
     level = np.where(order > 0, ORDER, np.where(click > 0, CLICK, np.where(click == 0, SHOW, -1)))
     keep = (query >= 0) & (item >= 0) & (level >= 0)
     pairs, group = np.unique(np.stack([query[keep], item[keep]], axis=1), axis=0, return_inverse=True)
@@ -192,7 +192,7 @@ def held_out_pairs(
     queries = distinct_queries(late_requests)
     late, early = (_distinct(*_query_items(requests, queries, items)) for requests in (late_requests, early_requests))
     late_next, early_next = (_successions(events, items, actions) for events in (late_events, early_events))
-    return HeldOutPairs(queries, late, late_next, ~_among(late, early), ~_among(late_next, early_next))
+    return HeldOutPairs(queries, late, late_next, ~among(late, early), ~among(late_next, early_next))
 
 
 def _mined(owners: np.ndarray, things: np.ndarray, n_owners: int, n_things: int, config: MiningConfig) -> Pairs:
@@ -208,7 +208,7 @@ def _mined(owners: np.ndarray, things: np.ndarray, n_owners: int, n_things: int,
 def _query_items(requests: pa.Table, queries: Sequence[str], items: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     """Query and item rows of every click or order of a known query on a known item, with repeats."""
     texts, ids = query_item_pairs(requests)
-    query, item = _rows(texts, pa.array(list(queries), pa.string())), _rows(ids, items["item_id"])
+    query, item = rows_of(texts, pa.array(list(queries), pa.string())), rows_of(ids, items["item_id"])
     known = (query >= 0) & (item >= 0)
     return query[known], item[known]
 
@@ -218,9 +218,8 @@ def _successions(events: pa.Table, items: pa.Table, actions: Sequence[str]) -> n
     wanted = events.filter(pc.is_in(events["action"], value_set=pa.array(list(actions))))
     if not wanted.num_rows:
         return np.empty((0, 2), dtype=np.int64)
-    users = pc.unique(wanted["user_id"].combine_chunks()).drop_null()
-    lists = History(wanted).of_users(user_ids=users)
-    item = _rows(wanted["item_id"], items["item_id"])[lists.rows]
+    lists = History(wanted).of_users()
+    item = rows_of(wanted["item_id"], items["item_id"])[lists.rows]
     user = np.repeat(np.arange(len(lists)), lists.lengths)
     # Each item once per user, where it came first: the click and the order of one item are no succession.
     known = np.flatnonzero(item >= 0)
@@ -233,20 +232,3 @@ def _successions(events: pa.Table, items: pa.Table, actions: Sequence[str]) -> n
 
 def _distinct(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return np.unique(np.stack([left, right], axis=1), axis=0)
-
-
-def _among(pairs: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """(P,) whether each pair is one of `known`."""
-    width = int(max(pairs.max(initial=0), known.max(initial=0))) + 1
-    return np.isin(pairs[:, 0] * width + pairs[:, 1], known[:, 0] * width + known[:, 1])
-
-
-def _rows(ids: pa.Array | pa.ChunkedArray, known: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """(n,) int64 place of each id among `known`, -1 where it is not there."""
-    ids, known = (a.combine_chunks() if isinstance(a, pa.ChunkedArray) else a for a in (ids, known))
-    found = pc.index_in(ids.cast(pa.string()), value_set=known.cast(pa.string()))
-    return np.where(ids.is_valid().to_numpy(zero_copy_only=False), _filled(found), -1)
-
-
-def _filled(values: pa.Array) -> np.ndarray:
-    return pc.fill_null(values.cast(pa.int64()), -1).to_numpy(zero_copy_only=False)

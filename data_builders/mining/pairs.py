@@ -5,10 +5,10 @@ users, things = items); queries that led to the same items give query pairs (own
 3.1.1) mines its positives "with ItemCF and Swing" and keeps a pair only if the base encoder's cosine is above 0.6; it gives no
 formulas, so these are the textbook ones:
 
-    ItemCF   s(i, j) = sum over u in U_i ∩ U_j of d_u / sqrt(|U_i| |U_j|),   d_u = 1, or 1 / log(1 + |I_u|) with damping
+    ItemCF   s(i, j) = |U_i ∩ U_j| / sqrt(|U_i| |U_j|)
     Swing    s(i, j) = sum over u < v in U_i ∩ U_j of w_u w_v / (alpha + |I_u ∩ I_v|),   w_u = 1 / sqrt(|I_u|)
 
-with U_i the owners of thing i and I_u the things of owner u. ItemCF: Sarwar et al. 2001, with the damping of Breese et al. 1998.
+with U_i the owners of thing i and I_u the things of owner u. ItemCF: Sarwar et al. 2001.
 Swing: Yang et al. 2020 (arXiv 2010.05525); their sum names every pair of owners twice and an owner with himself, ours each pair
 once, which leaves the order of things alone but for the term of the owner with himself.
 """
@@ -75,46 +75,31 @@ def interaction_matrix(owners: np.ndarray, things: np.ndarray, n_owners: int, n_
     return matrix
 
 
-def item_cf(matrix: sp.csr_matrix, k: int = 20, min_support: int = 2, damping: bool = False) -> Pairs:
+def item_cf(matrix: sp.csr_matrix, k: int = 20, min_support: int = 2) -> Pairs:
     """The `k` most similar things of each thing by ItemCF.
 
     Args:
         matrix: binary, of `interaction_matrix`.
         k: pairs per anchor, at most; ties by the other's row.
         min_support: fewest owners that have both, at least 1.
-        damping: owners with many things count less.
 
     Raises:
         ConfigError: k or min_support below 1.
     """
     _check(k, min_support)
-    sizes = np.asarray(matrix.sum(axis=1)).ravel()
-    weight = 1.0 / np.log1p(np.maximum(sizes, 1.0)) if damping else np.ones(len(sizes))
     norms = np.sqrt(np.asarray(matrix.sum(axis=0)).ravel())
-    by_thing, weighed = matrix.T.tocsr(), sp.diags(weight) @ matrix
+    by_thing = matrix.T.tocsr()
     count = matrix.shape[1]
     parts = []
     for start in range(0, count, step := max(1, _CELLS // max(count, 1))):
-        block = by_thing[start : start + step]
-        support, total = (block @ matrix).tocsr(), (block @ weighed).tocsr()
-        support.sort_indices()  # both have entries where an owner has both things, so they line up once sorted
-        total.sort_indices()
-        seen = support.tocoo()
-        left = seen.row.astype(np.int64) + start
-        right = seen.col.astype(np.int64)
-        score = total.data / (norms[left] * norms[right])
+        seen = (by_thing[start : start + step] @ matrix).tocoo()
+        left, right = seen.row.astype(np.int64) + start, seen.col.astype(np.int64)
+        score = seen.data / (norms[left] * norms[right])
         parts.append(_best(Pairs(left, right, score, np.rint(seen.data).astype(np.int64)), k, min_support))
     return _joined(parts)
 
 
-def swing(
-    matrix: sp.csr_matrix,
-    alpha: float = 1.0,
-    k: int = 20,
-    min_support: int = 2,
-    max_owners: int = 300,
-    weigh: bool = True,
-) -> Pairs:
+def swing(matrix: sp.csr_matrix, alpha: float = 1.0, k: int = 20, min_support: int = 2, max_owners: int = 300) -> Pairs:
     """The `k` most similar things of each thing by Swing.
 
     The sum runs over pairs of owners, so a thing of n owners costs n²/2. `max_owners` bounds it: of a thing with more, only
@@ -126,7 +111,6 @@ def swing(
         alpha: smoothing of the formula, above 0.
         k, min_support: as in `item_cf`. A Swing score needs two owners in any case.
         max_owners: owners per thing that take part, at least 2.
-        weigh: False leaves w out, as the first description of Swing did.
 
     Raises:
         ConfigError: an option out of range.
@@ -135,7 +119,7 @@ def swing(
     if not (alpha > 0 and max_owners >= 2):
         raise ConfigError(f"Swing needs alpha above 0 and max_owners of 2 or more, got {alpha} and {max_owners}.")
     sizes = np.asarray(matrix.sum(axis=1)).ravel()
-    weight = 1.0 / np.sqrt(np.maximum(sizes, 1.0)) if weigh else np.ones(len(sizes))
+    weight = 1.0 / np.sqrt(np.maximum(sizes, 1.0))
     kept = _capped(matrix, sizes, max_owners)
     total = sp.csr_matrix((matrix.shape[1], matrix.shape[1]))
     for first, second in _owner_pairs(kept):

@@ -7,15 +7,9 @@ query-item pairs".
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-
-from sidtune.core.errors import ConfigError, nearest
-
-FEEDBACK = ("click", "like", "order")
 
 
 def squeezed(text: str | None) -> str:
@@ -37,27 +31,20 @@ def distinct_queries(requests: pa.Table) -> list[str]:
     return [query for query in queries if query]
 
 
-def query_item_pairs(requests: pa.Table, feedback: Sequence[str] = ("click", "order")) -> tuple[pa.Array, pa.Array]:
-    """Every candidate with positive feedback of every request with a query.
+def query_item_pairs(requests: pa.Table) -> tuple[pa.Array, pa.Array]:
+    """Every clicked or ordered candidate of every request with a query; an unknown label (null) does not count.
 
     Args:
         requests: table in the REQUESTS schema, for example the training split.
-        feedback: candidates with any of these labels above 0 count; an unknown label (null) does not.
 
     Returns:
         Query texts (P,) and item ids (P,), one entry per occurrence, in the order of the requests.
-
-    Raises:
-        ConfigError: unknown feedback.
     """
-    for name in feedback:
-        if name not in FEEDBACK:
-            raise ConfigError(f"There is no feedback '{name}': {nearest(name, FEEDBACK)}")
     queries, column = squeezed_column(requests.column("query")), requests.column("candidates").combine_chunks()
     # Flattened lists and their parents leave null lists out alike.
     flat, parents = column.flatten(), pc.list_parent_indices(column)
     positive = np.zeros(len(flat), dtype=bool)
-    for name in feedback:
+    for name in ("click", "order"):
         label = pc.fill_null(pc.struct_field(flat, name), 0)
         positive |= label.to_numpy(zero_copy_only=False) > 0
     asked = queries.take(parents)

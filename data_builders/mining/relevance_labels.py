@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.data_builders.mining.query_pairs import squeezed_column
+from sidtune.data_builders.tables.columns import rows_of
 from sidtune.data_builders.tables.schema import REQUESTS
 
 _SCHEMA = pa.schema([("query", pa.string()), ("item_id", pa.string()), ("score", pa.float64())])
@@ -67,8 +67,8 @@ def read_relevance(
             f"{path}, row {wrong[0]}: the score {table['score'][int(wrong[0])].as_py()} lies outside [0, {scale:g}]; name "
             "the highest score of your judgements as the scale."
         )
-    query = _places(squeezed_column(table["query"]), pa.array(list(queries), pa.string()))
-    item = _places(table["item_id"].combine_chunks(), items["item_id"].combine_chunks())
+    query = rows_of(squeezed_column(table["query"]), pa.array(list(queries), pa.string()))
+    item = rows_of(table["item_id"], items["item_id"])
     known = (query >= 0) & (item >= 0)
     return RelevanceLabels(query[known], item[known], score[known]), int((~known).sum())
 
@@ -116,7 +116,7 @@ def shop_relevance(
         raise DataError("The data folder is no simulated shop, so its relevance is unknown; give a file of judgements.")
     world = ShopWorld.from_options(**meta["options"])
     asked = requests.select([name for name in ("request_id", "query") if name in REQUESTS])
-    first = _places(pa.array(list(queries), pa.string()), squeezed_column(asked["query"]))
+    first = rows_of(pa.array(list(queries), pa.string()), squeezed_column(asked["query"]))
     if len(first) and first.min() < 0:
         raise DataError(
             f"The query '{queries[int(np.argmin(first))]}' occurs in no request, so it has no known meaning."
@@ -144,8 +144,3 @@ def near_threshold(cosine: np.ndarray, threshold: float, band: float, count: int
     if len(near) > count:
         near = np.sort(np.random.default_rng(seed).choice(near, count, replace=False))
     return near
-
-
-def _places(ids: pa.Array, known: pa.Array) -> np.ndarray:
-    found = pc.index_in(ids.cast(pa.string()), value_set=known.cast(pa.string()))
-    return pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int64)

@@ -203,33 +203,6 @@ def _encode(
     return token_offsets, ids, labels, rows, lost
 
 
-def encode_pieces(
-    tokenizer: Any, pieces: Sequence[str], learn: Sequence[bool], max_length: int | None = None, bos: bool | None = None
-) -> dict[str, list[int]] | None:
-    """Encodes one example.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-        pieces: texts, in order.
-        learn: one flag per piece; where false, labels are -100.
-        max_length: longest result in tokens, bos included. Oldest turns go first; head and last learned turn stay.
-        bos: True or False; None follows the tokenizer.
-
-    Returns:
-        `{"input_ids": [...], "labels": [...]}`, or None when nothing is learned or it does not fit.
-    """
-    encoder = encoder_of(tokenizer)
-    codes = encoder.codes(pieces)
-    flags = np.asarray(learn, bool)
-    if len(codes) != len(flags):
-        raise DataError(f"An example has {len(codes)} pieces but {len(flags)} learn flags; they must be aligned.")
-    if not len(codes):
-        return None
-    offsets = np.array([0, len(codes)])
-    _, ids, labels, rows, _ = _encode(encoder, offsets, codes, flags, max_length, bos_id(tokenizer, bos))
-    return {"input_ids": ids.tolist(), "labels": labels.tolist()} if len(rows) else None
-
-
 def encode_prompts(
     tokenizer: Any,
     prompts: Sequence[Sequence[str]],
@@ -243,7 +216,7 @@ def encode_prompts(
         prompts: pieces of each prompt.
         max_length: longest prompt plus target, in tokens.
         reserve: length of the target in tokens (the SID depth), so that truncation cuts where training cuts.
-        bos: as in `encode_pieces`.
+        bos: True or False; None follows the tokenizer.
 
     Raises:
         DataError: a prompt is empty, or does not fit even with no history.
@@ -285,13 +258,6 @@ class _WithTarget:
         self.sid = np.append(encoder.sid, True)
 
 
-def encode_prompt(
-    tokenizer: Any, pieces: Sequence[str], max_length: int | None = None, reserve: int = 0, bos: bool | None = None
-) -> list[int]:
-    """`encode_prompts` for one prompt."""
-    return encode_prompts(tokenizer, [pieces], max_length, reserve, bos)[0]
-
-
 def encode_examples(
     tokenizer: Any,
     dataset: Dataset,
@@ -303,7 +269,8 @@ def encode_examples(
     """Encodes a data set of examples (columns task, pieces, learn, key) into columns input_ids, labels, task.
 
     Args:
-        max_length, bos: as in `encode_pieces`.
+        max_length: longest example in tokens, bos included. Oldest turns go first; head and last learned turn stay.
+        bos: True or False; None follows the tokenizer.
         allowed_ids: added-token ids that text pieces may hold (`Serializer.literal_ids()`); None checks nothing.
         counts: filled with examples, examples_truncated_away, targets_dropped.
 

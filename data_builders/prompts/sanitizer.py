@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -27,7 +27,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from sidtune.core.errors import DataError
-from sidtune.data_builders.prompts.encoding import is_sid, token_ids, token_spans
+from sidtune.data_builders.prompts.encoding import token_ids, token_spans
 
 _DROPPED_CATEGORIES = ("Cc", "Cf", "Cs", "Co", "Cn")
 # Invisible although their category is a mark or a letter: joiner, fillers, vowel inherents, variation selectors.
@@ -287,23 +287,3 @@ def _shorten(text: str, max_chars: int | None) -> str:
     if text[max_chars] != " " and (space := cut.rfind(" ")) >= max_chars // 2:
         cut = cut[:space]
     return cut.strip()
-
-
-def check_pieces(sanitizer: Sanitizer, pieces: Sequence[str]) -> None:
-    """Guard: the added tokens of each encoded piece are exactly those of its template text; a SID piece is exempt.
-
-    A plain `str` counts as field text and must hold none.
-
-    Raises:
-        DataError: a piece encodes to an added token that came out of a field, or a field swallowed one of the
-            template.
-    """
-    for piece in pieces:
-        if not isinstance(piece, Piece) and is_sid(piece):
-            continue
-        if not sanitizer.agrees(piece):
-            found = sanitizer.tokenizer.convert_ids_to_tokens(sanitizer.added(piece))
-            raise DataError(
-                f"The text {str(piece)[:80]!r} encodes to the added tokens {found}, which are not those its template "
-                "wrote; pass every field through Serializer, and report this as a defect if it did."
-            )

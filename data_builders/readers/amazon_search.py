@@ -44,16 +44,7 @@ class _Lines:
 
 
 def read(path: str, **options: Any) -> Tables:
-    """Reads the folder; see the module's docstring.
-
-    Args:
-        path: the folder with the three `.gz` files.
-        options: none.
-
-    Raises:
-        ConfigError: an unknown option.
-        DataError: a file is missing, truncated, not UTF-8, or a line is not of the expected form.
-    """
+    """Reads the folder; see the module's docstring."""
     build(Options, options, "reader 'amazon_search'")
     folder = source_folder(path, "amazon_search")
     query_file = one_file(folder, "query_text.txt.gz")

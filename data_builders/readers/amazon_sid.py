@@ -70,16 +70,7 @@ class _Row:
 
 
 def read(path: str, **options: Any) -> Tables:
-    """Reads the folder; see the module's docstring for times and splits.
-
-    Args:
-        path: the folder.
-        options: see `Options`.
-
-    Raises:
-        ConfigError: an unknown option or a share outside of [0, 1).
-        DataError: a file is missing or damaged, or a window is no list of item ids.
-    """
+    """Reads the folder; see the module's docstring for times and splits."""
     chosen = build(Options, options, "reader 'amazon_sid'")
     folder = source_folder(path, "amazon_sid")
     counts: dict[str, int] = {}

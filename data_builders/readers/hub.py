@@ -100,17 +100,7 @@ class Options:
 
 
 def read(path: str, **options: Any) -> Tables:
-    """Reads the tables; see the module's docstring.
-
-    Args:
-        path: dataset folder or hub id.
-        options: see `Options`.
-
-    Raises:
-        ConfigError: an unknown option or column.
-        DataError: a dataset cannot be loaded, or a table lacks columns or has other types; all such problems are
-            listed.
-    """
+    """Reads the tables; see the module's docstring."""
     chosen = build(Options, options, "reader 'hub'")
     sources = chosen.sources()
     findings, notes = Findings(), []

@@ -65,16 +65,7 @@ class _Log:
 
 
 def read(path: str, **options: Any) -> Tables:
-    """Reads the folder; see the module's docstring.
-
-    Args:
-        path: the folder.
-        options: see `Options`.
-
-    Raises:
-        ConfigError: an unknown option or a negative gap.
-        DataError: a file is missing, not UTF-8, or a line has wrong fields; the message names the line.
-    """
+    """Reads the folder; see the module's docstring."""
     chosen = build(Options, options, "reader 'jdsearch'")
     folder = source_folder(path, "jdsearch")
     counts: dict[str, int] = {}

@@ -27,6 +27,7 @@ from sidtune.core.config import build
 from sidtune.core.errors import DataError, nearest
 from sidtune.data_builders.readers.raw_files import first_rows, lists_of, pairs_of, read_json_lines, source_folder
 from sidtune.data_builders.readers.text_cleaning import clean_html
+from sidtune.data_builders.tables.columns import among
 from sidtune.data_builders.tables.schema import Tables, table_from_columns
 from sidtune.data_builders.tables.splits import candidate_lists
 
@@ -80,16 +81,7 @@ class _Shown:
 
 
 def read(path: str, **options: Any) -> Tables:
-    """Reads the folder; see the module's docstring.
-
-    Args:
-        path: the folder.
-        options: see `Options`.
-
-    Raises:
-        ConfigError: an unknown option.
-        DataError: a file is missing, or lines are broken or of wrong types; all of them are listed.
-    """
+    """Reads the folder; see the module's docstring."""
     chosen = build(Options, options, "reader 'kuaisearch'")
     folder = source_folder(path, "kuaisearch")
     counts: dict[str, int] = {}
@@ -160,30 +152,17 @@ def _requests(recall: pa.Table, rank: pa.Table, counts: dict[str, int]) -> _Show
         pairs = np.stack([pc.list_parent_indices(chosen).to_numpy(), chosen.flatten().to_numpy()], axis=1)
         own = pc.equal(alone[flag], 1).fill_null(False).to_numpy()
         mine = np.stack([owner[: len(owner) - len(own)], item[: len(owner) - len(own)]], axis=1)
-        labels.append(np.concatenate([_among(mine, pairs), own]))
-        counts[f"{name.split('_')[0]}_items_not_shown"] = int((~_among(pairs, mine)).sum())
+        labels.append(np.concatenate([among(mine, pairs), own]))
+        counts[f"{name.split('_')[0]}_items_not_shown"] = int((~among(pairs, mine)).sum())
     order = np.argsort(keys["time_index"].to_numpy(), kind="stable")
     new_place = np.empty(len(order), np.int64)
     new_place[order] = np.arange(len(order))
     owner = new_place[owner]
     by_owner = np.argsort(owner, kind="stable")
-    first = np.sort(np.unique(_pair_codes(owner[by_owner], item[by_owner]), return_index=True)[1])
+    first = np.sort(np.unique(np.stack([owner, item])[:, by_owner], axis=1, return_index=True)[1])
     counts["duplicate_candidates_dropped"] = len(owner) - len(first)
     rows = by_owner[first]
     return _Shown(keys.take(order), owner[rows], item[rows], labels[0][rows], labels[1][rows])
-
-
-def _pair_codes(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """One integer per pair of integers."""
-    codes = np.unique(right, return_inverse=True)[1]
-    return left * (int(codes.max(initial=0)) + 1) + codes
-
-
-def _among(asked: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Which of the asked (n, 2) integer pairs stand in known (m, 2)."""
-    both = np.concatenate([asked, known]).astype(np.int64)
-    codes = _pair_codes(both[:, 0], both[:, 1])
-    return np.isin(codes[: len(asked)], codes[len(asked) :])
 
 
 def _request_table(shown: _Shown, rank: pa.Table) -> pa.Table:

@@ -47,16 +47,7 @@ class Options:
 
 
 def read(path: str, **options: Any) -> Tables:
-    """Reads the folder; see the module's docstring.
-
-    Args:
-        path: the folder.
-        options: see `Options`.
-
-    Raises:
-        ConfigError: an unknown option or an action that is no feedback.
-        DataError: a file is missing or damaged, or a sequence is no list of item ids.
-    """
+    """Reads the folder; see the module's docstring."""
     chosen = build(Options, options, "reader 'letter'")
     folder = source_folder(path, "letter")
     users, items, lengths = _read_sequences(one_file(folder, f"{chosen.category}.inter.json"))

@@ -24,7 +24,7 @@ import pyarrow.csv as pa_csv
 from sidtune.core.config import build
 from sidtune.core.errors import ConfigError, DataError, nearest
 from sidtune.data_builders.readers.raw_files import one_file, pairs_of, read_text, source_folder
-from sidtune.data_builders.tables.history import encode
+from sidtune.data_builders.tables.columns import encode
 from sidtune.data_builders.tables.schema import SCHEMAS, Tables, table_from_columns
 from sidtune.data_builders.tables.splits import next_item_requests, tie_events
 
@@ -87,16 +87,7 @@ class Ratings:
 
 
 def read(path: str, **options: Any) -> Tables:
-    """Reads the folder into the suite's tables; see the module's docstring.
-
-    Args:
-        path: the folder.
-        options: see `Options`.
-
-    Raises:
-        ConfigError: an unknown option or layout.
-        DataError: a file is missing or damaged.
-    """
+    """Reads the folder into the suite's tables; see the module's docstring."""
     chosen = build(Options, options, "reader 'movielens'")
     found = read_ratings(path, chosen.layout)
     users, items = pa.array(found.user_ids, pa.string()), pa.array(found.item_ids, pa.string())

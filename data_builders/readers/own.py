@@ -34,16 +34,7 @@ class Options:
 
 
 def read(path: str, **options: Any) -> Tables:
-    """Reads a folder in our schema.
-
-    Args:
-        path: the folder.
-        options: see `Options`.
-
-    Raises:
-        ConfigError: an unknown option.
-        DataError: files missing or damaged, other columns or types, wrong contents; all problems are listed.
-    """
+    """Reads a folder in our schema."""
     chosen = build(Options, options, "reader 'sidtune'")
     findings = Findings()
     folder = read_own_folder(path, findings, written=False)

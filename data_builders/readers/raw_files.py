@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sidtune.core.errors import DataError, nearest
-from sidtune.data_builders.tables.history import encode
+from sidtune.data_builders.tables.columns import encode
 from sidtune.data_builders.tables.table_files import Findings, read_table
 
 _FIELD_LIMIT = 1 << 27

@@ -18,68 +18,13 @@ import warnings
 _MAX_LAYERS = 6
 _MAX_LITERAL = 1_000_000
 
-_INLINE = frozenset(
-    [
-        "a",
-        "abbr",
-        "b",
-        "big",
-        "em",
-        "font",
-        "i",
-        "ins",
-        "mark",
-        "s",
-        "small",
-        "span",
-        "strike",
-        "strong",
-        "sub",
-        "sup",
-        "u",
-    ]
-)
+_INLINE_TAGS = "a abbr b big em font i ins mark s small span strike strong sub sup u"
+_INLINE = frozenset(_INLINE_TAGS.split())
 _SILENT = ("script", "style")
-_SELECTORS = frozenset(
-    [
-        "a",
-        "b",
-        "body",
-        "div",
-        "dl",
-        "dt",
-        "dd",
-        "em",
-        "font",
-        "form",
-        "h1",
-        "h2",
-        "h3",
-        "h4",
-        "h5",
-        "h6",
-        "hr",
-        "html",
-        "i",
-        "img",
-        "li",
-        "ol",
-        "p",
-        "span",
-        "strong",
-        "table",
-        "tbody",
-        "td",
-        "th",
-        "tr",
-        "ul",
-        ">",
-        "+",
-        "~",
-        "*",
-        ",",
-    ]
-)
+_SELECTOR_WORDS = """
+a b body div dl dt dd em font form h1 h2 h3 h4 h5 h6 hr html i img li ol p span strong table tbody td th tr ul > + ~ * ,
+"""
+_SELECTORS = frozenset(_SELECTOR_WORDS.split())
 _TAG_NAME = re.compile(r"</?([a-zA-Z][a-zA-Z0-9]*)")
 _OPEN_END = re.compile(r"</?[a-zA-Z][a-zA-Z0-9]{0,15}\s{0,3}/?$")
 _BLOCK = re.compile(r"\{([^{}]*)\}")

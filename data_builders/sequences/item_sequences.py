@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.data_builders.tables.history import encode
+from sidtune.data_builders.tables.columns import encode
 from sidtune.data_builders.tables.schema import Tables
 
 MIN_ITEMS = 3

@@ -6,65 +6,18 @@ Own design; no paper. Every field is a plain number, so a config can stand in YA
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
-from sidtune.core.config import build, check_types
+from sidtune.core.config import build, check_range, check_types
 from sidtune.core.errors import ConfigError
 from sidtune.data_builders.shop_world.words import BRANDS, DEPARTMENTS
 
 DAY = 86_400
-_SHARES = (
-    "popularity_quality",
-    "launch_share",
-    "profile_share",
-    "late_user_share",
-    "interest_drift",
-    "taste_drift",
-    "recommendation_share",
-    "browse_share",
-    "attribute_query_share",
-    "brand_query_share",
-    "department_query_share",
-    "attribute_only_share",
-    "like_unknown_share",
-)
-_POSITIVE = (
-    "n_items",
-    "n_users",
-    "n_requests",
-    "days",
-    "n_departments",
-    "leaves_per_department",
-    "brands_per_department",
-    "drift_days",
-    "page_size",
-    "ranked_tiers",
-)
-_NOT_NEGATIVE = (
-    "seed",
-    "start_time",
-    "exploration_slots",
-    "exploration_pool",
-    "zipf_exponent",
-    "activity_sigma",
-    "context_shift",
-    "examination_decay",
-    "dwell_sigma",
-)
-_AT_MOST = {
-    "n_items": 1_000_000,
-    "n_users": 1_000_000,
-    "n_requests": 10_000_000,
-    "days": 36_500,
-    "start_time": 10**11,
-    "n_departments": len(DEPARTMENTS),
-    "leaves_per_department": 8,
-    "page_size": 200,
-    "zipf_exponent": 5,
-    "activity_sigma": 5,
-}
+_SHARES = """
+popularity_quality launch_share profile_share late_user_share interest_drift taste_drift recommendation_share browse_share
+attribute_query_share brand_query_share department_query_share attribute_only_share like_unknown_share
+"""
 _LARGEST_WEIGHT = 100.0
 _MOST_LATENTS = 500_000_000
 
@@ -197,27 +150,20 @@ class ShopWorldConfig:
         return -(-self.days // self.drift_days)
 
     def _check_ranges(self, values: dict[str, Any]) -> None:
-        for name, value in values.items():
-            if not math.isfinite(value):
-                raise ConfigError(f"ShopWorld: '{name}' must be a finite number, got {value}.")
-        for name in _POSITIVE:
-            if values[name] < 1:
-                raise ConfigError(f"ShopWorld: '{name}' must be at least 1, got {values[name]}.")
-        for name in _NOT_NEGATIVE:
-            if values[name] < 0:
-                raise ConfigError(f"ShopWorld: '{name}' must not be negative, got {values[name]}.")
-        for name, most in _AT_MOST.items():
-            if values[name] > most:
-                raise ConfigError(f"ShopWorld: '{name}' must be at most {most}, got {values[name]}.")
-        for name, value in values.items():
-            if isinstance(value, float) and abs(value) > _LARGEST_WEIGHT:
-                raise ConfigError(f"ShopWorld: '{name}' must lie within +-{_LARGEST_WEIGHT:g}, got {value}.")
-        for name in _SHARES:
-            if not 0.0 <= values[name] <= 1.0:
-                raise ConfigError(f"ShopWorld: '{name}' is a share and must lie in [0, 1], got {values[name]}.")
-        for name in ("search_oversampling", "recommendation_oversampling"):
-            if values[name] < 1.0:
-                raise ConfigError(f"ShopWorld: '{name}' must be at least 1, got {values[name]}.")
+        weights = [name for name, value in values.items() if isinstance(value, float)]
+        check_range(self, -_LARGEST_WEIGHT, *weights, most=_LARGEST_WEIGHT)
+        check_range(self, 0, *_SHARES.split(), most=1)
+        check_range(self, 1, "n_items", "n_users", "brands_per_department", "drift_days", "ranked_tiers")
+        check_range(self, 1, "n_requests", most=10_000_000)
+        check_range(self, 1, "days", most=36_500)
+        check_range(self, 1, "n_departments", most=len(DEPARTMENTS))
+        check_range(self, 1, "leaves_per_department", most=8)
+        check_range(self, 1, "page_size", most=200)
+        check_range(self, 1, "search_oversampling", "recommendation_oversampling", most=_LARGEST_WEIGHT)
+        check_range(self, 0, "seed", "exploration_slots", "exploration_pool", most=2**63)
+        check_range(self, 0, "start_time", most=10**11)
+        check_range(self, 0, "context_shift", "examination_decay", "dwell_sigma", most=_LARGEST_WEIGHT)
+        check_range(self, 0, "zipf_exponent", "activity_sigma", most=5)
         forms = ("attribute_query_share", "brand_query_share", "department_query_share", "attribute_only_share")
         if sum(values[name] for name in forms) > 1.0:
             raise ConfigError(f"ShopWorld: {', '.join(forms)} must add up to at most 1; lower one of them.")

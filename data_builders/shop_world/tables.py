@@ -13,7 +13,8 @@ from sidtune.data_builders.shop_world.config import ShopWorldConfig
 from sidtune.data_builders.shop_world.logging_policy import Log
 from sidtune.data_builders.shop_world.requests import Requests, context_lists
 from sidtune.data_builders.shop_world.users import user_ids
-from sidtune.data_builders.tables.schema import SCHEMAS, table_from_columns
+from sidtune.data_builders.tables.schema import table_from_columns
+from sidtune.data_builders.tables.splits import candidate_lists
 
 _ACTIONS = ("click", "like", "order")
 
@@ -25,26 +26,21 @@ def request_table(
     n, size = log.item.shape
     like = log.like.ravel()
     dwell = log.dwell.ravel()
-    position = np.tile(np.arange(size, dtype=np.int32), n)
-    candidates = pa.StructArray.from_arrays(
-        [
-            pa.array(item_ids(config), type=pa.string()).take(pa.array(log.item.ravel())),
-            pa.array(position),
-            pa.array(log.click.ravel()),
-            pa.array(like, mask=like < 0),
-            pa.array(log.order.ravel()),
-            pa.array(dwell, mask=np.isnan(dwell)),
-        ],
-        fields=list(SCHEMAS["requests"].arrow_schema.field("candidates").type.value_type),
-    )
-    offsets = pa.array(np.arange(n + 1, dtype=np.int32) * size)
+    parts = {
+        "item_id": pa.array(item_ids(config), type=pa.string()).take(pa.array(log.item.ravel())),
+        "position": np.tile(np.arange(size), n),
+        "click": log.click.ravel(),
+        "like": pa.array(like, mask=like < 0),
+        "order": log.order.ravel(),
+        "dwell": pa.array(dwell, mask=np.isnan(dwell)),
+    }
     columns = {
         "request_id": ids,
         "user_id": pa.array(user_ids(config), type=pa.string()).take(pa.array(requests.user)),
         "time": requests.time,
         "query": queries,
         "context": context_lists(config, catalogue, requests),
-        "candidates": pa.ListArray.from_arrays(offsets, candidates),
+        "candidates": candidate_lists(parts, np.arange(n + 1) * size),
     }
     return table_from_columns("requests", columns, n)
 

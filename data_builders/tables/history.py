@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sidtune.core.errors import ConfigError, DataError, nearest
-from sidtune.core.ragged import Ragged
+from sidtune.core.ragged import Ragged, offsets_of
+from sidtune.data_builders.tables.columns import encode
 
 ACTIONS = ("order", "like", "click", "cart", "follow", "share", "dwell", "view")
 STRENGTH = {"order": 0, "like": 1, "click": 2}
@@ -121,8 +122,7 @@ class History:
         if max_len is not None:
             starts = np.maximum(starts, ends - max_len)
         lengths = ends - starts
-        offsets = np.zeros(len(users) + 1, dtype=np.int64)
-        np.cumsum(lengths, out=offsets[1:])
+        offsets = offsets_of(lengths)
         places = np.arange(offsets[-1], dtype=np.int64) + np.repeat(starts - offsets[:-1], lengths)
         found = Ragged(offsets, self._rows[places])
         assert_before(found, self._all_times, times)
@@ -142,13 +142,8 @@ class History:
             One list per user, oldest first.
         """
         users = self.user_ids if user_ids is None else user_ids
-        if until is None:
-            limits = np.full(len(users), FOREVER)
-        elif isinstance(until, (int, np.integer)):
-            limits = np.full(len(users), until, dtype=np.int64)
-        else:
-            limits = until.of(users)
-        return self.before(users, limits, max_len)
+        cut = until if isinstance(until, TimeCut) else TimeCut(FOREVER if until is None else int(until))
+        return self.before(users, cut.of(users), max_len)
 
 
 def assert_before(found: Ragged, event_times: np.ndarray, times: np.ndarray) -> None:
@@ -169,15 +164,6 @@ def action_strength(actions: pa.ChunkedArray) -> np.ndarray:
     codes, names = encode(actions)
     table = np.array([STRENGTH.get(name, _OTHER) for name in names.to_pylist()], dtype=np.int8)
     return table[codes] if len(table) else np.zeros(len(codes), np.int8)
-
-
-def encode(column: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, pa.Array]:
-    """Text → (codes (n,) int64, the distinct texts in order of first occurrence); nulls must be absent."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    if isinstance(array, pa.ChunkedArray):  # more than 2 GiB of text stays in chunks
-        array = array.cast(pa.large_string()).combine_chunks()
-    coded = array.dictionary_encode()
-    return coded.indices.to_numpy(zero_copy_only=False).astype(np.int64), coded.dictionary.cast(pa.string())
 
 
 def _as_array(ids: Ids) -> pa.Array | pa.ChunkedArray:

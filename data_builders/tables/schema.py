@@ -102,13 +102,11 @@ def table_from_rows(name: str, rows: list[dict[str, Any]]) -> pa.Table:
 def table_from_columns(name: str, columns: dict[str, Any], rows: int) -> pa.Table:
     """Builds a typed table from columns (arrays, lists or Arrow arrays of length `rows`); absent columns become null."""
     schema = SCHEMAS[name].arrow_schema
-    arrays = []
-    for column in schema:
-        if column.name not in columns:
-            arrays.append(pa.nulls(rows, column.type))
-            continue
-        value = columns[column.name]
-        if not isinstance(value, (pa.Array, pa.ChunkedArray)):
-            value = pa.array(value, type=column.type)
-        arrays.append(value.cast(column.type))
-    return pa.table(arrays, schema=schema)
+    return pa.table([typed(columns.get(column.name), column.type, rows) for column in schema], schema=schema)
+
+
+def typed(value: Any, kind: pa.DataType, rows: int) -> Any:
+    """A column of an Arrow type out of an array, a list or an Arrow array; None becomes `rows` nulls."""
+    if value is None:
+        return pa.nulls(rows, kind)
+    return value.cast(kind) if isinstance(value, (pa.Array, pa.ChunkedArray)) else pa.array(value, type=kind)

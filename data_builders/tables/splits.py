@@ -21,10 +21,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sidtune.core.config import build
+from sidtune.core.config import build, check_range
 from sidtune.core.errors import ConfigError, DataError, nearest
-from sidtune.data_builders.tables.history import FOREVER, TimeCut, action_strength, encode
-from sidtune.data_builders.tables.schema import SCHEMAS, Tables
+from sidtune.data_builders.tables.columns import encode, one_array, rows_of
+from sidtune.data_builders.tables.history import FOREVER, TimeCut, action_strength
+from sidtune.data_builders.tables.schema import SCHEMAS, Tables, table_from_columns, typed
 from sidtune.data_builders.tables.store import split_names
 
 KINDS = ("global_time", "leave_one_out", "source")
@@ -36,8 +37,10 @@ class SplitConfig:
 
     Attributes:
         kind: `global_time`, `leave_one_out` or `source` (the reader must have set `split_of_request`).
-        valid_share, test_share, train_until, valid_until: see `global_time_split`.
-        min_rows: see `leave_one_out`, here counted in requests.
+        valid_share, test_share: shares of the requests, from the end; requests of one moment stay together, so the
+            shares are met up to ties. A valid_share of 0 makes no valid split.
+        train_until, valid_until: explicit moments instead (both, or train_until alone: then nothing is valid).
+        min_rows: of `leave_one_out`: fewest requests of a user that is split, at least 2.
     """
 
     kind: str = "global_time"
@@ -50,82 +53,52 @@ class SplitConfig:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ConfigError(f"There is no split named '{self.kind}': {nearest(self.kind, KINDS)}")
-        _check_moments(self.train_until, self.valid_until)
-        _check_shares(self.valid_share, self.test_share)
-        _check_rows(self.min_rows)
+        first, second, valid, test = self.train_until, self.valid_until, self.valid_share, self.test_share
+        if first is None and second is not None:
+            raise ConfigError("A split with valid_until needs train_until too; set both.")
+        if first is not None and second is not None and second < first:
+            raise ConfigError(f"valid_until ({second}) lies before train_until ({first}); put them in order.")
+        if not (0 <= valid < 1 and 0 < test < 1 and valid + test < 1):
+            raise ConfigError(
+                f"valid_share ({valid}) must be 0 or more, test_share ({test}) above 0, and their sum below 1."
+            )
+        check_range(self, 2, "min_rows")
 
 
 FEEDBACK = ("click", "like", "order")
 
 
-def global_time_split(
-    request_times: np.ndarray,
-    valid_share: float = 0.1,
-    test_share: float = 0.1,
-    *,
-    train_until: int | None = None,
-    valid_until: int | None = None,
-) -> tuple[np.ndarray, int, int]:
+def global_time_split(times: np.ndarray, config: SplitConfig) -> tuple[np.ndarray, int, int]:
     """Splits requests at two moments.
 
     Args:
-        request_times: (n,) integers.
-        valid_share, test_share: shares of the requests, from the end; requests of one moment stay together, so the
-            shares are met up to ties. A valid_share of 0 makes no valid split.
-        train_until, valid_until: explicit moments instead (both, or train_until alone: then nothing is valid).
+        times: (n,) integers, of the requests.
+        config: shares or moments.
 
     Returns:
         (n,) split names, train_until, valid_until (both exclusive).
 
     Raises:
-        ConfigError: shares outside [0, 1), or moments out of order.
         DataError: no requests, or ties leave train or test empty.
     """
-    times = np.asarray(request_times)
     if not len(times):
         raise DataError("There are no requests to split; check that the reader found the requests or events.")
-    _check_moments(train_until, valid_until)
-    if train_until is not None:
-        valid_until = train_until if valid_until is None else valid_until
-    else:
-        train_until, valid_until = _cut_by_share(times, valid_share, test_share)
-    names = np.where(times < train_until, "train", np.where(times < valid_until, "valid", "test"))
+    first, second = config.train_until, config.valid_until
+    if first is None:
+        ordered, count = np.sort(times), len(times)
+        begin = min(count - 1, round(count * (1 - config.test_share)))
+        second = int(ordered[begin])
+        before = min(begin, round(count * (1 - config.test_share - config.valid_share)))
+        first = int(ordered[before]) if config.valid_share else second
+    second = first if second is None else second
+    names = np.where(times < first, "train", np.where(times < second, "valid", "test"))
     for part in ("train", "test"):
         if not (names == part).any():
             raise DataError(
-                f"The split at {train_until} and {valid_until} leaves no {part} request among times "
+                f"The split at {first} and {second} leaves no {part} request among times "
                 f"{int(times.min())} to {int(times.max())}; change the shares or name the moments."
             )
-    return names, int(train_until), int(valid_until)
-
-
-def _check_moments(train_until: int | None, valid_until: int | None) -> None:
-    if train_until is None and valid_until is not None:
-        raise ConfigError("A split with valid_until needs train_until too; set both.")
-    if train_until is not None and valid_until is not None and valid_until < train_until:
-        raise ConfigError(f"valid_until ({valid_until}) lies before train_until ({train_until}); put them in order.")
-
-
-def _check_shares(valid_share: float, test_share: float) -> None:
-    if not (0 <= valid_share < 1 and 0 < test_share < 1 and valid_share + test_share < 1):
-        raise ConfigError(
-            f"valid_share ({valid_share}) must be 0 or more, test_share ({test_share}) above 0, and their sum below 1."
-        )
-
-
-def _check_rows(min_rows: int) -> None:
-    if min_rows < 2:
-        raise ConfigError(f"min_rows of leave_one_out must be 2 or more (one test and one valid row), got {min_rows}.")
-
-
-def _cut_by_share(times: np.ndarray, valid_share: float, test_share: float) -> tuple[int, int]:
-    _check_shares(valid_share, test_share)
-    ordered = np.sort(times)
-    count = len(ordered)
-    first_test = min(count - 1, round(count * (1 - test_share)))
-    first_valid = min(first_test, round(count * (1 - test_share - valid_share)))
-    valid_until = int(ordered[first_test])
-    return (valid_until if valid_share == 0 else int(ordered[first_valid])), valid_until
+    return names, first, second
 
 
 def leave_one_out(table: pa.Table, min_rows: int = 3) -> np.ndarray:
@@ -139,7 +112,6 @@ def leave_one_out(table: pa.Table, min_rows: int = 3) -> np.ndarray:
         table: with columns `user_id` and `time`, maybe `action`.
         min_rows: smallest number of rows of a user that is split, at least 2.
     """
-    _check_rows(min_rows)
     users, ids = encode(table["user_id"])
     times = table["time"].to_numpy()
     strength = action_strength(table["action"]) if "action" in table.column_names else np.zeros(len(times), np.int8)
@@ -172,25 +144,15 @@ def next_item_requests(events: pa.Table, prefix: str = "next-") -> tuple[pa.Tabl
     np.minimum.at(first, users, times)
     is_feedback = pc.is_in(events["action"], value_set=pa.array(FEEDBACK)).to_numpy()
     rows = np.flatnonzero((times > first[users]) & is_feedback)
-    chosen = events.take(rows)
+    chosen = events.take(rows).combine_chunks()
     one, none = pa.scalar(1, pa.int8()), pa.scalar(None, pa.int8())
     labels = {name: pc.if_else(pc.equal(chosen["action"], name), one, none) for name in FEEDBACK}
-    kind = SCHEMAS["requests"].arrow_schema.field("candidates").type
-    parts = {"item_id": chosen["item_id"], **labels}
-    return (
-        pa.Table.from_arrays(
-            [
-                pa.array([f"{prefix}{row}" for row in rows.tolist()], pa.string()),
-                chosen["user_id"],
-                chosen["time"],
-                chosen["query"],
-                pa.nulls(len(rows), SCHEMAS["requests"].arrow_schema.field("context").type),
-                candidate_lists(parts, np.arange(len(rows) + 1), kind),
-            ],
-            schema=SCHEMAS["requests"].arrow_schema,
-        ),
-        rows,
-    )
+    columns = {
+        "request_id": [f"{prefix}{row}" for row in rows.tolist()],
+        **{name: chosen[name] for name in ("user_id", "time", "query")},
+        "candidates": candidate_lists({"item_id": chosen["item_id"], **labels}, np.arange(len(rows) + 1)),
+    }
+    return table_from_columns("requests", columns, len(rows)), rows
 
 
 def tie_events(events: pa.Table, rows: np.ndarray, request_ids: pa.ChunkedArray | pa.Array) -> pa.Table:
@@ -203,22 +165,13 @@ def tie_events(events: pa.Table, rows: np.ndarray, request_ids: pa.ChunkedArray 
     return events.set_column(place, events.schema.field(place), pc.replace_with_mask(old, pa.array(mask), ids))
 
 
-def candidate_lists(parts: dict[str, Any], offsets: np.ndarray, kind: pa.DataType | None = None) -> pa.ListArray:
+def candidate_lists(parts: dict[str, Any], offsets: np.ndarray) -> pa.ListArray:
     """Builds the `candidates` column: `parts` are flat columns (absent ones become null), `offsets` (n+1,) where
     lists begin."""
-    kind = kind or SCHEMAS["requests"].arrow_schema.field("candidates").type
-    total = int(offsets[-1])
-    columns = []
-    for inner in kind.value_type:
-        value = parts.get(inner.name)
-        if value is None:
-            columns.append(pa.nulls(total, inner.type))
-            continue
-        if not isinstance(value, (pa.Array, pa.ChunkedArray)):
-            value = pa.array(value, type=inner.type)
-        value = value.combine_chunks() if isinstance(value, pa.ChunkedArray) else value
-        columns.append(value.cast(inner.type))
-    structs = pa.StructArray.from_arrays(columns, fields=list(kind.value_type))
+    kind = SCHEMAS["requests"].arrow_schema.field("candidates").type
+    fields = list(kind.value_type)
+    columns = [one_array(typed(parts.get(field.name), field.type, int(offsets[-1]))) for field in fields]
+    structs = pa.StructArray.from_arrays(columns, fields=fields)
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), structs).cast(kind)
 
 
@@ -243,8 +196,7 @@ def apply_split(tables: Tables, kind: str = "global_time", **options: Any) -> tu
     counts = dict(tables.counts)
     requests = tables.requests
     if kind == "global_time":
-        moments = {"train_until": chosen.train_until, "valid_until": chosen.valid_until}
-        names, first, second = global_time_split(times, chosen.valid_share, chosen.test_share, **moments)
+        names, first, second = global_time_split(times, chosen)
         split: dict[str, Any] = {"kind": kind, "train_until": first, "valid_until": second}
     elif kind == "leave_one_out":
         names = leave_one_out(requests, chosen.min_rows)
@@ -386,5 +338,5 @@ def _count_candidates(items: pa.Table, shown: pa.StructArray) -> dict[str, np.nd
 
 
 def _count(items: pa.Table, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    rows = pc.drop_null(pc.index_in(ids, value_set=items["item_id"].combine_chunks()))
-    return np.bincount(rows.to_numpy().astype(np.int64), minlength=items.num_rows).astype(np.int64)
+    rows = rows_of(ids, items["item_id"])
+    return np.bincount(rows[rows >= 0], minlength=items.num_rows).astype(np.int64)

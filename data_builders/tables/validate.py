@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sidtune.core.errors import DataError, Problem, nearest
+from sidtune.data_builders.tables.columns import one_array
 from sidtune.data_builders.tables.history import ACTIONS
 from sidtune.data_builders.tables.schema import SPLITS, Tables
 from sidtune.data_builders.tables.splits import KINDS
@@ -113,8 +114,8 @@ class _Checks:
         self.unread = unread  # tables with file problems: nothing can be said about references into them
         self.users_given = users_given
         self.end = self._stated_end()
-        self.user_ids = _plain(data.users["user_id"])
-        self.item_ids = _plain(data.items["item_id"])
+        self.user_ids = one_array(data.users["user_id"])
+        self.item_ids = one_array(data.items["item_id"])
 
     def where(self, table: str) -> str:
         return self.names.get(table, "requests" if table in (ALL, *SPLITS) else table)
@@ -167,7 +168,7 @@ class _Checks:
         self._candidates(part, requests)
 
     def _candidates(self, part: str, requests: pa.Table) -> None:
-        lists = _plain(requests["candidates"])
+        lists = one_array(requests["candidates"])
         shown = pc.list_flatten(lists)
         owner = pc.list_parent_indices(lists).to_numpy()
         where, findings = self.where(part), self.findings
@@ -224,7 +225,7 @@ class _Checks:
         for n, part in enumerate(parts):
             for earlier in parts[:n]:
                 ids = self.data.requests[part]["request_id"]
-                rows = _rows(pc.is_in(ids, value_set=_plain(self.data.requests[earlier]["request_id"])))
+                rows = _rows(pc.is_in(ids, value_set=one_array(self.data.requests[earlier]["request_id"])))
                 what = f"occurs in {self.where(earlier)} too"
                 self.findings.rows(
                     self.where(part),
@@ -260,7 +261,7 @@ class _Checks:
         requests = pa.concat_tables([table.select(columns) for table in self.data.requests.values()])
         tied = np.flatnonzero(events["request_id"].is_valid().to_numpy())
         some = events.take(tied)
-        place = pc.index_in(some["request_id"], value_set=_plain(requests["request_id"]))
+        place = pc.index_in(some["request_id"], value_set=one_array(requests["request_id"]))
         lost = tied[_rows(pc.is_null(place))]
         where, ids = self.where("events"), events["request_id"]
         fix = "add the request or write null"
@@ -331,7 +332,7 @@ class _Checks:
     def _ids(self, part: str, table: pa.Table, column: str, *, unique: bool) -> None:
         if not table.num_rows:
             return
-        values = _plain(table[column])
+        values = one_array(table[column])
         blank = _rows(_blank(values))
         thing = column.removesuffix("_id")
         if len(blank) == len(values):
@@ -357,7 +358,7 @@ class _Checks:
     def _known(self, part: str, column: pa.ChunkedArray, name: str, known: pa.Array, table: str) -> None:
         if table in self.unread or (table == "users" and not self.users_given):
             return
-        values = _plain(column)
+        values = one_array(column)
         rows = _rows(pc.and_(pc.invert(pc.is_in(values, value_set=known)), pc.invert(_blank(values))))
         self.findings.rows(
             self.where(part),
@@ -390,7 +391,7 @@ class _Checks:
 
     def _names(self, part: str, table: pa.Table, column: str) -> None:
         """Name/value lists: no null entry and no blank name."""
-        lists = _plain(table[column])
+        lists = one_array(table[column])
         pairs = pc.list_flatten(lists)
         owner = pc.list_parent_indices(lists).to_numpy()
         blank = owner[_rows(pc.or_(pc.is_null(pairs), _blank(pc.struct_field(pairs, "name"))))]
@@ -398,17 +399,10 @@ class _Checks:
         self.findings.rows(self.where(part), column, blank, "an entry has no name", fix)
 
     def _no_null_parts(self, part: str, column: pa.ChunkedArray, name: str) -> None:
-        lists = _plain(column)
+        lists = one_array(column)
         owner = pc.list_parent_indices(lists).to_numpy()
         rows = owner[_rows(pc.is_null(pc.list_flatten(lists)))]
         self.findings.rows(self.where(part), name, rows, "an entry of the list is null", "remove it from the list")
-
-
-def _plain(column: pa.ChunkedArray) -> pa.Array:
-    made = column.combine_chunks()
-    if isinstance(made, pa.ChunkedArray):  # more text than one array can hold
-        made = made.cast(pa.large_string()).combine_chunks()
-    return made
 
 
 def _rows(mask: Any) -> np.ndarray:

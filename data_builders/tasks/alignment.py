@@ -25,29 +25,9 @@ import pyarrow as pa
 from datasets import Dataset
 
 from sidtune.data_builders.prompts.serializer import ITEM_FIELDS
-from sidtune.data_builders.tasks.behaviour import (
-    history_to_sid,
-    prompt_for_requests,
-    request_to_sid,
-    to_dataset,
-    whole_history,
-)
-from sidtune.data_builders.tasks.input import TaskInput, one_array, rows_of
-
-__all__ = [
-    "TaskInput",
-    "history_to_sid",
-    "item_text_to_query",
-    "item_to_sid",
-    "prompt_for_requests",
-    "query_to_item_text",
-    "query_to_sid",
-    "request_to_sid",
-    "sid_to_category",
-    "sid_to_item",
-    "text_to_category",
-    "whole_history",
-]
+from sidtune.data_builders.tables.columns import one_array, rows_of
+from sidtune.data_builders.tasks.behaviour import pieces_dataset
+from sidtune.data_builders.tasks.input import TaskInput
 
 Row = Mapping[str, Any]
 # Prompt and answer of one row, or None to skip it.
@@ -156,8 +136,8 @@ def _item_examples(data: TaskInput, task: str, limit: int | None, make: Maker) -
     made = [(row["item_id"], make(row)) for batch in table.to_batches(10_000) for row in batch.to_pylist()]
     done = [(key, *pair) for key, pair in made if pair is not None]
     data.count(task, items_without_sid=int((~known).sum()), items_without_text=len(made) - len(done))
-    keys, prompts, answers = [list(column) for column in zip(*done, strict=True)] or [[], [], []]
-    return _dataset(task, prompts, answers, keys)
+    keys = pa.array([key for key, *_ in done], pa.string())
+    return pieces_dataset(task, [[*prompt, answer] for _, prompt, answer in done], keys)
 
 
 def _query_examples(
@@ -177,31 +157,19 @@ def _query_examples(
     ids = data.sid_ids.take(pa.array(distinct)).to_pylist()
     rows = [row if row_of_item[d] >= 0 else {"item_id": i} for row, d, i in zip(known, distinct, ids, strict=True)]
     cache: dict[tuple[str, int], tuple[list[str], str] | None] = {}
-    prompts, answers, kept = [], [], []
+    examples, kept = [], []
     for number, (query, which) in enumerate(zip(queries.to_pylist(), place.reshape(-1).tolist(), strict=True)):
         if (query, which) not in cache:
             empty = not data.serializer.field(query, "query")
             cache[query, which] = None if empty else make(query, rows[which])
         pair = cache[query, which]
         if pair is not None:
-            prompts.append(pair[0])
-            answers.append(pair[1])
+            examples.append([*pair[0], pair[1]])
             kept.append(number)
     data.count(
         task,
         requests_without_query=int(found.strongest.sum()) - len(asked),
         requests_without_text=len(chosen) - len(kept),
     )
-    keys = one_array(data.requests["request_id"].take(pa.array(request[kept] if kept else [], pa.int64()))).to_pylist()
-    return _dataset(task, prompts, answers, keys)
-
-
-def _dataset(task: str, prompts: list[list[str]], answers: list[str], keys: list[str]) -> Dataset:
-    pieces = [[*prompt, answer] for prompt, answer in zip(prompts, answers, strict=True)]
-    length = np.fromiter(map(len, pieces), np.int64, len(pieces))
-    offsets = np.concatenate([[0], np.cumsum(length)])
-    texts = pa.array([str(piece) for row in pieces for piece in row], pa.string()).dictionary_encode()
-    learn = np.zeros(offsets[-1], bool)
-    learn[offsets[1:] - 1] = True
-    codes = texts.indices.to_numpy(zero_copy_only=False).astype(np.int64)
-    return to_dataset(task, texts.dictionary, offsets, codes, learn, pa.array(keys, pa.string()))
+    keys = one_array(data.requests["request_id"].take(pa.array(request[kept] if kept else [], pa.int64())))
+    return pieces_dataset(task, examples, keys)

@@ -13,6 +13,7 @@ Differs from the papers (TIGER, LC-Rec, OneSearch), which copy the history for e
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,9 +21,10 @@ import pyarrow as pa
 from datasets import Dataset
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.core.ragged import taken
+from sidtune.core.ragged import offsets_of, owners, taken
 from sidtune.data_builders.prompts.encoding import encoder_of
-from sidtune.data_builders.tasks.input import TaskInput, Turns, as_list, heads, one_array, render_turns, rows_of
+from sidtune.data_builders.tables.columns import one_array, rows_of
+from sidtune.data_builders.tasks.input import TaskInput, Turns, heads, render_turns
 
 _PIECES_AT_A_TIME = 2_000_000
 
@@ -43,17 +45,10 @@ class _Sequences:
     learn: np.ndarray
 
 
-@dataclass(frozen=True)
-class _Pool:
-    """Distinct texts of several kinds in one array; `first` is where each kind begins."""
-
-    texts: pa.Array
-    first: tuple[int, ...]
-
-    @classmethod
-    def of(cls, *kinds: list[str]) -> _Pool:
-        sizes = np.cumsum([0, *map(len, kinds)])
-        return cls(as_list([text for kind in kinds for text in kind]), tuple(sizes[:-1].tolist()))
+def _pool(*kinds: list[str]) -> tuple[pa.Array, list[int]]:
+    """Texts of several kinds in one array, and where each kind begins."""
+    texts = pa.array([str(text) for kind in kinds for text in kind], pa.string())
+    return texts, np.cumsum([0, *map(len, kinds)]).tolist()
 
 
 def to_dataset(
@@ -90,40 +85,43 @@ def to_dataset(
     return Dataset(pa.concat_tables(tables), fingerprint=digest.hexdigest())
 
 
+def pieces_dataset(task: str, examples: Sequence[Sequence[str]], keys: pa.Array, learned: int = 1) -> Dataset:
+    """Examples given as pieces, of which the last `learned` are learned, as a data set."""
+    offsets = offsets_of([len(pieces) for pieces in examples])
+    flat = pa.array([str(piece) for pieces in examples for piece in pieces], pa.string()).dictionary_encode()
+    learn = np.zeros(offsets[-1], bool)
+    for back in range(1, learned + 1):
+        learn[offsets[1:] - back] = True
+    return to_dataset(task, flat.dictionary, offsets, flat.indices.to_numpy().astype(np.int64), learn, keys)
+
+
 def _interleave(offsets: np.ndarray, text: np.ndarray, sid: np.ndarray, ends: int) -> tuple[np.ndarray, np.ndarray]:
     """Room for head + (text, sid) per turn + `ends` more pieces.
 
     Returns new offsets and the codes with turns filled in.
     """
-    length = 2 * np.diff(offsets) + 1 + ends
-    new = np.concatenate([[0], np.cumsum(length)])
+    new = offsets_of(2 * np.diff(offsets) + 1 + ends)
     codes = np.empty(new[-1], np.int64)
-    row = np.repeat(np.arange(len(length)), np.diff(offsets))
+    row = owners(offsets)
     place = new[row] + 1 + 2 * (np.arange(len(text)) - offsets[row])
     codes[place], codes[place + 1] = text, sid
     return new, codes
 
 
-def _window(
-    data: TaskInput, requests: pa.Table, rows: np.ndarray, max_history: int | None
-) -> tuple[np.ndarray, np.ndarray, pa.Array]:
-    """Turns before each of the requests `rows`: their offsets, the rows of the turns, and the user of each request."""
+def window(data: TaskInput, asked: pa.Table, max_history: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The last turns before each of the requests `asked`: their offsets, and the rows of the turns."""
     turns = data.turns
-    users = one_array(requests["user_id"].take(pa.array(rows)))
-    times = requests["time"].to_numpy()[rows]
     limit = data.max_history if max_history is None else max_history
-    found = turns.history.before(users, times, limit)
-    own = rows_of(requests["request_id"], data.shown["request_id"])[rows]
-    parent = np.repeat(np.arange(len(rows)), np.diff(found.offsets))
+    found = turns.history.before(one_array(asked["user_id"]), asked["time"].to_numpy(), limit)
+    own = rows_of(asked["request_id"], data.shown["request_id"])
+    parent = owners(found.offsets)
     # An action logged before its own request would show the answer.
     other = (own[parent] < 0) | (turns.request[found.rows] != own[parent])
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(parent[other], minlength=len(rows)))])
-    return offsets, found.rows[other], users
+    return offsets_of(np.bincount(parent[other], minlength=len(own))), found.rows[other]
 
 
 def _windowed(
     data: TaskInput,
-    task: str,
     requests: pa.Table,
     rows: np.ndarray,
     target: np.ndarray | None,
@@ -133,29 +131,28 @@ def _windowed(
 ) -> tuple[pa.Array, np.ndarray, np.ndarray, np.ndarray]:
     """Composes windowed pieces; returns the pool's texts, offsets, codes, and which of `rows` were kept."""
     turns = data.turns
-    offsets, past, users = _window(data, requests, rows, max_history)
+    asked = requests.take(pa.array(rows))
+    offsets, past = window(data, asked, max_history)
+    kept = np.arange(len(rows))
     if need_history:
         kept = np.flatnonzero(np.diff(offsets) > 0)
         place, offsets = taken(offsets, kept)
-        past, users, rows = past[place], users.take(pa.array(kept)), rows[kept]
+        past, asked, rows = past[place], asked.take(pa.array(kept)), rows[kept]
         target = None if target is None else target[kept]
-    else:
-        kept = np.arange(len(rows))
-    head, head_texts = heads(data, users)
-    asked = requests.take(pa.array(rows))
+    head, head_texts = heads(data, one_array(asked["user_id"]))
     query, context = one_array(asked["query"]), one_array(asked["context"])
     if not asks:
         query, context = pa.nulls(len(rows), query.type), pa.nulls(len(rows), context.type)
     last, last_texts = render_turns(data.serializer, query, context)
-    pool = _Pool.of(head_texts, turns.texts, last_texts, data.sid_texts)
+    texts, first = _pool(head_texts, turns.texts, last_texts, data.sid_texts)
     new, codes = _interleave(
-        offsets, pool.first[1] + turns.text[past], pool.first[3] + turns.item[past], 1 if target is None else 2
+        offsets, first[1] + turns.text[past], first[3] + turns.item[past], 1 if target is None else 2
     )
-    codes[new[:-1]] = pool.first[0] + head
-    codes[new[1:] - (1 if target is None else 2)] = pool.first[2] + last
+    codes[new[:-1]] = first[0] + head
+    codes[new[1:] - (1 if target is None else 2)] = first[2] + last
     if target is not None:
-        codes[new[1:] - 1] = pool.first[3] + target
-    return pool.texts, new, codes, kept
+        codes[new[1:] - 1] = first[3] + target
+    return texts, new, codes, kept
 
 
 def _request_examples(
@@ -166,7 +163,7 @@ def _request_examples(
     chosen = data.choose(task, chosen, limit)
     rows = found.request[chosen]
     texts, offsets, codes, kept = _windowed(
-        data, task, data.requests, rows, found.item[chosen], asks=asks, need_history=need_history
+        data, data.requests, rows, found.item[chosen], asks=asks, need_history=need_history
     )
     learn = np.zeros(len(codes), bool)
     learn[offsets[1:] - 1] = True
@@ -202,9 +199,7 @@ def prompt_for_requests(data: TaskInput, requests: pa.Table, max_history: int | 
         requests: any requests, in the `requests` schema.
         max_history: turns of history, default `data.max_history`.
     """
-    texts, offsets, codes, _ = _windowed(
-        data, "prompt", requests, np.arange(requests.num_rows), None, max_history=max_history
-    )
+    texts, offsets, codes, _ = _windowed(data, requests, np.arange(requests.num_rows), None, max_history)
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), texts.take(pa.array(codes))).to_pylist()
 
 
@@ -302,14 +297,14 @@ def _sequences(data: TaskInput, limit: int | None) -> _Sequences:
     users = users.take(pa.array(data.choose("whole_history", np.arange(len(users)), limit)))
     found = turns.history.before(users, _cut(data, users), None)
     head, head_texts = heads(data, users)
-    pool = _Pool.of(head_texts, turns.texts, data.sid_texts)
+    texts, first = _pool(head_texts, turns.texts, data.sid_texts)
     return _Sequences(
         users,
         found.offsets,
-        pool.texts,
-        pool.first[0] + head,
-        pool.first[1] + turns.text[found.rows],
-        pool.first[2] + turns.item[found.rows],
+        texts,
+        first[0] + head,
+        first[1] + turns.text[found.rows],
+        first[2] + turns.item[found.rows],
         _fair(turns, found.rows, found.offsets),
     )
 
@@ -335,7 +330,7 @@ def _whole_examples(data: TaskInput, sequences: _Sequences, chunks: np.ndarray, 
         raise DataError(
             "whole_history finds no target; check `until`, and that events carry the ids of train requests."
         )
-    span = np.concatenate([[0], np.cumsum(end - begin)])
+    span = offsets_of(end - begin)
     place = np.repeat(begin - span[:-1], end - begin) + np.arange(span[-1])
     offsets, codes = _interleave(span, sequences.text[place], sequences.sid[place], 0)
     codes[offsets[:-1]] = sequences.head[user]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -20,9 +20,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.core.ragged import Ragged
+from sidtune.core.ragged import Ragged, offsets_of
 from sidtune.data_builders.prompts.encoding import SID_TEXT
 from sidtune.data_builders.prompts.serializer import Serializer
+from sidtune.data_builders.tables.columns import encode, one_array, rows_of
 from sidtune.data_builders.tables.history import History, TimeCut, action_strength
 from sidtune.data_builders.tables.store import DataFolder
 
@@ -211,13 +212,6 @@ class TaskInput:
         return self.requests if self.context_requests is None else self.context_requests
 
 
-def rows_of(values: pa.ChunkedArray | pa.Array, known: pa.ChunkedArray | pa.Array) -> np.ndarray:
-    """(n,) int64: place of each value in `known`; -1 for null and unknown ones."""
-    known = known.combine_chunks() if isinstance(known, pa.ChunkedArray) else known
-    found = pc.fill_null(pc.index_in(values, value_set=known), -1).to_numpy().astype(np.int64)
-    return np.where(pc.is_valid(values).to_numpy(zero_copy_only=False), found, -1) if known.null_count else found
-
-
 def find_positives(data: TaskInput, requests: pa.Table) -> Positives:
     """The positives of any requests table; unknown items and items without a SID are left out."""
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
@@ -277,15 +271,8 @@ def _context_keys(context: pa.Array) -> pa.Array:
     # Sanitising turns the separators into spaces too, so texts that differ in that alone render alike.
     parts = [pc.replace_substring_regex(pc.fill_null(flat.field(n), ""), "[\x1e\x1f]", " ") for n in ("name", "value")]
     words = pc.binary_join_element_wise(*parts, "\x1f")
-    lengths = pc.fill_null(pc.list_value_length(context), 0).to_numpy().astype(np.int64)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    offsets = offsets_of(pc.fill_null(pc.list_value_length(context), 0).to_numpy())
     return pc.binary_join(pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), words.cast(pa.string())), "\x1e")
-
-
-def one_array(column: pa.ChunkedArray) -> pa.Array:
-    """A column as one Arrow array."""
-    array = column.combine_chunks()
-    return array if isinstance(array, pa.Array) else pa.concat_arrays(array.chunks)
 
 
 def _factor(*keys: np.ndarray) -> np.ndarray:
@@ -311,11 +298,11 @@ def make_turns(data: TaskInput) -> Turns:
     time, strength = events["time"].to_numpy(), action_strength(events["action"]).astype(np.int64)
     request = rows_of(events["request_id"], data.shown["request_id"])
     named = events["request_id"].is_valid().to_numpy()
-    users = _codes(events["user_id"])
+    users = encode(events["user_id"])[0]
 
     order = np.lexsort((data.item_rank[item], strength, time))
     # Request ids that no table explains still keep their events apart.
-    source = np.where(named, _codes(events["request_id"]), -1)
+    source = np.where(named, encode(events["request_id"])[0], -1)
     moment = np.where(named, 0, time)
     _, first = np.unique(_factor(users, source, moment, item)[order], return_index=True)
     rows = order[np.sort(first)]
@@ -334,11 +321,6 @@ def make_turns(data: TaskInput) -> Turns:
     return Turns(events, item, request, asked, trains, text, texts, data.history(events))
 
 
-def _codes(column: pa.ChunkedArray) -> np.ndarray:
-    coded = one_array(column).dictionary_encode()
-    return pc.fill_null(coded.indices, -1).to_numpy().astype(np.int64)
-
-
 def heads(data: TaskInput, user_ids: pa.Array) -> tuple[np.ndarray, list[str]]:
     """Renders the users' heads: (n,) entry of each user in the texts, and the texts.
 
@@ -352,8 +334,3 @@ def heads(data: TaskInput, user_ids: pa.Array) -> tuple[np.ndarray, list[str]]:
         for place, number in enumerate(distinct)
     ]
     return codes.reshape(-1), texts
-
-
-def as_list(texts: Sequence[str]) -> pa.Array:
-    """Texts as an Arrow string array; `Piece` objects become plain strings."""
-    return pa.array([str(text) for text in texts], pa.string())

@@ -28,9 +28,11 @@ from datasets import Dataset
 
 from sidtune.core.errors import ConfigError, DataError, nearest
 from sidtune.core.folders import fingerprint
+from sidtune.core.ragged import owners
 from sidtune.data_builders.prompts.encoding import encoder_of, token_ids
-from sidtune.data_builders.tasks.behaviour import prompt_for_requests, to_dataset
-from sidtune.data_builders.tasks.input import TaskInput, one_array, rows_of
+from sidtune.data_builders.tables.columns import encode, one_array, rows_of
+from sidtune.data_builders.tasks.behaviour import pieces_dataset, prompt_for_requests, window
+from sidtune.data_builders.tasks.input import TaskInput
 
 logger = logging.getLogger(__name__)
 
@@ -143,10 +145,10 @@ def _of_items(data: TaskInput, column: str) -> pa.Array:
 def _features(data: TaskInput, request: np.ndarray) -> list[dict[str, str]]:
     """What can be said of each request from itself and its user's past."""
     asked = data.requests.take(pa.array(request))
-    offsets, item = _past_items(data, asked)
-    owner = np.repeat(np.arange(len(request)), np.diff(offsets))
-    category, names = _numbered(_last_level(_of_items(data, "category")))
-    brand, brands = _numbered(_of_items(data, "brand"))
+    offsets, past = window(data, asked, min(RECENT, data.max_history))
+    owner, item = owners(offsets), data.turns.item[past]
+    (category, names), (brand, brands) = _leaves(data), encode(_of_items(data, "brand"))
+    names, brands = names.to_pylist(), brands.to_pylist()
     liked = _most_frequent(owner, category[item], len(request))
     bought = _most_frequent(owner, brand[item], len(request))
     level = _most_frequent(owner, _price_level(data, category)[item], len(request))
@@ -157,11 +159,12 @@ def _features(data: TaskInput, request: np.ndarray) -> list[dict[str, str]]:
     for place, (query, context) in enumerate(
         zip(asked["query"].to_pylist(), asked["context"].to_pylist(), strict=True)
     ):
+        title = clean(titles[latest[place]], "title") if latest[place] >= 0 else ""
         where = [clean(pair["value"], "context") for pair in (context or [])[:3]]
         rows.append(
             {
                 "words": f"wants {clean(query, 'query')}" if query else "",
-                "recent": _latest(clean(titles[latest[place]], "title") if latest[place] >= 0 else ""),
+                "recent": f"after {' '.join(title.split()[:RECENT_WORDS])}" if title else "",
                 "category": f"often {clean(names[liked[place]], 'category')}" if liked[place] >= 0 else "",
                 "brand": f"likes {clean(brands[bought[place]], 'brand')}" if bought[place] >= 0 else "",
                 "price": f"price {PRICE_LEVELS[level[place]]}" if level[place] >= 0 else "",
@@ -171,30 +174,9 @@ def _features(data: TaskInput, request: np.ndarray) -> list[dict[str, str]]:
     return rows
 
 
-def _latest(title: str) -> str:
-    return f"after {' '.join(title.split()[:RECENT_WORDS])}" if title else ""
-
-
-def _past_items(data: TaskInput, asked: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """Items of the last turns before each request: offsets, and rows of `data.sid_ids`."""
-    turns = data.turns
-    users, times = one_array(asked["user_id"]), asked["time"].to_numpy()
-    found = turns.history.before(users, times, min(RECENT, data.max_history))
-    own = rows_of(asked["request_id"], data.shown["request_id"])
-    owner = np.repeat(np.arange(len(times)), np.diff(found.offsets))
-    # An action logged before its own request would tell the answer.
-    other = (own[owner] < 0) | (turns.request[found.rows] != own[owner])
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(owner[other], minlength=len(times)))])
-    return offsets, turns.item[found.rows[other]]
-
-
-def _last_level(paths: pa.Array) -> pa.Array:
-    return pa.array([path[-1] if path else None for path in paths.to_pylist()], pa.string())
-
-
-def _numbered(values: pa.Array) -> tuple[np.ndarray, list[str]]:
-    coded = values.dictionary_encode()
-    return pc.fill_null(coded.indices, -1).to_numpy().astype(np.int64), coded.dictionary.to_pylist()
+def _leaves(data: TaskInput) -> tuple[np.ndarray, pa.Array]:
+    """Finest category of each of `data.sid_ids` as codes, -1 for none, and the distinct ones."""
+    return encode(pa.array([path[-1] if path else None for path in _of_items(data, "category").to_pylist()], pa.string()))
 
 
 def _most_frequent(owner: np.ndarray, value: np.ndarray, rows: int) -> np.ndarray:
@@ -324,7 +306,7 @@ def reason_to_sid(
     for prompt, text, item in zip(prompts, found.text, found.item.tolist(), strict=True):
         answer = [marked(text), data.sid_texts[item], tokenizer.eos_token]
         examples.append([*_fitting(tokenizer, prompt, answer, max_tokens), *answer])
-    return _dataset(examples, one_array(requests["request_id"]))
+    return pieces_dataset("reason_to_sid", examples, one_array(requests["request_id"]), learned=3)
 
 
 # Added tokens that the task itself writes; any other added token in a text piece is refused when examples are encoded.
@@ -344,12 +326,3 @@ def _fitting(tokenizer: Any, prompt: list[str], answer: list[str], max_tokens: i
         room += int(size[first] + size[first + 1])
         first += 2
     return [prompt[0], *prompt[first:]]
-
-
-def _dataset(examples: list[list[str]], keys: pa.Array) -> Dataset:
-    flat = pa.array([piece for pieces in examples for piece in pieces], pa.string()).dictionary_encode()
-    offsets = np.concatenate([[0], np.cumsum([len(pieces) for pieces in examples])]).astype(np.int64)
-    learn = np.zeros(offsets[-1], bool)
-    for back in (1, 2, 3):
-        learn[offsets[1:] - back] = True
-    return to_dataset("reason_to_sid", flat.dictionary, offsets, flat.indices.to_numpy().astype(np.int64), learn, keys)

@@ -94,10 +94,3 @@ def load_requests(
     codes, offsets, order = retriever.sids.paths()
     leaf_of_row[order] = np.repeat(np.arange(len(codes)), np.diff(offsets))
     return ReasoningRequests(data, source, reasoner, data.requests[split].take(pa.array(rows)), item, leaf_of_row[item])
-
-
-def drawn(count: int, limit: int | None, seed: int) -> np.ndarray:
-    """Row numbers of at most `limit` of `count` rows, drawn at random, rising."""
-    if limit is None or limit >= count:
-        return np.arange(count)
-    return np.sort(np.random.default_rng(seed).choice(count, limit, replace=False))

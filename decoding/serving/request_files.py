@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sidtune.core.errors import DataError, Problem, SidtuneError, nearest
+from sidtune.core.ragged import drawn
 from sidtune.data_builders.tables.history import History
 from sidtune.data_builders.tables.store import DataFolder
 from sidtune.data_builders.tables.table_files import SHOWN_PER_KIND
@@ -155,11 +156,7 @@ class SplitRequests:
     ) -> None:
         prompter.sids.check_items(data.items, data.path, whole=True)
         requests, self._prompter, self._rules = data.requests[split], prompter, rules
-        if most is not None and most < requests.num_rows:
-            requests = requests.take(
-                np.sort(np.random.default_rng(seed).choice(requests.num_rows, most, replace=False))
-            )
-        self._requests = requests.combine_chunks()
+        self._requests = requests.take(drawn(requests.num_rows, most, seed)).combine_chunks()
         self.ids = self._requests[ID].to_pylist()
         if not self.ids:
             raise DataError(f"The split '{split}' of {data.path} holds no requests; choose another one.")

@@ -6,23 +6,14 @@ Counts are of the past only: `training_events` keeps what lies before the held-o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from sidtune.core.errors import ConfigError, DataError, nearest
-from sidtune.data_builders.tables.splits import training_cut
-
-
-class Folder(Protocol):
-    """The part of a loaded data folder that is read here (see `data_builders/tables/store.py`)."""
-
-    items: pa.Table
-    events: pa.Table
-    requests: Mapping[str, pa.Table]
-    meta: dict[str, Any]
+from sidtune.data_builders.tables.past import Folder, past_events
 
 
 def item_rows(ids: Any, items: pa.Table, what: str) -> np.ndarray:
@@ -52,17 +43,8 @@ def item_rows(ids: Any, items: pa.Table, what: str) -> np.ndarray:
 
 
 def training_events(folder: Folder) -> pa.Table:
-    """Events that training may see: those strictly before the cut of the split (see `splits.training_cut`).
-
-    Raises:
-        DataError: nothing is left.
-    """
-    held = [folder.requests[name] for name in ("valid", "test") if name in folder.requests]
-    events = folder.events
-    if held:
-        late = pa.concat_tables(table.select(["user_id", "time"]) for table in held)
-        cut = training_cut(late, np.full(late.num_rows, "test"), folder.meta.get("split") or {})
-        events = events.filter(pa.array(events["time"].to_numpy() < cut.of(events["user_id"])))
+    """Events that training may see, see `past_events`. Raises DataError when there are none."""
+    events = past_events(folder)
     if not events.num_rows:
         raise DataError("No event lies before the valid and test requests; baselines and slices need training events.")
     return events

@@ -7,7 +7,7 @@ from typing import Any
 
 from sidtune.core.folders import read_json
 from sidtune.metrics.report.data import PanelCurves, StageCurve
-from sidtune.tokenizers.quantizers.base import CONFIG_FILE, CURVE_FILE
+from sidtune.tokenizers.quantizers.base import CURVE_FILE
 from sidtune.tokenizers.sids.semantic_ids import LETTERS
 
 
@@ -36,7 +36,7 @@ def quantizer_curves(folder: Path) -> list[PanelCurves]:
         "codes in use": {f"level {LETTERS[n]}": used + LETTERS[n] for n in range(len(curves[0]["used"]))},
         "codes moved": {"codes": "revived"} if any(epoch.get("revived") for epoch in curves) else {},
     }
-    name = f"semantic IDs, {read_json(folder / CONFIG_FILE)['quantizer']}"
+    name = f"semantic IDs, {read_json(folder / 'quantizer_config.json')['quantizer']}"
     return [PanelCurves.from_log_history(name, log, panels, unit="epoch")]
 
 

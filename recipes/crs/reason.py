@@ -22,7 +22,7 @@ from sidtune.core.config import as_dict, check_range, command
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import write_folder, write_json, write_run, writes
 from sidtune.core.pipeline import Step
-from sidtune.core.ragged import gathered, own_rows
+from sidtune.core.ragged import drawn, gathered, own_rows
 from sidtune.metrics.baselines.relevance import LABELS, check_labels, relevance_of
 from sidtune.metrics.ranking import RankingResult, check_metrics, evaluate_ranking
 
@@ -89,7 +89,7 @@ def main(arguments: Arguments) -> None:
     import torch
     from accelerate import PartialState
 
-    from sidtune.decoding.retrieval.reasoning_requests import drawn, load_requests
+    from sidtune.decoding.retrieval.reasoning_requests import load_requests
 
     # Several CPU processes form a group only when told that the CPU is meant.
     started, state = time.time(), PartialState(cpu=not torch.accelerator.is_available())

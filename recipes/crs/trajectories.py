@@ -25,7 +25,7 @@ from sidtune.core.config import as_dict, check_range, command
 from sidtune.core.errors import ConfigError, DataError, nearest
 from sidtune.core.folders import write_folder, write_run, writes
 from sidtune.core.pipeline import Step, check_there
-from sidtune.core.ragged import own_rows
+from sidtune.core.ragged import drawn, own_rows
 from sidtune.data_builders.tasks.input import rows_of
 
 FILE = "trajectories.jsonl"
@@ -131,7 +131,6 @@ def _sampled(arguments: Arguments, found: Any, state: Any) -> tuple[list[tuple[i
     from tqdm.auto import tqdm
 
     from sidtune.decoding.retrieval.reasoner import sample_trajectories
-    from sidtune.decoding.retrieval.reasoning_requests import drawn
 
     if arguments.hard_set is not None:
         found = found.take(hard_rows(arguments.hard_set, found.requests["request_id"]))
@@ -186,7 +185,6 @@ def _given(arguments: Arguments, found: Any, state: Any) -> tuple[list[tuple[int
     """Templated or a teacher's reasonings; made by the main process alone, because they are few."""
     from sidtune.data_builders.tasks.reasoning import ASPECTS, read_reasonings, templated
     from sidtune.decoding.retrieval.reasoner import accept
-    from sidtune.decoding.retrieval.reasoning_requests import drawn
 
     if not state.is_main_process:
         return [], {}

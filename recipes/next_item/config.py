@@ -11,8 +11,8 @@ from sidtune.core.errors import ConfigError, nearest
 from sidtune.data_builders.sequences.source import SequenceSource
 from sidtune.metrics.registry import BASELINES
 from sidtune.metrics.statistics.bootstrap import check_bootstrap
-from sidtune.tokenizers.registry import QUANTIZERS
-from sidtune.tokenizers.sids.learned import made_by
+from sidtune.recipes.over_seeds import check_seeds
+from sidtune.tokenizers.registry import QUANTIZERS, made_by
 from sidtune.tokenizers.sids.sequence_sids import PUBLISHED, quantizer_spec
 
 
@@ -114,8 +114,7 @@ class Arguments:
 
     def __post_init__(self) -> None:
         self.data()
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise ConfigError(f"seeds must be different integers, at least one, got {self.seeds}.")
+        check_seeds(self.seeds)
         names = [*self.systems, *self.ensembles, *self.baselines]
         if len(set(names)) < len(names) or any("/" in name or name in ("test", "") for name in names):
             raise ConfigError("Systems, ensembles and baselines need different names without '/', and none is 'test'.")

@@ -14,21 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from sidtune.core.config import as_dict
 from sidtune.core.folders import RUN_FILE, fingerprint, read_json, versions, write_folder, write_json, write_run
 from sidtune.data_builders.sequences.item_sequences import ItemSequences, SequenceExamples
 from sidtune.data_builders.tables.schema import Tables
-from sidtune.decoding.next_item.ensembles import (
-    Member,
-    NetworkMember,
-    fit_baseline,
-    rank_together,
-    weights_of,
-)
+from sidtune.decoding.next_item.ensembles import Member, NetworkMember, fit_baseline, rank_together, weights_of
 from sidtune.metrics.report.readme_table import publish
-from sidtune.metrics.statistics.bootstrap import holm, paired_bootstrap
+from sidtune.metrics.statistics.bootstrap import paired_bootstrap
 from sidtune.metrics.statistics.sequence_slices import markdown_slices, mean_slices, slices
 from sidtune.recipes.next_item.config import Arguments
+from sidtune.recipes.over_seeds import adjusted, difference, means, spread, table
 from sidtune.trainers.next_item.trainer import FitSettings, draw_users, measure_targets
 
 PLACES = 20
@@ -64,13 +58,11 @@ def report(who: Rankings) -> dict[str, Any]:
         "split": "test" if arguments.test else "valid",
         "users": len(who.examples),
         "catalogue": len(sequences.item_ids),
-        "seeds": arguments.seeds,
-        "num_beams": arguments.num_beams,
-        "exclude_seen": arguments.exclude_seen,
+        **{name: getattr(arguments, name) for name in ("seeds", "num_beams", "exclude_seen")},
         "systems": {name: summary(row) for name, row in rows.items()},
         "untrained": [name for name in names if name not in rows],
         "paired": paired(arguments, rows, per_user),
-        "where": where(arguments, ranks, per_user, sequences, who.examples),
+        "where": where(who, ranks, per_user),
         "machine": {"processor": platform.machine(), "system": platform.system()},
         "versions": versions(),
     }
@@ -116,18 +108,16 @@ class Rankings:
         """
         seed_of = 0 if self.kind(name) == "baseline" else seed
         if (name, seed_of) not in self._ranked:
-            self._ranked[name, seed_of] = (
-                self._rank(name, seed) if self.kind(name) == "baseline" else self._stored(name, seed)
-            )
+            rank = self._rank if self.kind(name) == "baseline" else self._stored
+            self._ranked[name, seed_of] = rank(name, seed)
         return self._ranked[name, seed_of]
 
     def valid_figure(self, name: str, seed: int) -> float:
         """Validation NDCG@10: by which a network was chosen, or of an ensemble or baseline on the users of its first network."""
-        if self.kind(name) == "model":
-            return read_json(self.arguments.folder(seed, name) / RUN_FILE)["metrics"][f"valid_{PRIMARY}"]
-        if self.kind(name) == "ensemble":
-            return read_json(self._folder(name, seed) / RUN_FILE)["metrics"][f"valid_{PRIMARY}"]
-        return self._valid_figure(name, seed)
+        if self.kind(name) == "baseline":
+            return self._valid_figure(name, seed)
+        folder = self.arguments.folder(seed, name) if self.kind(name) == "model" else self._folder(name, seed)
+        return read_json(folder / RUN_FILE)["metrics"][f"valid_{PRIMARY}"]
 
     def cost(self, name: str, seeds: list[int]) -> dict[str, Any]:
         """Sums over the members, means over the seeds; and the validation figures by which rows are compared."""
@@ -149,9 +139,7 @@ class Rankings:
         folder, weights = self._folder(name, seed), self.weights(name)
         models = {member: fingerprint(self.arguments.folder(seed, member)) for member in self.networks(name)}
         config = {"models": models, "num_beams": self.arguments.num_beams, "exclude_seen": self.arguments.exclude_seen}
-        if (
-            self.kind(name) == "ensemble"
-        ):  # an ensemble of other weights or of another number of candidates is another row
+        if self.kind(name) == "ensemble":  # of other weights, or of another number of candidates, it is another row
             config |= {"weights": weights, "candidates": PLACES}
         if (folder / RUN_FILE).exists() and read_json(folder / RUN_FILE)["config"] == config:
             return load_file(folder / "ranked.safetensors")
@@ -217,38 +205,34 @@ def load_member(arguments: Arguments, name: str, seed: int, sequences: ItemSeque
 
 
 def where(
-    arguments: Arguments,
-    ranks: dict[str, dict[int, dict[str, np.ndarray]]],
-    per_user: dict[str, dict[int, np.ndarray]],
-    sequences: ItemSequences,
-    examples: SequenceExamples,
+    who: Rankings, ranks: dict[str, dict[int, dict[str, np.ndarray]]], per_user: dict[str, dict[int, np.ndarray]]
 ) -> dict[str, Any]:
     """Figures of each row by slices of the users, with the SIDs of the first trained system; see `sequence_slices`."""
     from sidtune.decoding.next_item.ranking import SequenceCatalogue
     from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 
+    arguments, sequences = who.arguments, who.sequences
     trained = [arguments.folder(seed, name) for name in arguments.systems for seed in arguments.seeds]
     first = next((folder for folder in trained if (folder / RUN_FILE).exists()), None)
     if first is None:
         return {}
     codes = SequenceCatalogue.of(SemanticIds.from_pretrained(first / "sids"), sequences).codes
-    found = {}
-    for name, rankings in ranks.items():
-        values = per_user[name]
-        parts = [slices(r["rows"], values[seed], sequences, examples, codes) for seed, r in rankings.items()]
-        found[name] = mean_slices(parts)
-    return found
+
+    def sliced(name: str) -> dict[str, Any]:
+        rows = {seed: ranking["rows"] for seed, ranking in ranks[name].items()}
+        return mean_slices(
+            [slices(r, per_user[name][seed], sequences, who.examples, codes) for seed, r in rows.items()]
+        )
+
+    return {name: sliced(name) for name in ranks}
 
 
 def summary(row: dict[str, Any]) -> dict[str, Any]:
     """Mean, sample standard deviation and values over the seeds of every metric of a row, under both rules."""
-    found: dict[str, dict[str, Any]] = {"metrics": {}, "other_rule": {}}
-    for rule, metrics in found.items():
+    found = {}
+    for rule in ("metrics", "other_rule"):
         by_seed = list(row[rule].values())
-        for metric in by_seed[0]:
-            values = [means[metric] for means in by_seed]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            metrics[metric] = {"mean": statistics.fmean(values), "std": spread, "values": values}
+        found[rule] = {metric: spread([one[metric] for one in by_seed]) for metric in by_seed[0]}
     return {"kind": row["kind"], "seeds": len(row["metrics"]), **found, **row["cost"]}
 
 
@@ -269,37 +253,26 @@ def paired(arguments: Arguments, rows: dict[str, Any], per_user: dict[str, dict[
             continue
         one, other = (np.mean([per_user[n][seed] for seed in common], axis=0) for n in (best, name))
         pairs[name] = paired_bootstrap(one, other, arguments.level, arguments.samples)
-    adjusted = holm([pair.p_value for pair in pairs.values()]) if pairs else []
-    against = {
-        name: {**as_dict(pair), "adjusted_p_value": p_value}
-        for (name, pair), p_value in zip(pairs.items(), adjusted, strict=True)
-    }
-    return {"best_by_validation": best, "against": against}
+    return {"best_by_validation": best, "against": adjusted(pairs)}
 
 
 def markdown(record: dict[str, Any]) -> str:
     """The table of a README."""
-    columns = [
-        *SHOWN,
-        *(f"{metric}*" for metric in OTHER),
-        "valid ndcg@10",
-        "parameters, M",
-        "training FLOPs",
-        "minutes",
-    ]
-    lines = ["| system | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    columns = ["system", *SHOWN, *(f"{metric}*" for metric in OTHER)]
+    columns += ["valid ndcg@10", "parameters, M", "training FLOPs", "minutes"]
+    rows = []
     for name, row in record["systems"].items():
-        cells = [f"{row['metrics'][m]['mean']:.4f} ± {row['metrics'][m]['std']:.4f}" for m in SHOWN]
-        cells += [f"{row['other_rule'][m]['mean']:.4f}" for m in OTHER]
+        cells = [name, *means(row, SHOWN), *(f"{row['other_rule'][m]['mean']:.4f}" for m in OTHER)]
         valid = f"{row['valid_ndcg@10']['mean']:.4f}" if "valid_ndcg@10" in row else ""
         costs = (("parameters", 1e6, ".2f"), ("training_flops", 1.0, ".1e"), ("training_seconds", 60, ".1f"))
         cost = [format(row[key] / unit, form) if key in row else "" for key, unit, form in costs]
-        lines.append("| " + " | ".join([name, *cells, valid, *cost]) + " |")
+        rows.append([*cells, valid, *cost])
     seeds = ", ".join(map(str, record["seeds"]))
     rules = ["ranked like any other (the baselines leave them out where users hardly repeat)", "left out"]
     seen, other = rules[record["exclude_seen"]], rules[not record["exclude_seen"]]
     threads = sorted({row["threads"] * row["processes"] for row in record["systems"].values() if "threads" in row})
-    lines += [
+    lines = [
+        *table(columns, rows),
         "",
         f"{record['split'].capitalize()} targets of {record['users']:,} users, leave-one-out, whole catalogue of "
         f"{record['catalogue']:,} items, {record['num_beams']} beams; items the user has are {seen}; in the columns with a star "
@@ -310,9 +283,6 @@ def markdown(record: dict[str, Any]) -> str:
         lines += ["", f"Not trained, so not in the table: {', '.join(record['untrained'])}.", ""]
     for name, pair in record["paired"].get("against", {}).items():
         best = record["paired"]["best_by_validation"]
-        lines.append(
-            f"{best} minus {name} on {PRIMARY}: {pair['difference']:+.4f} [{pair['low']:+.4f}, {pair['high']:+.4f}], "
-            f"p = {pair['adjusted_p_value']:.3f}."
-        )
+        lines.append(f"{best} minus {name} on {PRIMARY}: {difference(pair)}, p = {pair['adjusted_p_value']:.3f}.")
     lines += markdown_slices(record["where"])
     return "\n".join(lines) + "\n"

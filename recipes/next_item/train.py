@@ -24,9 +24,9 @@ from sidtune.core.errors import DataError
 from sidtune.core.folders import RUN_FILE, check_output, read_json, write_json, write_run, writes
 from sidtune.core.processes import launch, on_main
 from sidtune.core.resume import Work, identity_of
-from sidtune.data_builders.sequences.item_sequences import ItemSequences, SequenceExamples
+from sidtune.data_builders.sequences.item_sequences import ItemSequences
 from sidtune.metrics.report.readme_table import check_readme
-from sidtune.recipes.next_item.config import Arguments, System
+from sidtune.recipes.next_item.config import Arguments
 from sidtune.tokenizers.sids.sequence_sids import PUBLISHED, item_vectors, make_sids, needed_file
 
 CURVE_FILE = "curve.json"
@@ -62,13 +62,6 @@ def trainable(arguments: Arguments, sequences: ItemSequences) -> list[str]:
     return kept
 
 
-def examples_of(system: System, sequences: ItemSequences) -> SequenceExamples:
-    """The training examples of a system."""
-    if system.examples == "whole":
-        return sequences.whole_examples(system.max_history)
-    return sequences.window_examples(system.max_history)
-
-
 def fit(arguments: Arguments, name: str, seed: int, sequences: ItemSequences) -> None:
     """Trains one system with one seed and writes its folder, unless it is there already."""
     import torch
@@ -88,7 +81,8 @@ def fit(arguments: Arguments, name: str, seed: int, sequences: ItemSequences) ->
     catalogue = SequenceCatalogue.of(make_sids(system.sids, arguments.data(), sequences), sequences)
     sizes = catalogue.sids.level_sizes
     shape, noise, settings = system.parts(f"systems.{name}", list(sizes), len(sequences.item_ids))
-    rows = NextItemRows(sequences, examples_of(system, sequences), catalogue.codes, sizes, noise, system.packed)
+    make = sequences.whole_examples if system.examples == "whole" else sequences.window_examples
+    rows = NextItemRows(sequences, make(system.max_history), catalogue.codes, sizes, noise, system.packed)
     torch.manual_seed(seed)
     network = make_network(shape)
     ranker = HistoryRanker(sequences, catalogue, arguments.num_beams, exclude_seen=arguments.exclude_seen)

@@ -12,7 +12,6 @@ so an interrupted comparison goes on where it was. Choose settings on `split: va
 
 from __future__ import annotations
 
-import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,10 +23,10 @@ import pyarrow.parquet as pq
 from sidtune.core.config import as_dict, command, load_yaml
 from sidtune.core.errors import ConfigError, DataError, nearest
 from sidtune.core.folders import versions, writes
-from sidtune.core.pipeline import RunArguments, resolve, run_pipeline
-from sidtune.metrics.report.readme_table import check_readme, publish
-from sidtune.metrics.statistics.bootstrap import check_bootstrap, holm, paired_bootstrap
-from sidtune.recipes.preflight import check_computed
+from sidtune.core.pipeline import RunArguments
+from sidtune.metrics.report.readme_table import publish
+from sidtune.metrics.statistics.bootstrap import check_bootstrap, paired_bootstrap
+from sidtune.recipes.over_seeds import adjusted, check_seeds, counted, difference, means, run_all, spread, table
 
 LAUNCH = "alone"
 
@@ -79,8 +78,7 @@ class Arguments:
     root: str | None = None
 
     def __post_init__(self) -> None:
-        if len(set(self.seeds)) != len(self.seeds) or len(self.seeds) < 2:
-            raise ConfigError(f"seeds must be at least two different integers, got {self.seeds}.")
+        check_seeds(self.seeds, 2)
         check_bootstrap(self.level, self.samples)
         names = [*self.variants, *self.models]
         wrong = [name for name in names if name == START or not isinstance(name, str) or "/" in name]
@@ -90,9 +88,7 @@ class Arguments:
             )
         for name, options in self.models.items():
             if not isinstance(options, dict) or set(options) - {"model", "args", "against"} or "model" not in options:
-                raise ConfigError(
-                    f"models.{name} must have a `model` and may have `args` and `against`, got {options}."
-                )
+                raise ConfigError(f"models.{name} must have a `model`, may have `args` and `against`, got {options}.")
             if options.get("against", START) not in (START, *names):
                 raise ConfigError(f"models.{name}.against: {nearest(str(options['against']), names)}")
 
@@ -110,17 +106,14 @@ class Arguments:
                 step["config"] = str((file.parent / step["config"]).resolve())
         used = dict(next(step for step in steps if step["name"] == self.start).get("inputs", {}))
         data = {name: used[name] for name in ("data_dir", "sids_dir") if name in used}
+        common = {"script": self.script, "config": str((root / self.config).resolve())}
+        common |= {"inputs": {**data, "model_dir": self.start}}
         steps.append(self._evaluation(START, self.start, data))
         for name, options in self.variants.items():
-            config = str((root / self.config).resolve())
-            inputs = {**data, "model_dir": self.start}
-            steps.append({"name": name, "script": self.script, "config": config, "inputs": inputs, "args": options})
-            steps.append(self._evaluation(name, name, data))
+            steps += [{"name": name, "args": options, **common}, self._evaluation(name, name, data)]
         steps += self.steps
-        for name, options in self.models.items():
-            steps.append(self._evaluation(name, options["model"], data, options.get("args")))
-        folder = Path(self.output_dir) / f"seed_{seed}"
-        launch = base.get("launch", {})
+        steps += [self._evaluation(name, one["model"], data, one.get("args")) for name, one in self.models.items()]
+        folder, launch = Path(self.output_dir) / f"seed_{seed}", base.get("launch", {})
         return RunArguments(steps, str(folder), name=f"seed {seed}", launch=launch, seed=seed, root=str(root))
 
     def _evaluation(
@@ -128,24 +121,16 @@ class Arguments:
     ) -> dict[str, Any]:
         config = str((Path(self.root or ".") / self.evaluate).resolve())
         alone = {"baselines": [], "upper_bound": False} if self.evaluator == "evaluate" else {"reasoning": False}
-        inputs = {**data, "model_dir": model}
-        args = {"split": self.split, **alone, **(args or {})}
-        return {
-            "name": f"{self.split}_{name}", "script": self.evaluator, "config": config, "inputs": inputs, "args": args
-        }  # fmt: skip
+        step = {"name": f"{self.split}_{name}", "script": self.evaluator, "config": config}
+        return {**step, "inputs": {**data, "model_dir": model}, "args": {"split": self.split, **alone, **(args or {})}}
 
 
 @writes(None, tree=True)
 def main(arguments: Arguments) -> None:
     """Runs all seeds and writes results and table."""
-    for readme in arguments.readme:
-        check_readme(readme)
-    pipelines = {seed: arguments.pipeline_of(seed) for seed in arguments.seeds}
-    for pipeline in pipelines.values():
-        check_computed(resolve(pipeline), f"{arguments.split}_{START}", [arguments.metric, *arguments.shown])
-    started = time.time()
-    for pipeline in pipelines.values():
-        run_pipeline(pipeline)
+    started, metrics = time.time(), [arguments.metric, *arguments.shown]
+    pipelines = [arguments.pipeline_of(seed) for seed in arguments.seeds]
+    run_all(pipelines, f"{arguments.split}_{START}", metrics, arguments.readme)
     record = compare(arguments)
     record["seconds"] = round(time.time() - started)
     publish(record, markdown(record), arguments.results, arguments.readme)
@@ -155,18 +140,16 @@ def compare(arguments: Arguments) -> dict[str, Any]:
     """Mean and spread of every variant, and its difference to the start, request by request."""
     metrics = [arguments.metric, *arguments.shown]
     others = [*arguments.variants, *arguments.models]
-    names = [START, *others]
-    found = {name: [_values(arguments, seed, name, metrics) for seed in arguments.seeds] for name in names}
+    found = {name: [_values(arguments, seed, name, metrics) for seed in arguments.seeds] for name in (START, *others)}
     rows: dict[str, Any] = {}
     for name, seeds in found.items():
-        means = {metric: [float(values[metric].mean()) for values in seeds] for metric in metrics}
-        rows[name] = {
-            "metrics": {
-                m: {"mean": statistics.fmean(v), "std": statistics.stdev(v), "values": v} for m, v in means.items()
-            }
-        }
-    for name in others:
-        _check_same_requests(arguments, found, name)
+        rows[name] = {"metrics": {m: spread([float(values[m].mean()) for values in seeds]) for m in metrics}}
+        for seed, one, start in zip(arguments.seeds, seeds, found[START], strict=True):
+            if one["requests"] != start["requests"]:
+                raise DataError(
+                    f"'{name}' of seed {seed} was evaluated on other requests than its start, so they cannot be paired; remove "
+                    "the folders of both evaluations and run again."
+                )
     _add_pairs(arguments, rows, found, dict.fromkeys(others, START), "against_start")
     bases = {name: options["against"] for name, options in arguments.models.items() if "against" in options}
     _add_pairs(arguments, rows, found, bases, "against_base")
@@ -177,7 +160,7 @@ def compare(arguments: Arguments) -> dict[str, Any]:
         "split": arguments.split,
         "seeds": arguments.seeds,
         "requests": [len(values["users"]) for values in found[START]],
-        "variants": {name: as_dict(options) for name, options in (arguments.variants | arguments.models).items()},
+        "variants": as_dict(arguments.variants | arguments.models),
         "rows": rows,
         "versions": versions(),
     }
@@ -193,9 +176,8 @@ def _add_pairs(
         # A user of one seed's shop is another person than the user of that name in another's.
         users = [f"{n}/{user}" for n, values in enumerate(found[name]) for user in values["users"]]
         pairs[name] = paired_bootstrap(one, other, arguments.level, arguments.samples, clusters=users)
-    adjusted = holm([pair.p_value for pair in pairs.values()]) if pairs else []
-    for (name, pair), p_value in zip(pairs.items(), adjusted, strict=True):
-        rows[name][key] = {**as_dict(pair), "adjusted_p_value": p_value}
+    for name, pair in adjusted(pairs).items():
+        rows[name][key] = pair
 
 
 def _values(arguments: Arguments, seed: int, name: str, metrics: list[str]) -> dict[str, Any]:
@@ -211,43 +193,29 @@ def _values(arguments: Arguments, seed: int, name: str, metrics: list[str]) -> d
     return {**values, "users": table["user_id"].to_pylist(), "requests": table["request_id"].to_pylist()}
 
 
-def _check_same_requests(arguments: Arguments, found: dict[str, list[dict[str, Any]]], name: str) -> None:
-    for seed, one, start in zip(arguments.seeds, found[name], found[START], strict=True):
-        if one["requests"] != start["requests"]:
-            raise DataError(
-                f"'{name}' of seed {seed} was evaluated on other requests than its start, so they cannot be paired; remove the "
-                "folders of both evaluations and run again."
-            )
-
-
 def markdown(record: dict[str, Any]) -> str:
     """The comparison as a GitHub table."""
     rows = record["rows"]
     metrics = list(rows[START]["metrics"])
-    head = [*metrics, f"{record['metric']} against start", "p (Holm)"]
+    head = ["variant", *metrics, f"{record['metric']} against start", "p (Holm)"]
     based = any("base" in row for row in rows.values())
     head += [f"{record['metric']} against its own start", "p (Holm)"] if based else []
-    lines = ["| variant | " + " | ".join(head) + " |", "|---|" + "---:|" * len(head)]
+    lines = []
     for name, row in rows.items():
-        cells = [f"{row['metrics'][m]['mean']:.4f} ± {row['metrics'][m]['std']:.4f}" for m in metrics]
-        cells += _pair_cells(row.get("against_start"))
+        cells = [name, *means(row, metrics), *_pair_cells(row.get("against_start"))]
         if based:
             told, p_value = _pair_cells(row.get("against_base"))
             cells += [f"{row['base']}: {told}" if told else "", p_value]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    seeds, counts = ", ".join(map(str, record["seeds"])), sorted(set(record["requests"]))
-    counted = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
-    lines += [
-        "",
-        f"Mean ± standard deviation over seeds {seeds}; {counted} {record['split']} requests each; paired bootstrap over users.",
-    ]
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    told = (
+        f"Mean ± standard deviation over seeds {', '.join(map(str, record['seeds']))}; {counted(record['requests'])} "
+        f"{record['split']} requests each; paired bootstrap over users."
+    )
+    return "\n".join([*table(head, lines), "", told]) + "\n"
 
 
 def _pair_cells(pair: dict[str, Any] | None) -> list[str]:
-    if pair is None:
-        return ["", ""]
-    return [f"{pair['difference']:+.4f} [{pair['low']:+.4f}, {pair['high']:+.4f}]", f"{pair['adjusted_p_value']:.3f}"]
+    return ["", ""] if pair is None else [difference(pair), f"{pair['adjusted_p_value']:.3f}"]
 
 
 if __name__ == "__main__":

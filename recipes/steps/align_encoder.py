@@ -14,7 +14,6 @@ the output folder.
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sidtune.core.config import as_dict, build, check_range, command
+from sidtune.core.config import build, check_range, command
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import write_json, write_run, writes
 from sidtune.core.processes import launch, on_main
@@ -31,13 +30,9 @@ from sidtune.core.resume import Work, identity_of
 from sidtune.data_builders.mining.alignment_pairs import MiningConfig, held_out_pairs
 from sidtune.data_builders.tables.splits import training_cut
 from sidtune.data_builders.tables.store import DataFolder, load_folder
-from sidtune.tokenizers.sids.learned import made_by, texts_of
-from sidtune.trainers.contrastive.sources import (
-    AlignmentSource,
-    RelevanceConfig,
-    ThresholdConfig,
-    alignment_source,
-)
+from sidtune.tokenizers.registry import ENCODERS, made_by
+from sidtune.tokenizers.sids.learned import texts_of
+from sidtune.trainers.contrastive.sources import AlignmentSource, RelevanceConfig, ThresholdConfig, alignment_source
 
 logger = logging.getLogger(__name__)
 REPORT_FILE, PAIRS_FILE = "report.json", "pairs.npz"
@@ -87,7 +82,6 @@ class Arguments:
 
     def __post_init__(self) -> None:
         from sidtune.tokenizers.encoders.scratch import check_text_model
-        from sidtune.tokenizers.registry import ENCODERS
         from sidtune.trainers.contrastive.losses import AlignedLossConfig
         from sidtune.trainers.contrastive.trainer import checked_aligned_args
 
@@ -110,78 +104,57 @@ class Arguments:
 @writes("align_encoder")
 def main(arguments: Arguments) -> None:
     """Mines, trains, writes the folder and prints the report."""
-    from sidtune.trainers.contrastive.trainer import (
-        AlignedExamples,
-        aligned_args,
-        check_encoder,
-        load_encoder,
-        train_aligned,
-    )
+    from sidtune.trainers.contrastive import trainer as training
 
-    started = time.time()
     checkpoints = Work(arguments.output_dir, {}).checkpoints
-    args = aligned_args(arguments.args, checkpoints, arguments.seed)  # also forms the group of processes
+    args = training.aligned_args(arguments.args, checkpoints, arguments.seed)  # also forms the group of processes
     work = Work(arguments.output_dir, on_main(lambda: identity_of(arguments)), place=launch())
     if on_main(work.is_done):
         logger.info("%s is unchanged and is skipped.", work.output)
         return
-    if arguments.backbone is not None:  # a wrong name is told before the mining
-        check_encoder(
-            load_encoder(arguments.backbone, arguments.revision)[0], _pooling(arguments), arguments.max_length
-        )
     shape = (_pooling(arguments), arguments.max_length)
+    if arguments.backbone is not None:  # a wrong name is told before the mining
+        training.check_encoder(training.load_encoder(arguments.backbone, arguments.revision)[0], *shape)
     record = on_main(lambda: work.begin(lambda folder: _prepare(arguments, folder, shape)))
     with np.load(work.folder / PAIRS_FILE, allow_pickle=False) as arrays:
         pairs = dict(arrays)
     source = AlignmentSource(record["queries"], pairs, pairs.pop("scores"), record["told"])
-    model, tokenizer = load_encoder(str(work.folder / "start"))
+    model, tokenizer = training.load_encoder(str(work.folder / "start"))
     texts = texts_of(load_folder(arguments.data_dir).items)
-    examples = AlignedExamples(source.queries, texts, source.pairs, source.scores)
-    trainer = train_aligned(model, tokenizer, examples, args, arguments.loss_config, *shape)
+    examples = training.AlignedExamples(source.queries, texts, source.pairs, source.scores)
+    trainer = training.train_aligned(model, tokenizer, examples, args, arguments.loss_config, *shape)
     trained = trainer.accelerator.unwrap_model(trainer.model)
-    on_main(lambda: _write(arguments, work, trained, tokenizer, shape, trainer.state.log_history, source, started))
+    on_main(lambda: _write(arguments, work, trained, tokenizer, shape, trainer.state.log_history, source))
 
 
 def _prepare(arguments: Arguments, work: Path, shape: tuple[str, int]) -> dict[str, Any]:
     """Main process: the pairs and the untrained model; returns queries and what there is to tell of the mining."""
-    from sidtune.trainers.contrastive.trainer import check_encoder, save_aligned
+    from sidtune.metrics.baselines.tables import training_events
+    from sidtune.tokenizers.encoders.scratch import scratch_encoder
+    from sidtune.trainers.contrastive.trainer import check_encoder, load_encoder, save_aligned
 
     data = load_folder(arguments.data_dir)
-    source = _source(arguments, data)
+    texts = texts_of(data.items)
+    source = alignment_source(
+        *(data, training_events(data), texts, _base(arguments, texts)),
+        *(arguments.mining_config, arguments.threshold_config, arguments.relevance_config, arguments.seed),
+    )
     for note in source.told["notes"]:
         logger.warning("%s", note)
     np.savez(work / PAIRS_FILE, scores=source.scores, **source.pairs)
-    model, tokenizer = _backbone(arguments, source.queries, texts_of(data.items))
+    if arguments.backbone is not None:
+        model, tokenizer = load_encoder(arguments.backbone, arguments.revision)
+    else:
+        words, size = [*texts, *source.queries], arguments.text_vocab_size
+        model, tokenizer = scratch_encoder(words, arguments.scratch, size, arguments.seed)
     check_encoder(model, *shape)
     save_aligned(work / "start", model, tokenizer, *shape)
     return {"queries": source.queries, "told": source.told}
 
 
-def _source(arguments: Arguments, data: DataFolder) -> AlignmentSource:
-    from sidtune.metrics.baselines.tables import training_events
-
-    texts = texts_of(data.items)
-    return alignment_source(
-        *(data, training_events(data), texts, _base(arguments, texts)),
-        *(arguments.mining_config, arguments.threshold_config, arguments.relevance_config, arguments.seed),
-    )
-
-
 def _base(arguments: Arguments, texts: list[str]) -> Any:
     """The fitted base encoder."""
-    from sidtune.tokenizers.registry import ENCODERS
-
     return made_by(ENCODERS, {"name": "tfidf_svd", **arguments.base}, arguments.seed).fit(texts)
-
-
-def _backbone(arguments: Arguments, queries: list[str], texts: list[str]) -> tuple[Any, Any]:
-    """Model and tokenizer to start from."""
-    from sidtune.tokenizers.encoders.scratch import scratch_encoder
-    from sidtune.trainers.contrastive.trainer import load_encoder
-
-    if arguments.backbone is not None:
-        return load_encoder(arguments.backbone, arguments.revision)
-    return scratch_encoder([*texts, *queries], arguments.scratch, arguments.text_vocab_size, arguments.seed)
 
 
 def _pooling(arguments: Arguments) -> str:
@@ -202,7 +175,6 @@ def _write(
     shape: tuple[str, int],
     history: list[dict[str, Any]],
     source: AlignmentSource,
-    started: float,
 ) -> None:
     """Main process: the folder at once, then the work folder goes."""
     from sidtune.metrics.pair_recall import recall_to_markdown
@@ -213,24 +185,12 @@ def _write(
         rows, names = _report(arguments, {"start": work.folder / "start", "aligned": scratch})
         report = {"k": arguments.k, "encoders": names, "mined": source.told, "rows": rows, "curves": history}
         write_json(scratch / REPORT_FILE, report)
-        write_run(
-            scratch,
-            step="align_encoder",
-            config=as_dict(arguments),
-            metrics={
-                "parameters": sum(p.numel() for p in model.parameters()),
-                "pooling": shape[0],
-                "mined": source.told,
-                "recall": {row["pairs_of"]: row["recall"] for row in rows},
-            },
-            started=started,
-        )
+        metrics = {"parameters": sum(p.numel() for p in model.parameters()), "pooling": shape[0], "mined": source.told}
+        write_run(scratch, metrics={**metrics, "recall": {row["pairs_of"]: row["recall"] for row in rows}})
     for kind in ("q2q", "i2i", "q2i"):
         print(f"{kind}: {source.told[kind]['kept']:,} of {source.told[kind]['mined']:,} mined pairs kept")
-    print(
-        f"rank: {source.told['rank']['rows']:,} rows; relevance: {source.told['relevance']['rows']:,} rows "
-        f"({source.told['relevance']['source']})"
-    )
+    relevance = source.told["relevance"]
+    print(f"rank: {source.told['rank']['rows']:,} rows; relevance: {relevance['rows']:,} rows ({relevance['source']})")
     print(*source.told["notes"], sep="\n")
     print(recall_to_markdown(rows, arguments.k, names))
 

@@ -75,39 +75,20 @@ def main(arguments: Arguments) -> None:
     check_tables(tables)
     rows = tables.requests.num_rows + tables.events.num_rows
     tables, split = splits.apply_split(tables, **arguments.split)
-    tables, until = _with_statistics(tables, split)
-    with write_folder(arguments.output_dir) as scratch:
-        save_tables(
-            tables,
-            scratch,
-            split=split,
-            meta={"reader": arguments.reader, "options": options, "statistics_until": until},
-        )
-        check_folder(scratch)
-        seconds = time.time() - started
-        metrics = {
-            "items": tables.items.num_rows,
-            "users": tables.users.num_rows,
-            "requests": tables.requests.num_rows,
-            "events": tables.events.num_rows,
-            "counts": tables.counts,
-            "rows_per_second": round(rows / max(seconds, 1e-9)),
-        }
-        write_run(scratch, step="build_data", config=as_dict(arguments), metrics=metrics, started=started)
-    _print(arguments, metrics, tables)
-
-
-def _with_statistics(tables: Tables, split: dict) -> tuple[Tables, int | None]:
-    """Counts of the items from what training may see, and the moment they end (null where each user has an own one)."""
-    cut = splits.training_cut(tables.requests, split_names(tables), split)
+    # Counts of the items from what training may see; they end at one moment, or (null) at an own one of each user.
+    cut, until = splits.training_cut(tables.requests, split_names(tables), split), split["train_until"]
     items = splits.item_statistics(tables.items, tables.requests, tables.events, cut)
-    return dataclasses.replace(tables, items=items), split["train_until"]
-
-
-def _print(arguments: Arguments, metrics: dict, tables: Tables) -> None:
+    tables = dataclasses.replace(tables, items=items)
+    with write_folder(arguments.output_dir) as scratch:
+        meta = {"reader": arguments.reader, "options": options, "statistics_until": until}
+        save_tables(tables, scratch, split=split, meta=meta)
+        check_folder(scratch)
+        metrics = {name: getattr(tables, name).num_rows for name in ("items", "users", "requests", "events")}
+        per_second = round(rows / max(time.time() - started, 1e-9))
+        write_run(scratch, metrics={**metrics, "counts": tables.counts, "rows_per_second": per_second})
     print(
         f"{arguments.output_dir}: {metrics['items']:,} items, {metrics['users']:,} users, {metrics['requests']:,} requests, "
-        f"{metrics['events']:,} events ({metrics['rows_per_second']:,} rows/s)"
+        f"{metrics['events']:,} events ({per_second:,} rows/s)"
     )
     for name, count in tables.counts.items():
         print(f"  {name.replace('_', ' ')}: {count:,}")

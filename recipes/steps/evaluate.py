@@ -10,9 +10,9 @@ Requests are spread over the processes and gathered by number, so two processes 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +24,7 @@ from sidtune.core.config import as_dict, check_range, command
 from sidtune.core.errors import ConfigError, DataError, SidtuneError
 from sidtune.core.folders import write_folder, write_json, write_run, writes
 from sidtune.core.pipeline import Step, check_there
-from sidtune.core.ragged import gathered, own_rows
+from sidtune.core.ragged import drawn, gathered, own_rows
 from sidtune.data_builders.tables.history import History
 from sidtune.data_builders.tables.store import DataFolder, load_folder
 from sidtune.metrics.baselines.base import BaselineRequests
@@ -33,8 +33,9 @@ from sidtune.metrics.baselines.tables import training_events
 from sidtune.metrics.ranking import RankingResult, check_metrics, evaluate_ranking
 from sidtune.metrics.registry import BASELINES
 from sidtune.metrics.statistics.bootstrap import check_bootstrap, paired_bootstrap
-from sidtune.metrics.statistics.compare import MODEL, SystemRow, compare_systems
+from sidtune.metrics.statistics.compare import MODEL, compare_systems
 from sidtune.metrics.statistics.slices import build_slices, slice_rows
+from sidtune.recipes.over_seeds import difference
 from sidtune.recipes.preflight import check_data
 
 SHOW_AT_END = True
@@ -71,7 +72,7 @@ class Arguments:
     output_dir: str
     start_dir: str | None = None
     start_name: str = "start"
-    split: str = "test"
+    split: Literal["test", "valid"] = "test"
     num_beams: int = 20
     ks: list[int] = field(default_factory=lambda: [5, 10, 20])
     metrics: list[str] = field(default_factory=lambda: ["ndcg", "hr", "recall", "mrr", "map"])
@@ -88,8 +89,6 @@ class Arguments:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.split not in ("test", "valid"):
-            raise ConfigError(f"split must be test or valid, got '{self.split}'.")
         check_metrics(self.ks, self.metrics, self.primary)
         check_labels(self.labels)
         check_bootstrap(self.level, self.samples)
@@ -121,13 +120,13 @@ def main(arguments: Arguments) -> None:
     from sidtune.metrics.report.html import console_table
 
     # Several CPU processes form a group only when told that the CPU is meant.
-    started, state = time.time(), PartialState(cpu=not torch.accelerator.is_available())
+    state = PartialState(cpu=not torch.accelerator.is_available())
     data = load_folder(arguments.data_dir)
     if max(arguments.ks) > data.items.num_rows:
         raise ConfigError(
             f"ks: {max(arguments.ks):,} places, but the catalogue has {data.items.num_rows:,} items; lower it."
         )
-    requests = _choose(data, arguments)
+    requests, excluded = _choose(data, arguments)
     compared, others = _compared(arguments, requests, data), {}
     for folder in (arguments.model_dir, arguments.start_dir):
         if folder is not None:  # strangers are refused before anything is decoded
@@ -140,15 +139,10 @@ def main(arguments: Arguments) -> None:
     others |= compared
     relevance = relevance_of(requests, data.items, arguments.labels)
     history = History(data.events).before(requests["user_id"], requests["time"].to_numpy())
-    predictions = {
-        MODEL: ranked,
-        **others,
-        **_baselines(arguments, data, requests, history),
-    }
     bounds = _bounds(arguments, data, requests)
+    predictions = {MODEL: ranked, **others, **_baselines(arguments, data, requests, history), **bounds}
     results = {
-        name: evaluate_ranking(rows, relevance, arguments.ks, arguments.metrics)
-        for name, rows in {**predictions, **bounds}.items()
+        name: evaluate_ranking(rows, relevance, arguments.ks, arguments.metrics) for name, rows in predictions.items()
     }
     users = requests["user_id"].to_pylist()
     options = {"level": arguments.level, "samples": arguments.samples, "seed": arguments.seed, "clusters": users}
@@ -157,7 +151,8 @@ def main(arguments: Arguments) -> None:
     slices = {
         name: slice_rows(result.per_request[arguments.primary], masks, **options) for name, result in results.items()
     }
-    excluded = data.requests[arguments.split].num_rows - _with_feedback(data, arguments).num_rows
+    own = results[MODEL].values(arguments.primary)
+    pairs = {name: paired_bootstrap(own, results[name].values(arguments.primary), **options) for name in others}
     record = {
         "split": arguments.split,
         "requests": requests.num_rows,
@@ -167,64 +162,40 @@ def main(arguments: Arguments) -> None:
         "level": arguments.level,
         "systems": [as_dict(system.to_dict()) for system in systems],
         "slices": {name: [as_dict(row) for row in rows] for name, rows in slices.items()},
-        "against": _paired(arguments, results, list(others), options),
+        "against": {name: as_dict(pair) for name, pair in pairs.items()},
         "decoding": decoding,
     }
     with write_folder(arguments.output_dir) as scratch:
         write_json(scratch / "metrics.json", record)
-        _write_predictions(scratch, {**predictions, **bounds}, scores, data, requests)
+        _write_predictions(scratch, predictions, scores, data, requests)
         _write_per_request(scratch, results, requests)
         write_json(scratch / "samples.json", _samples(arguments, data, requests, relevance, history, ranked, scores))
-        metrics = {system.name: {m: e.value for m, e in system.metrics.items()} for system in systems}
-        write_run(
-            scratch,
-            step="evaluate",
-            config=as_dict(arguments),
-            metrics=metrics,
-            started=started,
-        )
+        write_run(scratch, metrics={s.name: {m: e.value for m, e in s.metrics.items()} for s in systems})
     print(f"{requests.num_rows:,} {arguments.split} requests, {data.items.num_rows:,} items, whole catalogue ranked")
-    rich.print(console_table(_shown(systems, arguments)))
+    cut = arguments.primary.partition("@")[2]  # one cut-off fits a terminal; all others are in metrics.json
+    shown = [name for name in systems[0].metrics if name.endswith(f"@{cut}")]
+    rich.print(console_table(systems, metrics=shown))
     for name, pair in record["against"].items():
-        print(
-            f"{arguments.primary} against {name}: {pair['difference']:+.4f} [{pair['low']:+.4f}, {pair['high']:+.4f}], "
-            f"p = {pair['p_value']:.3f} (paired bootstrap over users)"
-        )
+        p_value = f"p = {pair['p_value']:.3f} (paired bootstrap over users)"
+        print(f"{arguments.primary} against {name}: {difference(pair)}, {p_value}")
 
 
-def _paired(
-    arguments: Arguments, results: dict[str, RankingResult], others: list[str], options: dict
-) -> dict[str, Any]:
-    """The model minus each model beside it on the primary metric, request by request."""
-    own = results[MODEL].values(arguments.primary)
-    return {name: as_dict(paired_bootstrap(own, results[name].values(arguments.primary), **options)) for name in others}
-
-
-def _shown(systems: list[SystemRow], arguments: Arguments) -> list[SystemRow]:
-    """The systems with the metrics at one cut-off, to fit a terminal; all others are in metrics.json."""
-    cut = arguments.primary.partition("@")[2]
-    return [replace(s, metrics={n: e for n, e in s.metrics.items() if n.endswith(f"@{cut}")}) for s in systems]
-
-
-def _with_feedback(data: DataFolder, arguments: Arguments) -> pa.Table:
-    requests = data.requests[arguments.split]
-    relevance = relevance_of(requests, data.items, arguments.labels)
-    return requests.filter(pa.array(np.diff(relevance.offsets) > 0))
-
-
-def _choose(data: DataFolder, arguments: Arguments) -> pa.Table:
-    requests = _with_feedback(data, arguments)
+def _choose(data: DataFolder, arguments: Arguments) -> tuple[pa.Table, int]:
+    """The requests to evaluate, and how many of the split have no feedback."""
+    every = data.requests[arguments.split]
+    requests = every.filter(pa.array(np.diff(relevance_of(every, data.items, arguments.labels).offsets) > 0))
+    excluded = every.num_rows - requests.num_rows
     if not requests.num_rows:
         raise DataError(
             f"No request of the split '{arguments.split}' has feedback, so nothing can be measured; check labels."
         )
-    if arguments.max_requests is not None and arguments.max_requests < requests.num_rows:
-        chosen = np.random.default_rng(arguments.seed).choice(requests.num_rows, arguments.max_requests, replace=False)
-        requests = requests.take(np.sort(chosen))
-    return requests.combine_chunks()
+    chosen = drawn(requests.num_rows, arguments.max_requests, arguments.seed)
+    return requests.take(chosen).combine_chunks(), excluded
 
 
 def _rank_with_model(arguments: Arguments, model_dir: str, data: DataFolder, requests: pa.Table, state: Any):
+    import torch
+
     from sidtune.decoding.items import BeamOutput, rank_items
     from sidtune.decoding.retrieval.loading import load_retriever, prompts_of
 
@@ -241,10 +212,8 @@ def _rank_with_model(arguments: Arguments, model_dir: str, data: DataFolder, req
     leaves, values = gathered(mine, beams.leaves.numpy(), beams.scores.numpy())
     if leaves.max() >= retriever.trie.num_leaves:
         raise SidtuneError("The decoder returned a SID outside the catalogue; this is a defect, please report it.")
-    import torch
-
-    width = max(arguments.ks)
-    rows, scores = rank_items(BeamOutput(torch.from_numpy(leaves), torch.from_numpy(values)), retriever.leaves, width)
+    found = BeamOutput(torch.from_numpy(leaves), torch.from_numpy(values))
+    rows, scores = rank_items(found, retriever.leaves, max(arguments.ks))
     decoding = {
         "num_beams": arguments.num_beams,
         "requests_per_second": round(len(prompts) / max(seconds, 1e-9), 2),
@@ -290,13 +259,13 @@ def _compared(arguments: Arguments, requests: pa.Table, data: DataFolder) -> dic
                 "not belong together; evaluate that model on this data."
             )
         place = {request: n for n, request in enumerate(table["request_id"].to_pylist())}
-        missing = [r for r in requests["request_id"].to_pylist() if r not in place]
+        asked, width = requests["request_id"].to_pylist(), max(arguments.ks)
+        missing = [request for request in asked if request not in place]
         if missing:
             raise DataError(
                 f"compare_to.{name}: it lacks {len(missing)} of the requests, first '{missing[0]}'; evaluate alike."
             )
-        lists = table["items"].take([place[r] for r in requests["request_id"].to_pylist()]).to_pylist()
-        width = max(arguments.ks)
+        lists = table["items"].take([place[request] for request in asked]).to_pylist()
         found[name] = np.array([([rows[i] for i in one] + [-1] * width)[:width] for one in lists], dtype=np.int64)
     return found
 
@@ -309,20 +278,17 @@ def _write_predictions(
     for name, rows in systems.items():
         kept = rows >= 0
         offsets = pa.array(np.concatenate([[0], np.cumsum(kept.sum(1))]), pa.int32())
-        columns = {
-            "request_id": requests["request_id"],
-            "items": pa.ListArray.from_arrays(offsets, ids.take(pa.array(rows[kept]))),
-        }
+        items = pa.ListArray.from_arrays(offsets, ids.take(pa.array(rows[kept])))
+        columns = {"request_id": requests["request_id"], "items": items}
         if name == MODEL:
             columns["scores"] = pa.ListArray.from_arrays(offsets, pa.array(scores[kept], pa.float32()))
         pq.write_table(pa.table(columns), folder / "predictions" / f"{name.replace(' ', '_')}.parquet")
 
 
 def _write_per_request(folder: Path, results: dict[str, RankingResult], requests: pa.Table) -> None:
-    columns: dict[str, Any] = {"request_id": requests["request_id"], "user_id": requests["user_id"]}
+    columns: dict[str, Any] = {name: requests[name] for name in ("request_id", "user_id")}
     for name, result in results.items():
-        for metric, values in result.per_request.items():
-            columns[f"{name}/{metric}"] = values
+        columns |= {f"{name}/{metric}": values for metric, values in result.per_request.items()}
     pq.write_table(pa.table(columns), folder / "per_request.parquet")
 
 
@@ -333,14 +299,12 @@ def _samples(arguments, data, requests, relevance, history, ranked, scores) -> l
     sids = SemanticIds.from_pretrained(Path(arguments.sids_dir) / "sids").texts()
     ids, titles = data.items["item_id"].to_pylist(), data.items["title"].to_pylist()
     title_of = dict(zip(ids, titles, strict=True))
-    count = min(arguments.sample_requests, requests.num_rows)
-    chosen = np.sort(np.random.default_rng(arguments.seed).choice(requests.num_rows, count, replace=False))
     samples = []
-    for row in chosen.tolist():
-        request = requests.slice(row, 1).to_pylist()[0]
+    for row in drawn(requests.num_rows, arguments.sample_requests, arguments.seed).tolist():
+        (request,) = requests.slice(row, 1).to_pylist()
         relevant = set(relevance.rows[relevance.offsets[row] : relevance.offsets[row + 1]].tolist())
         past = data.events["item_id"].take(pa.array(history[row][-8:])).to_pylist()
-        answers = [(int(i), float(s)) for i, s in zip(ranked[row, :10], scores[row, :10], strict=True) if i >= 0]
+        answers = zip(ranked[row, :10].tolist(), scores[row, :10].tolist(), strict=True)
         samples.append(
             {
                 "request_id": request["request_id"],
@@ -351,6 +315,7 @@ def _samples(arguments, data, requests, relevance, history, ranked, scores) -> l
                 "items": [
                     {"item_id": ids[i], "title": titles[i], "sid": sids[ids[i]], "hit": i in relevant, "score": s}
                     for i, s in answers
+                    if i >= 0
                 ],
             }
         )

@@ -9,10 +9,9 @@ when to use it. Beside the server's files lie the SIDs and the serializer, with 
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
-from sidtune.core.config import as_dict, command
+from sidtune.core.config import command
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import write_folder, write_run, writes
 
@@ -54,21 +53,18 @@ def main(arguments: Arguments) -> None:
     from sidtune.decoding.serving.engine_export import export_engine
     from sidtune.decoding.trie import SidTrie
 
-    started, source = time.time(), ModelFolder.open(arguments.model_dir, arguments.sids_dir)
+    source = ModelFolder.open(arguments.model_dir, arguments.sids_dir)
     end = None if arguments.end_token is None else _one_token(source.tokenizer, arguments.end_token)
     model = source.load_model()
     with write_folder(arguments.output_dir) as scratch:
         facts = export_engine(
-            model.to(getattr(torch, arguments.dtype)),
-            source.tokenizer,
-            source.vocabulary,
-            SidTrie.from_semantic_ids(source.sids),
-            scratch,
+            *(model.to(getattr(torch, arguments.dtype)), source.tokenizer, source.vocabulary),
+            *(SidTrie.from_semantic_ids(source.sids), scratch),
             max_sids=arguments.max_sids,
             end_token_id=end,
         )
         source.complete(scratch)
-        write_run(scratch, step="export_engine", config=as_dict(arguments), metrics=facts, started=started)
+        write_run(scratch, metrics=facts)
     print(
         f"{arguments.output_dir}: {facts['sids']:,} SIDs in a grammar of {facts['grammar_bytes'] / 1000:,.0f} kB; "
         "its README has the commands"

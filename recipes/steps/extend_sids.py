@@ -11,8 +11,7 @@ added, no weight is read or written. Beside it stand `trie/`, `drift.json` (repo
 from __future__ import annotations
 
 import shutil
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,24 +22,17 @@ import safetensors.numpy
 from sidtune.core.config import as_dict, build, command
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import write_folder, write_json, write_run, writes
+from sidtune.core.ragged import drawn
+from sidtune.data_builders.tables.past import past_popularity
 from sidtune.data_builders.tables.store import load_folder
 from sidtune.tokenizers.encoders.base import Encoder, make_encoder, warn_empty
-from sidtune.tokenizers.registry import COLLISIONS, ENCODERS
-from sidtune.tokenizers.sids.catalogue_updates import (
-    Drift,
-    DriftLimits,
-    check_same_encoder,
-    extend_catalogue,
-    held_out_error,
-    measure_drift,
-)
+from sidtune.tokenizers.registry import COLLISIONS, ENCODERS, made_by
+from sidtune.tokenizers.sids import catalogue_updates as updates
 from sidtune.tokenizers.sids.learned import (
     BATCH_FILE,
     COLLISION_FILE,
     VECTOR_FILE,
     LearnedSids,
-    made_by,
-    popularity_of,
     texts_of,
 )
 from sidtune.tokenizers.sids.quality import sid_quality
@@ -88,7 +80,7 @@ class Arguments:
     def __post_init__(self) -> None:
         if not 0 <= self.held_out_share < 1:
             raise ConfigError(f"held_out_share is a share in [0, 1), got {self.held_out_share}.")
-        build(DriftLimits, self.limits, "limits")
+        build(updates.DriftLimits, self.limits, "limits")
         if "path" in self.encoder:
             made_by(ENCODERS, {"name": "precomputed", **self.encoder})
         if self.collisions:
@@ -102,8 +94,8 @@ class Arguments:
 @writes("extend_sids")
 def main(arguments: Arguments) -> None:
     """Extends the folder; prints the drift report and the recommendation."""
-    started = time.time()
-    old, items = LearnedSids.load(arguments.sids_dir), load_folder(arguments.data_dir).items
+    old, data = LearnedSids.load(arguments.sids_dir), load_folder(arguments.data_dir)
+    items = data.items
     method = made_by(COLLISIONS, {"name": "expand", **(arguments.collisions or old.collisions)})
     encoder = _encoder(arguments, old)
     token_ids = _token_ids(arguments, old.sids)
@@ -113,9 +105,8 @@ def main(arguments: Arguments) -> None:
     ids, texts = new_items["item_id"].to_pylist(), texts_of(new_items)
     fresh = encoder.encode(texts, ids)
     warn_empty(encoder, len(texts))
-    sids = extend_catalogue(old.sids, old.quantizer, ids, fresh, popularity_of(new_items), method).with_titles(
-        new_items
-    )
+    sids = updates.extend_catalogue(old.sids, old.quantizer, ids, fresh, past_popularity(data)[new], method)
+    sids = sids.with_titles(new_items)
     made = LearnedSids(
         sids=sids,
         quantizer=old.quantizer,
@@ -127,10 +118,10 @@ def main(arguments: Arguments) -> None:
     held_out = None
     if arguments.held_out_share:
         rows = old.vectors[old.batch == 0]
-        held_out = held_out_error(old.quantizer, rows, arguments.held_out_share, arguments.seed)
-    limits = build(DriftLimits, arguments.limits, "limits")
-    drift = measure_drift(sids, made.batch > 0, len(ids), made.vectors, made.quantizer, held_out, limits)
-    _write(arguments, _in_order_of(items, made), drift, token_ids, [*method.notes], started)
+        held_out = updates.held_out_error(old.quantizer, rows, arguments.held_out_share, arguments.seed)
+    limits = build(updates.DriftLimits, arguments.limits, "limits")
+    drift = updates.measure_drift(sids, made.batch > 0, len(ids), made.vectors, made.quantizer, held_out, limits)
+    _write(arguments, _in_order_of(items, made), drift, token_ids, [*method.notes])
     print(f"{arguments.output_dir}: {len(ids):,} new items, {len(sids):,} in all\n")
     print(drift.to_markdown())
 
@@ -139,9 +130,8 @@ def _encoder(arguments: Arguments, old: LearnedSids) -> Encoder:
     """The frozen encoder, or new vectors of a catalogue that was learned from precomputed ones."""
     if not arguments.encoder:
         return old.encoder
-    spec = {"name": old.encoder.name, **arguments.encoder}
-    options = {key: value for key, value in spec.items() if key != "name"}
-    if spec["name"] != old.encoder.name or spec["name"] != "precomputed":
+    options = {key: value for key, value in arguments.encoder.items() if key != "name"}
+    if {old.encoder.name, arguments.encoder.get("name", old.encoder.name)} != {"precomputed"}:
         raise ConfigError(
             f"The codebooks were trained on vectors of the encoder '{old.encoder.name}' saved beside them, and only these fit "
             "them; leave 'encoder' out. Other vectors can be given only where the SIDs were learned from precomputed ones."
@@ -184,14 +174,13 @@ def _split(items: pa.Table, sids: SemanticIds, arguments: Arguments) -> tuple[np
 def _check_encoder(encoder: Encoder, items: pa.Table, known: np.ndarray, old: LearnedSids, seed: int) -> None:
     if not len(known):
         return
-    chosen = np.random.default_rng(seed).choice(known, size=min(_CHECKED, len(known)), replace=False)
-    part = items.take(np.sort(chosen))
+    part = items.take(known[drawn(len(known), _CHECKED, seed)])
     ids, texts = part["item_id"].to_pylist(), texts_of(part)
     if encoder.name == "precomputed":
         keep = [row for row, item_id in enumerate(ids) if _has_vector(encoder, item_id)]
         ids, texts = [ids[row] for row in keep], [texts[row] for row in keep]
     if ids:
-        check_same_encoder(old.vectors[old.sids.rows_of_ids(ids)], encoder.encode(texts, ids))
+        updates.check_same_encoder(old.vectors[old.sids.rows_of_ids(ids)], encoder.encode(texts, ids))
 
 
 def _has_vector(encoder: Encoder, item_id: str) -> bool:
@@ -210,18 +199,11 @@ def _in_order_of(items: pa.Table, made: LearnedSids) -> LearnedSids:
     rows = made.sids.rows_of_ids(items["item_id"].to_pylist())
     if len(rows) != len(made.sids):
         return made
-    return LearnedSids(
-        made.sids.replaced(rows), made.quantizer, made.encoder, made.vectors[rows], made.batch[rows], made.collisions
-    )
+    return replace(made, sids=made.sids.replaced(rows), vectors=made.vectors[rows], batch=made.batch[rows])
 
 
 def _write(
-    arguments: Arguments,
-    made: LearnedSids,
-    drift: Drift,
-    token_ids: np.ndarray | None,
-    notes: list[str],
-    started: float,
+    arguments: Arguments, made: LearnedSids, drift: updates.Drift, token_ids: np.ndarray | None, notes: list[str]
 ) -> None:
     from sidtune.decoding.trie import SidTrie
 
@@ -241,13 +223,7 @@ def _write(
         write_json(scratch / "quality.json", quality.to_dict())
         write_json(scratch / "drift.json", drift.to_dict())
         write_json(scratch / COLLISION_FILE, {"method": made.collisions, "notes": notes})
-        write_run(
-            scratch,
-            step="extend_sids",
-            config=as_dict(arguments),
-            metrics={**quality.to_dict(), "drift": drift.to_dict()},
-            started=started,
-        )
+        write_run(scratch, metrics={**quality.to_dict(), "drift": drift.to_dict()})
 
 
 if __name__ == "__main__":

@@ -9,12 +9,11 @@ With `base: null` a byte-level BPE is trained on the catalogue and the training 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sidtune.core.config import as_dict, check_range, command
+from sidtune.core.config import check_range, command
 from sidtune.core.folders import write_folder, write_run, writes
 from sidtune.core.pipeline import Step
 from sidtune.data_builders.prompts.serializer import Serializer
@@ -93,7 +92,6 @@ def main(arguments: Arguments) -> None:
     from sidtune.tokenizers.vocabulary.extension import VOCABULARY_FILE, Vocabulary, add_plain_tokens, extend_vocabulary
     from sidtune.tokenizers.vocabulary.saving import save_trained
 
-    started = time.time()
     data = load_folder(arguments.data_dir)
     sids = SemanticIds.from_pretrained(Path(arguments.sids_dir) / "sids")
     sids.check_items(data.items, arguments.data_dir)
@@ -109,32 +107,17 @@ def main(arguments: Arguments) -> None:
         add_plain_tokens(tokenizer, arguments.extra_tokens, model, seed=arguments.seed)
     quantizer = load_quantizer(Path(arguments.sids_dir) / "quantizer")
     ids, titles = data.items["item_id"].to_pylist(), data.items["title"].to_pylist()
-    vocabulary = extend_vocabulary(
-        model,
-        tokenizer,
-        sids,
-        init=arguments.init,
-        codebooks=quantizer.codebooks,
-        item_texts={item: title or "" for item, title in zip(ids, titles, strict=True)},
-        pad_to_multiple_of=arguments.pad_to_multiple_of,
-        seed=arguments.seed,
-    )
+    options = {name: getattr(arguments, name) for name in ("init", "pad_to_multiple_of", "seed")}
+    texts = {item: title or "" for item, title in zip(ids, titles, strict=True)}
+    start = {"codebooks": quantizer.codebooks, "item_texts": texts}
+    vocabulary = extend_vocabulary(model, tokenizer, sids, **start, **options)
     serializer = make_serializer(tokenizer, arguments.templates, PromptSettings())
     parameters = sum(p.numel() for p in model.parameters())
     with write_folder(arguments.output_dir) as scratch:
         save_trained(model, vocabulary, tokenizer, scratch)
         complete_model_folder(scratch, serializer, PromptSettings(), sids)
-        write_run(
-            scratch,
-            step="init_model",
-            config=as_dict(arguments),
-            metrics={
-                "parameters": parameters,
-                "vocabulary": len(tokenizer),
-                "sid_tokens": len(vocabulary.sid_token_ids),
-            },
-            started=started,
-        )
+        counts = {"vocabulary": len(tokenizer), "sid_tokens": len(vocabulary.sid_token_ids)}
+        write_run(scratch, metrics={"parameters": parameters, **counts})
     print(
         f"{arguments.output_dir}: {model.config.model_type} with {parameters:,} parameters, "
         f"{len(tokenizer):,} tokens of which {len(vocabulary.sid_token_ids):,} are SID tokens"

@@ -14,29 +14,29 @@ validation split find their items. `tokenizers/sids/query_codes.py` codes any qu
 
 from __future__ import annotations
 
-import time
 import warnings
 from dataclasses import dataclass, field
 
 import numpy as np
-import pyarrow as pa
 import safetensors.numpy
 
-from sidtune.core.config import as_dict, check_range, command
+from sidtune.core.config import check_range, command
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import write_folder, write_json, write_run, writes
 from sidtune.core.pipeline import Step, check_there
+from sidtune.core.ragged import drawn
 from sidtune.data_builders.mining.query_pairs import distinct_queries
+from sidtune.data_builders.tables.past import past_popularity
 from sidtune.data_builders.tables.store import DataFolder, load_folder
 from sidtune.tokenizers.encoders.base import Encoder, warn_empty
 from sidtune.tokenizers.keywords.fusion import MINED, KeywordFusionEncoder
 from sidtune.tokenizers.keywords.mining import mine_pool
 from sidtune.tokenizers.quantizers.base import Quantizer
-from sidtune.tokenizers.registry import COLLISIONS, ENCODERS, QUANTIZERS
-from sidtune.tokenizers.sids.collision_cost import CollisionCost, collision_cost, compare_collisions, costs_to_markdown
+from sidtune.tokenizers.registry import COLLISIONS, ENCODERS, QUANTIZERS, made_by
+from sidtune.tokenizers.sids.collision_cost import collision_cost, compare_collisions, costs_to_markdown
 from sidtune.tokenizers.sids.collisions import CollisionMethod, make_collisions
-from sidtune.tokenizers.sids.learned import COLLISION_FILE, VECTOR_FILE, made_by, popularity_of, texts_of
-from sidtune.tokenizers.sids.quality import SidQuality, sid_quality
+from sidtune.tokenizers.sids.learned import COLLISION_FILE, VECTOR_FILE, texts_of
+from sidtune.tokenizers.sids.quality import sid_quality
 from sidtune.tokenizers.sids.query_codes import QUERY_FILE, QueryCoder, check_text_encoder, write_query_codes
 from sidtune.tokenizers.sids.query_recall import QueryItemRecall, query_item_recall, query_targets
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
@@ -128,19 +128,22 @@ def preflight(step: Step) -> None:
 @writes("learn_sids")
 def main(arguments: Arguments) -> None:
     """Learns the SIDs; prints the quality table and its warnings."""
-    started = time.time()
     encoder, quantizer, method = arguments.parts()
     spec, data = arguments.collision_spec(), load_folder(arguments.data_dir)
     queries = _queries(data) if arguments.queries else []
-    items = _learned(data.items, arguments)
+    part = max(1, round(arguments.learn_share * data.items.num_rows))
+    rows = drawn(data.items.num_rows, part, arguments.seed)
+    items, popularity = data.items.take(rows), past_popularity(data)[rows]
     _mine_keywords(encoder, data)
     texts, ids = texts_of(items), items["item_id"].to_pylist()
     vectors = encoder.fit(texts).encode(texts, ids)
     warn_empty(encoder, len(texts))
     asked, codes = _codes(queries, vectors, encoder, quantizer)
-    coded = SemanticIds(ids, codes, quantizer.level_sizes, popularity_of(items), letters=quantizer.level_letters())
+    coded = SemanticIds(ids, codes, quantizer.level_sizes, popularity, letters=quantizer.level_letters())
     sids = method.resolve(coded, vectors, quantizer).with_titles(items)
-    costs = _costs(coded, vectors, quantizer, method, sids, arguments)
+    others = [name for name in COLLISIONS if name != method.name] if arguments.compare_collisions else []
+    costs = [collision_cost(coded, sids, vectors, quantizer, method)]
+    costs += compare_collisions(coded, vectors, quantizer, [make_collisions(name) for name in others])
     quality = sid_quality(sids, vectors=vectors, quantizer=quantizer, seed=arguments.seed)
     coder = QueryCoder(encoder, quantizer, sids, dict(zip(queries, asked, strict=True))) if queries else None
     recall = None if coder is None else _recall(coder, data, vectors, arguments.seed)
@@ -155,14 +158,12 @@ def main(arguments: Arguments) -> None:
             write_json(scratch / name, record)
         if queries:
             write_query_codes(scratch / QUERY_FILE, queries, asked)
-        write_run(
-            scratch,
-            step="learn_sids",
-            config=as_dict(arguments),
-            metrics=quality.to_dict() | ({} if recall is None else {"query_recall": recall.to_dict()}),
-            started=started,
-        )
-    _show(quality, costs, recall)
+        write_run(scratch, metrics=quality.to_dict() | ({} if recall is None else {"query_recall": recall.to_dict()}))
+    print(quality.to_markdown())
+    if len(costs) > 1 or costs[0].method != "expand":
+        print(costs_to_markdown(costs))
+    if recall is not None:
+        print(recall.to_markdown())
 
 
 def _queries(data: DataFolder) -> list[str]:
@@ -201,28 +202,6 @@ def _codes(
     return codes[: len(queries)], codes[len(queries) :]
 
 
-def _costs(
-    coded: SemanticIds,
-    vectors: np.ndarray,
-    quantizer: Quantizer,
-    method: CollisionMethod,
-    sids: SemanticIds,
-    arguments: Arguments,
-) -> list[CollisionCost]:
-    """What the treatment of collisions costs, and behind it the others where they are asked for."""
-    cost = collision_cost(coded, sids, vectors, quantizer, method)
-    names = [name for name in COLLISIONS if name != method.name] if arguments.compare_collisions else []
-    return [cost, *compare_collisions(coded, vectors, quantizer, [make_collisions(name) for name in names])]
-
-
-def _show(quality: SidQuality, costs: list[CollisionCost], recall: QueryItemRecall | None) -> None:
-    print(quality.to_markdown())
-    if len(costs) > 1 or costs[0].method != "expand":
-        print(costs_to_markdown(costs))
-    if recall is not None:
-        print(recall.to_markdown())
-
-
 def _recall(coder: QueryCoder, data: DataFolder, vectors: np.ndarray, seed: int) -> QueryItemRecall | None:
     """Recall of clicked items through the codes of queries, on at most `_RECALL_PAIRS` pairs of the validation split."""
     texts, rows, targets = query_targets(data.requests["valid"], coder.sids.item_ids)
@@ -231,24 +210,9 @@ def _recall(coder: QueryCoder, data: DataFolder, vectors: np.ndarray, seed: int)
     chosen = np.sort(np.random.default_rng(seed).permutation(len(rows))[:_RECALL_PAIRS])
     asked, rows = np.unique(rows[chosen], return_inverse=True)
     texts = [texts[row] for row in asked]
-    return query_item_recall(
-        coder.vectors(texts),
-        vectors,
-        coder.quantizer,
-        targets[chosen],
-        query_rows=rows.reshape(-1),
-        item_codes=coder.sids.codes,
-        query_codes=coder.codes(texts),
-    )
-
-
-def _learned(items: pa.Table, arguments: Arguments) -> pa.Table:
-    """The items to learn from, in their order."""
-    count = max(1, round(arguments.learn_share * items.num_rows))
-    if count >= items.num_rows:
-        return items
-    chosen = np.random.default_rng(arguments.seed).choice(items.num_rows, size=count, replace=False)
-    return items.take(np.sort(chosen))
+    codes = {"item_codes": coder.sids.codes, "query_codes": coder.codes(texts)}
+    found = (coder.vectors(texts), vectors, coder.quantizer, targets[chosen])
+    return query_item_recall(*found, query_rows=rows.reshape(-1), **codes)
 
 
 if __name__ == "__main__":

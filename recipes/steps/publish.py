@@ -10,16 +10,16 @@ Without `push_to_hub: true` nothing leaves the machine.
 from __future__ import annotations
 
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
-from sidtune.core.config import as_dict, command
+from sidtune.core.config import command
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import fingerprint, read_json, versions, write_folder, write_run, writes
+from sidtune.core.hub import push_folder
 
 LAUNCH = "alone"
 SHOW_AT_END = True
@@ -62,39 +62,30 @@ class Arguments:
 @writes("publish")
 def main(arguments: Arguments) -> None:
     """Writes the bundle and, if asked, uploads it."""
+    from sidtune.data_builders.tables.store import load_folder
+    from sidtune.decoding.retrieval.model_folder import ModelFolder, check_made_from
     from sidtune.decoding.retrieval.retriever import catalogue_table
     from sidtune.decoding.trie import SidTrie
     from sidtune.metrics.report.model_card import write_card
     from sidtune.tokenizers.vocabulary.saving import save_trained
 
-    started, source, items = time.time(), *_checked(arguments)
+    data = load_folder(arguments.data_dir)
+    source = ModelFolder.open(arguments.model_dir, arguments.sids_dir, data)
+    joined = {name: getattr(arguments, name) for name in ("data_dir", "sids_dir", "model_dir")}
+    check_made_from(arguments.eval_dir, **joined)
     card = card_data(arguments)
     with write_folder(arguments.output_dir) as scratch:
         save_trained(source.load_model(), source.vocabulary, source.tokenizer, scratch)
         source.complete(scratch)
         SidTrie.from_semantic_ids(source.sids).save_pretrained(scratch / "trie")
-        pq.write_table(catalogue_table(items), scratch / "catalogue.parquet")
+        pq.write_table(catalogue_table(data.items), scratch / "catalogue.parquet")
         shutil.copy(Path(arguments.eval_dir) / "metrics.json", scratch / "metrics.json")
         write_card(scratch / "README.md", card)
-        write_run(scratch, step="publish", config=as_dict(arguments), started=started)
+        write_run(scratch)
     print(f"{arguments.output_dir}: bundle ready; next: sidtune serve --model_dir {arguments.output_dir}")
     if arguments.push_to_hub:
-        from sidtune.core.hub import push_folder
-
         url = push_folder(arguments.output_dir, arguments.hub_model_id, private=arguments.hub_private)
         print(f"Pushed to {url}")
-
-
-def _checked(arguments: Arguments) -> tuple[Any, Any]:
-    """The opened model folder and the items, after everything that the bundle joins was found to belong together."""
-    from sidtune.data_builders.tables.store import load_folder
-    from sidtune.decoding.retrieval.loading import ModelFolder, check_made_from
-
-    data = load_folder(arguments.data_dir)
-    source = ModelFolder.open(arguments.model_dir, arguments.sids_dir, data)
-    joined = {name: getattr(arguments, name) for name in ("data_dir", "sids_dir", "model_dir")}
-    check_made_from(arguments.eval_dir, **joined)
-    return source, data.items
 
 
 def card_data(arguments: Arguments) -> Any:
@@ -120,10 +111,7 @@ def card_data(arguments: Arguments) -> Any:
         repo_id=arguments.hub_model_id or name,
         table=markdown_table(systems),
         index_rows=[{"metric": metric, "value": round(e.value, 6)} for metric, e in own.metrics.items()],
-        catalogue=metrics["catalogue"],
-        requests=metrics["requests"],
-        split=metrics["split"],
-        level=metrics["level"],
+        **{key: metrics[key] for key in ("catalogue", "requests", "split", "level")},
         invalid=metrics["decoding"]["invalid_share"],
         command=arguments.command or f"sidtune publish --model_dir {final_model(arguments.model_dir).name}",
         data_revision=fingerprint(arguments.data_dir),

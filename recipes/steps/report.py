@@ -7,13 +7,13 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sidtune.core.config import as_dict, command
+from sidtune.core.config import command
 from sidtune.core.folders import read_json, write_folder, write_run, writes
+from sidtune.recipes.over_seeds import difference
 
 LAUNCH = "alone"
 SHOW_AT_END = True
@@ -48,7 +48,6 @@ def main(arguments: Arguments) -> None:
     from sidtune.decoding.retrieval.model_folder import check_made_from
     from sidtune.metrics.report.html import markdown_table, write_report
 
-    started = time.time()
     made = {"data_dir": arguments.data_dir, "sids_dir": arguments.sids_dir}
     models = [folder for folder in (arguments.model_dir, arguments.grpo_dir) if folder is not None]
     for folder in (arguments.eval_dir, arguments.post_rank_dir):
@@ -60,7 +59,7 @@ def main(arguments: Arguments) -> None:
     with write_folder(arguments.output_dir) as scratch:
         write_report(scratch / "report.html", data)
         (scratch / "table.md").write_text(markdown_table(data.systems), encoding="utf-8")
-        write_run(scratch, step="report", config=as_dict(arguments), started=started)
+        write_run(scratch)
     print(f"The report is {Path(arguments.output_dir) / 'report.html'}")
 
 
@@ -71,23 +70,15 @@ def report_data(arguments: Arguments) -> Any:
     from sidtune.metrics.statistics.compare import SystemRow
     from sidtune.metrics.statistics.slices import SliceRow
 
-    runs = {
-        name: read_json(Path(folder) / "run.json")
-        for name, folder in (
-            ("data", arguments.data_dir),
-            ("sids", arguments.sids_dir),
-            ("sft", arguments.model_dir),
-            ("grpo", arguments.grpo_dir),
-            ("eval", arguments.eval_dir),
-            ("post_rank", arguments.post_rank_dir),
-        )
-        if folder is not None
-    }
+    folders = {"data": arguments.data_dir, "sids": arguments.sids_dir, "sft": arguments.model_dir}
+    folders |= {"grpo": arguments.grpo_dir, "eval": arguments.eval_dir, "post_rank": arguments.post_rank_dir}
+    runs = {name: read_json(Path(folder) / "run.json") for name, folder in folders.items() if folder is not None}
     metrics = read_json(Path(arguments.eval_dir) / "metrics.json")
     samples = read_json(Path(arguments.eval_dir) / "samples.json")
     quality = read_json(Path(arguments.sids_dir) / "quality.json")
     stages = runs["sft"]["metrics"].get("stages", [])
     built, decoding = runs["data"]["metrics"], metrics["decoding"]
+    seconds = sum(stage["seconds"] or 0 for stage in [*stages, runs.get("grpo", {"seconds": 0})])
     return ReportData(
         title=arguments.title,
         summary=(
@@ -99,9 +90,7 @@ def report_data(arguments: Arguments) -> Any:
         facts={
             **{name: built[name] for name in ("items", "users", "requests", "events")},
             "evaluated requests": metrics["requests"],
-            "training seconds": round(
-                sum(stage["seconds"] or 0 for stage in [*stages, runs.get("grpo", {"seconds": 0})])
-            ),
+            "training seconds": round(seconds),
             "requests per second": decoding["requests_per_second"],
         },
         versions=runs["eval"]["versions"],
@@ -121,16 +110,11 @@ def report_data(arguments: Arguments) -> Any:
         **_post_rank(arguments.post_rank_dir),
         samples=[
             SampleRequest(
-                query=s["query"],
-                items=[SampleItem(i["title"] or "", i["sid"], i["hit"], i["score"], i["item_id"]) for i in s["items"]],
-                context=[tuple(pair) for pair in s["context"]],
-                history=s["history"],
-                targets=s["targets"],
-                request_id=s["request_id"],
+                **{**sample, "items": [SampleItem(**{**i, "title": i["title"] or ""}) for i in sample["items"]]}
             )
-            for s in samples
+            for sample in samples
         ],
-        stages=[_stage_line(stage) for stage in stages] + ([_grpo_line(runs["grpo"])] if "grpo" in runs else []),
+        stages=[*map(_stage_line, stages), *(_grpo_line(run) for name, run in runs.items() if name == "grpo")],
         config={name: run["config"] for name, run in runs.items()},
     )
 
@@ -141,22 +125,11 @@ def _notes(metrics: dict[str, Any]) -> list[str]:
         f"{100 * metrics['decoding']['invalid_share']:.1f} % of the decoded SIDs are outside the catalogue.",
         "Metrics are on items after expansion of shared SIDs; ties are broken by fixed rules, so a rerun gives the same numbers.",
         *(
-            f"{metrics['primary']} of the model against '{name}': {pair['difference']:+.4f} [{pair['low']:+.4f}, "
-            f"{pair['high']:+.4f}], p = {pair['p_value']:.3f} (paired bootstrap over users)."
+            f"{metrics['primary']} of the model against '{name}': {difference(pair)}, p = {pair['p_value']:.3f} (paired bootstrap "
+            "over users)."
             for name, pair in metrics.get("against", {}).items()
         ),
     ]
-
-
-def _grpo_line(run: dict[str, Any]) -> dict[str, Any]:
-    metrics, config = run["metrics"], run["config"]
-    return {
-        "stage": "grpo",
-        "tasks": "rewards " + ", ".join(config["rewards"]),
-        "examples": metrics["prompts"],
-        "steps": metrics["steps"],
-        "seconds": run["seconds"],
-    }
 
 
 def _post_rank(folder: str | None) -> dict[str, Any]:
@@ -185,12 +158,17 @@ def _post_rank(folder: str | None) -> dict[str, Any]:
         f"{counts['train']:,} training, {counts['valid']:,} validation and {counts['test']:,} test lists. {record['definition']}.",
         *record["notes"],
         *(
-            f"{record['primary']} of llm4pr against {name}: {pair['difference']:+.4f} [{pair['low']:+.4f}, {pair['high']:+.4f}], "
-            f"adjusted p = {pair['adjusted_p_value']:.3f} (paired bootstrap over users)."
+            f"{record['primary']} of llm4pr against {name}: {difference(pair)}, adjusted p = {pair['adjusted_p_value']:.3f} "
+            "(paired bootstrap over users)."
             for name, pair in record["against"].items()
         ),
     ]
     return {"post_rank": made, "post_rank_metric": primary, "post_rank_notes": notes}
+
+
+def _grpo_line(run: dict[str, Any]) -> dict[str, Any]:
+    counts = {"examples": run["metrics"]["prompts"], "steps": run["metrics"]["steps"], "seconds": run["seconds"]}
+    return {"stage": "grpo", "tasks": "rewards " + ", ".join(run["config"]["rewards"]), **counts}
 
 
 def _stage_line(stage: dict[str, Any]) -> dict[str, Any]:

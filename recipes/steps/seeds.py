@@ -9,19 +9,17 @@ Each seed has its own folder below output_dir, so finished seeds are skipped lik
 
 from __future__ import annotations
 
-import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sidtune.core.config import command
-from sidtune.core.errors import ConfigError
 from sidtune.core.folders import read_json, versions, writes
-from sidtune.core.pipeline import RunArguments, resolve, run_pipeline
-from sidtune.metrics.report.readme_table import check_readme, publish
+from sidtune.core.pipeline import RunArguments
+from sidtune.metrics.report.readme_table import publish
 from sidtune.metrics.statistics.compare import MODEL
-from sidtune.recipes.preflight import check_computed
+from sidtune.recipes.over_seeds import check_seeds, counted, difference, means, run_all, spread, table
 
 LAUNCH = "alone"
 
@@ -45,8 +43,7 @@ class Arguments(RunArguments):
     readme: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if len(set(self.seeds)) != len(self.seeds) or len(self.seeds) < 2:
-            raise ConfigError(f"seeds must be at least two different integers, got {self.seeds}.")
+        check_seeds(self.seeds, 2)
 
     def pipeline_of(self, seed: int) -> RunArguments:
         """The pipeline of one seed."""
@@ -58,54 +55,27 @@ class Arguments(RunArguments):
 @writes(None, tree=True)
 def main(arguments: Arguments) -> None:
     """Runs all seeds and writes results and table."""
-    for seed in arguments.seeds:
-        check_computed(resolve(arguments.pipeline_of(seed)), arguments.eval_step, arguments.metrics)
-    for readme in arguments.readme:
-        check_readme(readme)
-    started = time.time()
-    found = {}
-    for seed in arguments.seeds:
-        pipeline = arguments.pipeline_of(seed)
-        run_pipeline(pipeline)
-        found[seed] = read_json(Path(pipeline.output_dir) / arguments.eval_step / "metrics.json")
-    record = summarise(found, arguments.metrics)
+    started, pipelines = time.time(), {seed: arguments.pipeline_of(seed) for seed in arguments.seeds}
+    run_all([*pipelines.values()], arguments.eval_step, arguments.metrics, arguments.readme)
+    folders = {seed: Path(pipeline.output_dir) / arguments.eval_step for seed, pipeline in pipelines.items()}
+    record = summarise({seed: read_json(one / "metrics.json") for seed, one in folders.items()}, arguments.metrics)
     record["seconds"] = round(time.time() - started)
     publish(record, markdown(record), arguments.results, arguments.readme)
 
 
 def summarise(found: dict[int, dict[str, Any]], metrics: list[str]) -> dict[str, Any]:
-    """Mean and sample standard deviation over seeds of every system and metric.
-
-    Args:
-        found: seed → `metrics.json` of its evaluation.
-        metrics: metric names.
-    """
-    systems: dict[str, Any] = {}
-    for name in [row["name"] for row in next(iter(found.values()))["systems"]]:
-        values: dict[str, list[float]] = {metric: [] for metric in metrics}
-        kind = ""
-        for record in found.values():
-            row = next(row for row in record["systems"] if row["name"] == name)
-            kind = row["kind"]
-            for metric in metrics:
-                if metric not in row["metrics"]:
-                    raise ConfigError(f"The metric '{metric}' was not computed; set metrics and ks of the evaluation.")
-                values[metric].append(row["metrics"][metric]["value"])
-        systems[name] = {
-            "kind": kind,
-            "metrics": {
-                metric: {"mean": statistics.fmean(v), "std": statistics.stdev(v), "values": v}
-                for metric, v in values.items()
-            },
-        }
+    """Mean and sample standard deviation of every system and metric; `found` is seed → `metrics.json` of its evaluation."""
     first = next(iter(found.values()))
+    systems: dict[str, Any] = {}
+    for name, kind in [(row["name"], row["kind"]) for row in first["systems"]]:
+        rows = [next(row["metrics"] for row in record["systems"] if row["name"] == name) for record in found.values()]
+        values = {metric: spread([row[metric]["value"] for row in rows]) for metric in metrics}
+        systems[name] = {"kind": kind, "metrics": values}
     return {
         "seeds": list(found),
         "requests": [record["requests"] for record in found.values()],
-        "catalogue": first["catalogue"],
-        "split": first["split"],
+        **{name: first[name] for name in ("catalogue", "split", "primary")},
         "num_beams": first["decoding"]["num_beams"],
-        "primary": first["primary"],
         "against": {name: [record["against"][name] for record in found.values()] for name in first["against"]},
         "systems": systems,
         "versions": versions(),
@@ -116,30 +86,21 @@ def markdown(record: dict[str, Any]) -> str:
     """The results as a GitHub table: mean ± sample standard deviation over the seeds, the model last but for bounds."""
     systems = record["systems"]
     metrics = list(next(iter(systems.values()))["metrics"])
-    lines = ["| system | " + " | ".join(metrics) + " |", "|---|" + "---:|" * len(metrics)]
-    for name in sorted(systems, key=lambda name: _place(name, systems[name]["kind"])):
-        row = systems[name]
-        cells = [f"{row['metrics'][m]['mean']:.4f} ± {row['metrics'][m]['std']:.4f}" for m in metrics]
-        shown = f"**{name}**" if name == MODEL else name
-        lines.append(f"| {shown} | " + " | ".join(cells) + " |")
-    requests = sorted(set(record["requests"]))
-    counted = f"{requests[0]:,}" if len(requests) == 1 else f"{requests[0]:,} to {requests[-1]:,}"
-    lines.append("")
-    lines.append(
-        f"Mean ± standard deviation over seeds {', '.join(map(str, record['seeds']))}; {counted} {record['split']} requests, whole "
-        f"catalogue of {record['catalogue']:,} items, {record['num_beams']} beams."
-    )
+    kinds = ("baseline", "model", "bound")
+    names = sorted(systems, key=lambda name: (kinds.index(systems[name]["kind"]), name == MODEL))
+    rows = [[f"**{name}**" if name == MODEL else name, *means(systems[name], metrics)] for name in names]
+    lines = [
+        *table(["system", *metrics], rows),
+        "",
+        f"Mean ± standard deviation over seeds {', '.join(map(str, record['seeds']))}; {counted(record['requests'])} "
+        f"{record['split']} requests, whole catalogue of {record['catalogue']:,} items, {record['num_beams']} beams.",
+    ]
     for name, pairs in record.get("against", {}).items():
-        each = ", ".join(f"{p['difference']:+.4f} [{p['low']:+.4f}, {p['high']:+.4f}]" for p in pairs)
+        each = ", ".join(map(difference, pairs))
         lines.append(
             f"{MODEL} minus {name} on {record['primary']}, seed by seed: {each} (paired bootstrap over users)."
         )
     return "\n".join(lines) + "\n"
-
-
-def _place(name: str, kind: str) -> tuple[int, bool]:
-    """Where a system stands: baselines, models with the final one last, bounds."""
-    return ("baseline", "model", "bound").index(kind), name == MODEL
 
 
 if __name__ == "__main__":

@@ -10,12 +10,11 @@ which names the last stage. An interrupted run goes on from the last checkpoint 
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from sidtune.core.config import as_dict, check_range, command
+from sidtune.core.config import check_range, command
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import read_json, write_run, writes
 from sidtune.core.pipeline import Step, check_there
@@ -78,15 +77,10 @@ class Arguments:
         """What builds the examples of a stage."""
         from sidtune.trainers.sft.task_examples import TaskExamples
 
-        names = ("seed", "templates", "max_chars", "history_context")
-        return TaskExamples(
-            self.data_dir,
-            Path(self.sids_dir) / "sids",
-            query_coder=self.sids_dir if self.query_sids else None,
-            max_history=self.prompt_max_history,
-            max_length=self.prompt_max_length,
-            **{name: getattr(self, name) for name in names},
-        )
+        options = {name: getattr(self, name) for name in ("seed", "templates", "max_chars", "history_context")}
+        options |= {"max_history": self.prompt_max_history, "max_length": self.prompt_max_length}
+        coder = self.sids_dir if self.query_sids else None
+        return TaskExamples(self.data_dir, Path(self.sids_dir) / "sids", query_coder=coder, **options)
 
 
 def preflight(step: Step) -> None:
@@ -111,15 +105,11 @@ def main(arguments: Arguments) -> None:
     from sidtune.tokenizers.vocabulary.extension import Vocabulary
     from sidtune.trainers.sft.stages import run_stages
 
-    started = time.time()
     examples = arguments.examples()
     # A mistake in a template, and folders of different runs, show now, not after the first stage.
     examples.opened(load_tokenizer(arguments.model_dir), Vocabulary.from_pretrained(arguments.model_dir))
     folders = run_stages(
-        arguments.stages,
-        arguments.model_dir,
-        arguments.data_dir,
-        Path(arguments.sids_dir) / "sids",
+        *(arguments.stages, arguments.model_dir, arguments.data_dir, Path(arguments.sids_dir) / "sids"),
         arguments.output_dir,
         seed=arguments.seed,
         build_examples=examples,
@@ -127,20 +117,9 @@ def main(arguments: Arguments) -> None:
     )
 
     def finish() -> None:
-        stages = [read_json(folder / "run.json") for folder in folders]
-        write_run(
-            arguments.output_dir,
-            step="sft",
-            config=as_dict(arguments),
-            metrics={
-                "final": folders[-1].name,
-                "stages": [
-                    {"name": folder.name, "seconds": record["seconds"], **record["metrics"]}
-                    for folder, record in zip(folders, stages, strict=True)
-                ],
-            },
-            started=started,
-        )
+        records = {folder.name: read_json(folder / "run.json") for folder in folders}
+        stages = [{"name": name, "seconds": one["seconds"], **one["metrics"]} for name, one in records.items()]
+        write_run(arguments.output_dir, metrics={"final": folders[-1].name, "stages": stages})
 
     on_main(finish)
     logger.info("%s: %d stages, the last is %s", arguments.output_dir, len(folders), folders[-1].name)

@@ -13,8 +13,6 @@ from sidtune.core.errors import ConfigError, DataError
 from sidtune.data_builders.prompts.encoding import (
     IGNORE,
     encode_examples,
-    encode_pieces,
-    encode_prompt,
     encode_prompts,
     is_sid,
 )
@@ -62,7 +60,6 @@ def example():
 def test_batches_and_single_examples_equal_a_plain_loop(examples, max_length, bos):
     tokenizer = made.odd()
     wanted = [brute(tokenizer, pieces, learn, max_length, bos) for pieces, learn in examples]
-    assert [encode_pieces(tokenizer, *e, max_length=max_length, bos=bos) for e in examples] == wanted
     counts = {}
     got = encode_examples(tokenizer, dataset(examples), max_length=max_length, bos=bos, counts=counts)
     assert got.remove_columns("task").to_list() == [row for row in wanted if row]
@@ -101,33 +98,31 @@ def test_shuffled_and_sliced_data_sets_encode_alike():
 def test_bos_follows_the_tokenizer_unless_told():
     tokenizer = made.odd()
     bos = tokenizer.bos_token_id
-    assert encode_prompt(tokenizer, ["user"], bos=True)[0] == bos != encode_prompt(tokenizer, ["user"])[0]
+    assert encode_prompts(tokenizer, [["user"]], bos=True)[0][0] == bos != encode_prompts(tokenizer, [["user"]])[0][0]
     from tokenizers.processors import TemplateProcessing
 
     adds = made.odd.__wrapped__()
     adds.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", bos)])
-    assert encode_prompt(adds, ["user", "\nx:"]).count(bos) == 1 == encode_prompt(adds, ["user"]).count(bos)
-    assert bos not in encode_prompt(adds, ["user"], bos=False)
+    assert encode_prompts(adds, [["user", "\nx:"]])[0].count(bos) == 1 == encode_prompts(adds, [["user"]])[0].count(bos)
+    assert bos not in encode_prompts(adds, [["user"]], bos=False)[0]
     with pytest.raises(ConfigError, match="no bos token"):
-        encode_prompt(made.byte_bpe(), ["user"], bos=True)
+        encode_prompts(made.byte_bpe(), [["user"]], bos=True)
 
 
 def test_bad_input_is_refused():
     tokenizer = made.byte_bpe()
-    with pytest.raises(DataError, match="2 pieces but 1 learn flags"):
-        encode_pieces(tokenizer, ["a", "b"], [True])
     with pytest.raises(DataError, match="no tokens"):
         encode_prompts(tokenizer, [["user"], ["", ""]])
     with pytest.raises(DataError, match="does not fit into 3 tokens"):
-        encode_prompt(tokenizer, ["user", "\na long query of many words:"], max_length=3)
+        encode_prompts(tokenizer, [["user", "\na long query of many words:"]], max_length=3)
     with pytest.raises(DataError, match="very first token"):
         encode_examples(tokenizer, dataset([(["", SIDS[0]], [False, True])]))
     assert encode_prompts(tokenizer, []) == []
-    assert encode_pieces(tokenizer, [], []) is None and encode_pieces(tokenizer, ["user"], [False]) is None
+    assert len(encode_examples(tokenizer, dataset([(["user"], [False])]))) == 0
 
 
 def test_a_tokenizer_that_grew_is_read_again():
     tokenizer = made.byte_bpe.__wrapped__()
-    before = encode_prompt(tokenizer, ["hotdog"])
+    before = encode_prompts(tokenizer, [["hotdog"]])[0]
     tokenizer.add_tokens(["hotdog"])
-    assert encode_prompt(tokenizer, ["hotdog"]) == [len(tokenizer) - 1] != before
+    assert encode_prompts(tokenizer, [["hotdog"]])[0] == [len(tokenizer) - 1] != before

@@ -14,6 +14,7 @@ from sidtune.core.errors import ConfigError, DataError
 from sidtune.data_builders.tables.history import ACTIONS, FOREVER, History, Ragged, TimeCut, assert_before
 from sidtune.data_builders.tables.schema import Tables, table_from_columns, table_from_rows
 from sidtune.data_builders.tables.splits import (
+    SplitConfig,
     apply_split,
     assert_no_leak,
     global_time_split,
@@ -136,7 +137,7 @@ def test_history_of_a_sliced_and_chunked_table():
 def test_global_split_is_ordered_and_close_to_the_shares(times, valid, test):
     times = np.array(times)
     try:
-        names, train_until, valid_until = global_time_split(times, valid, test)
+        names, train_until, valid_until = global_time_split(times, SplitConfig(valid_share=valid, test_share=test))
     except DataError as error:
         # Only ties or too few requests can leave nothing to train on.
         assert "leaves no train request" in str(error)
@@ -152,19 +153,19 @@ def test_global_split_is_ordered_and_close_to_the_shares(times, valid, test):
 
 def test_explicit_moments_and_their_mistakes():
     times = np.arange(10)
-    names, first, second = global_time_split(times, train_until=4, valid_until=7)
+    names, first, second = global_time_split(times, SplitConfig(train_until=4, valid_until=7))
     assert (first, second) == (4, 7) and [(names == part).sum() for part in ("train", "valid", "test")] == [4, 3, 3]
-    assert not (global_time_split(times, train_until=4)[0] == "valid").any()
+    assert not (global_time_split(times, SplitConfig(train_until=4))[0] == "valid").any()
     with pytest.raises(ConfigError, match="valid_until needs train_until"):
-        global_time_split(times, valid_until=3)
+        global_time_split(times, SplitConfig(valid_until=3))
     with pytest.raises(ConfigError, match="valid_until \\(2\\) lies before train_until \\(5\\)"):
-        global_time_split(times, train_until=5, valid_until=2)
+        global_time_split(times, SplitConfig(train_until=5, valid_until=2))
     with pytest.raises(ConfigError, match="their sum below 1"):
-        global_time_split(times, 0.5, 0.5)
+        SplitConfig(valid_share=0.5, test_share=0.5)
     with pytest.raises(DataError, match="leaves no test request among times 0 to 9"):
-        global_time_split(times, train_until=20)
+        global_time_split(times, SplitConfig(train_until=20))
     with pytest.raises(DataError, match="no requests to split"):
-        global_time_split(np.array([], dtype=np.int64))
+        global_time_split(np.array([], dtype=np.int64), SplitConfig())
 
 
 @settings(max_examples=100, deadline=None)
@@ -181,7 +182,7 @@ def test_leave_one_out_equals_brute_force(rows):
         for n in mine[:-2]:
             assert names[n] == ("train" if rows[n][1] < rows[mine[-2]][1] else "")
     with pytest.raises(ConfigError, match="min_rows"):
-        leave_one_out(events_table(rows), 1)
+        SplitConfig(min_rows=1)
 
 
 def shop(requests: list[tuple], events: list[tuple] = ()) -> Tables:

@@ -207,9 +207,9 @@ def favourite(values):
 
 def test_price_levels_are_thirds_of_a_category():
     data = inputs(max_history=20)
-    from sidtune.data_builders.tasks.reasoning import _last_level, _numbered, _of_items, _price_level
+    from sidtune.data_builders.tasks.reasoning import _leaves, _price_level
 
-    category, _ = _numbered(_last_level(_of_items(data, "category")))
+    category, _ = _leaves(data)
     level = _price_level(data, category)
     items = {i["item_id"]: i for i in WORLD.items}
     for row, item in enumerate(data.sids):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sidtune.core.errors import DataError
 from sidtune.data_builders.prompts.encoding import encode_examples, token_ids
-from sidtune.data_builders.prompts.sanitizer import Piece, Sanitizer, added_token_ids, check_pieces
+from sidtune.data_builders.prompts.sanitizer import Piece, Sanitizer, added_token_ids
 from sidtune.data_builders.prompts.serializer import Serializer
 from sidtune.data_builders.tasks.behaviour import to_dataset
 
@@ -135,7 +135,7 @@ def test_no_two_fields_complete_an_added_token(kind, seam, tmp_path):
         for query, name, value in ((pair[0], pair[1], other), (other, *pair), (pair[1], pair[0], pair[1])):
             piece = serializer.turn(query, [{"name": name, "value": value}])
             assert isinstance(piece, Piece)
-            check_pieces(serializer.sanitizer, [piece])
+            assert serializer.sanitizer.agrees(piece)
             # Independent of Piece: no added token but those of the template's own text, field by field removed.
             allowed = {i for text in piece.literals for i in leaks(kind, text)}
             unknown = {made.ALL[kind]().unk_token_id}
@@ -148,8 +148,7 @@ def test_seams_without_the_serializer_do_leak():
     """A control: cleaned fields, glued by hand into a bracket, do form a token; that is what the serializer parts."""
     clean = sanitizer_of("wordpiece").clean("SEP")
     assert clean == "SEP" and leaks("wordpiece", f"[{clean}]")
-    with pytest.raises(DataError, match="SEP"):
-        check_pieces(sanitizer_of("wordpiece"), [Piece(f"[{clean}]", ["[", "]"])])
+    assert not sanitizer_of("wordpiece").agrees(Piece(f"[{clean}]", ["[", "]"]))
 
 
 @FUZZ
@@ -202,10 +201,10 @@ def test_a_tokenizer_that_grew_needs_a_new_sanitizer():
 
 def test_guard_on_pieces():
     sanitizer = sanitizer_of("byte_bpe")
-    check_pieces(sanitizer, ["plain", "<a_1><b_2><c_3>", Piece("<|im_start|>user x", ["<|im_start|>user "])])
+    for good in ("plain", Piece("<a_1><b_2>", ["<a_1><b_2>"]), Piece("<|im_start|>user x", ["<|im_start|>user "])):
+        assert sanitizer.agrees(good)
     for bad in ("buy <a_1>", "x<|endoftext|>", Piece("<|im_start|>x", ["<|im"]), Piece("<a_1>", [])):
-        with pytest.raises(DataError, match="added tokens"):
-            check_pieces(sanitizer, [bad])
+        assert not sanitizer.agrees(bad)
 
 
 def test_guard_on_data_sets():

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from sidtune.core.errors import ConfigError
 from sidtune.data_builders.prompts import serializer as module
 from sidtune.data_builders.prompts.encoding import token_ids
-from sidtune.data_builders.prompts.sanitizer import check_pieces
 from sidtune.data_builders.prompts.serializer import TEMPLATES, Serializer
 
 CONTEXT = [{"name": "place", "value": "paris"}, {"name": "device", "value": "phone"}]
@@ -77,7 +76,7 @@ def test_fields_add_nothing_to_the_structure_of_a_chat(query, name, value, title
     s = _CHATML
     assert token_ids(s.tokenizer, [s.turn(query, [{"name": name, "value": value}])])[0].count(_START) == 2
     pieces = [s.turn(query, [{"name": name, "value": value}]), *s.prompt("item_to_sid", title=title), s.answer(title)]
-    check_pieces(s.sanitizer, pieces)
+    assert all(map(s.sanitizer.agrees, pieces))
     assert str(s.answer(title)).count("<|endoftext|>") == 1
 
 
@@ -93,7 +92,7 @@ def test_only_the_templates_own_text_may_hold_tokens(tmp_path):
     s = Serializer(made.byte_bpe(), tmp_path)
     turn = s.turn("ab", None)
     assert turn == "<|im_start|>‹|im_end|›AB‹a_1›‹|im_end|›‹a_1›ab‹a_1›<|im_end|>"
-    check_pieces(s.sanitizer, [turn])
+    assert s.sanitizer.agrees(turn)
 
 
 def test_literal_ids_are_the_tokens_of_the_templates():

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import text_tokenizers as made
+from datasets import Dataset
 from whole_history_oracle import make_world, pieces_of, positives, turns_before, windowed
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.data_builders.prompts.encoding import IGNORE, encode_examples, encode_pieces, encode_prompt, encode_prompts
+from sidtune.data_builders.prompts.encoding import IGNORE, encode_examples, encode_prompts
 from sidtune.data_builders.prompts.serializer import Serializer
 from sidtune.data_builders.tables.history import TimeCut
 from sidtune.data_builders.tables.schema import table_from_rows
@@ -21,6 +22,12 @@ def build(kind="byte_bpe", templates="plain", seed=0, **options):
     world = make_world(seed)
     serializer = Serializer(made.ALL[kind](), templates)
     return world, serializer, world.task_input(serializer, **{"max_history": MANY, **options})
+
+
+def encoded(tokenizer, pieces, learn, max_length=None):
+    """One example as the data set encodes it; None where it does not fit."""
+    rows = Dataset.from_dict({"task": ["t"], "pieces": [pieces], "learn": [learn], "key": ["k"]})
+    return next(iter(encode_examples(tokenizer, rows, max_length)), None)
 
 
 def learned(example):
@@ -97,13 +104,13 @@ def test_whole_history_equals_the_windowed_examples(kind, templates):
         assert event["item_id"] == positives(world, request)[0], "the strongest positive comes first"
         window = windowed(world, serializer, request, MANY)
         assert row["pieces"][:place] == window
-        whole = encode_pieces(tokenizer, row["pieces"], row["learn"])
-        alone = encode_pieces(tokenizer, [*window, row["pieces"][place]], [False] * len(window) + [True])
+        whole = encoded(tokenizer, row["pieces"], row["learn"])
+        alone = encoded(tokenizer, [*window, row["pieces"][place]], [False] * len(window) + [True])
         size = len(alone["input_ids"])
         assert whole["input_ids"][:size] == alone["input_ids"]
         assert whole["labels"][size - 3 : size] == alone["labels"][-3:] == alone["input_ids"][-3:]
         assert set(alone["labels"][:-3]) == {IGNORE}
-        assert encode_prompt(tokenizer, window) == alone["input_ids"][:-3]
+        assert encode_prompts(tokenizer, [window])[0] == alone["input_ids"][:-3]
         compared += 1
     assert compared > 50
 
@@ -149,10 +156,10 @@ def test_chunks_by_tokens_lose_no_target(max_tokens):
     ))  # fmt: skip
     assert targets == sorted((user, n) for user, n, _ in fair_targets(world))
     counts = {}
-    encoded = encode_examples(serializer.tokenizer, examples, max_length=max_tokens, counts=counts)
+    rows = encode_examples(serializer.tokenizer, examples, max_length=max_tokens, counts=counts)
     assert counts == {"examples": len(examples), "examples_truncated_away": 0, "targets_dropped": 0}
-    assert max(map(len, encoded["input_ids"])) <= max_tokens
-    assert sum(label != IGNORE for row in encoded["labels"] for label in row) == 3 * len(targets)
+    assert max(map(len, rows["input_ids"])) <= max_tokens
+    assert sum(label != IGNORE for row in rows["labels"] for label in row) == 3 * len(targets)
 
 
 def test_chunks_by_tokens_need_no_earlier_encoding():
@@ -247,13 +254,13 @@ def test_prompts_are_the_training_prefix_token_by_token(kind, max_length):
     fits = [
         n
         for n, r in enumerate(requests)
-        if encode_pieces(tokenizer, train[r["request_id"]]["pieces"], train[r["request_id"]]["learn"], max_length)
+        if encoded(tokenizer, train[r["request_id"]]["pieces"], train[r["request_id"]]["learn"], max_length)
     ]
     ids = encode_prompts(tokenizer, [prompts[n] for n in fits], max_length, reserve=3)
     assert len(fits) > 20
     for n, prompt in zip(fits, ids, strict=True):
         row = train[requests[n]["request_id"]]
-        assert encode_pieces(tokenizer, row["pieces"], row["learn"], max_length)["input_ids"][:-3] == prompt
+        assert encoded(tokenizer, row["pieces"], row["learn"], max_length)["input_ids"][:-3] == prompt
     if len(fits) < len(requests):
         with pytest.raises(DataError, match="does not fit"):
             encode_prompts(tokenizer, prompts, max_length, reserve=3)
@@ -275,10 +282,10 @@ def test_the_loss_on_a_target_is_the_same():
     model = Qwen3ForCausalLM(config).eval()
 
     def losses(example):
-        encoded = encode_pieces(tokenizer, example["pieces"], example["learn"])
+        example = encoded(tokenizer, example["pieces"], example["learn"])
         with torch.no_grad():
-            logits = model(torch.tensor([encoded["input_ids"]])).logits[0, :-1]
-        labels = torch.tensor(encoded["labels"])[1:]
+            logits = model(torch.tensor([example["input_ids"]])).logits[0, :-1]
+        labels = torch.tensor(example["labels"])[1:]
         loss = torch.nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE)
         return loss[labels != IGNORE].reshape(-1, 3).sum(1).tolist()
 

@@ -94,7 +94,7 @@ def test_what_cannot_be_added_is_refused():
         ([], later[:0], "no new items to add"),
         (["new", "old 7"], later[:2], "have semantic IDs already .first: 'old 7'"),
         (["new", "new"], later[:2], "'new' occurs more than once"),
-        (["new"], later[:2], "2 vectors for 1 new items"),
+        (["new"], later[:2], "2 vectors of new items for 1 items"),
         (["new"], later[:1, :5], "5 dimensions, but the codebooks were trained on 6"),
         (["new"], np.full((1, 6), np.nan), "NaN"),
     ]:
@@ -225,7 +225,7 @@ def test_the_report_refuses_what_does_not_fit():
     for added in (np.zeros(200, bool), np.ones(200, bool), np.zeros(199, bool), np.arange(200)):
         with pytest.raises(DataError, match="learned and added items among them"):
             measure_drift(sids, added)
-    with pytest.raises(DataError, match="199 vectors for 200 items"):
+    with pytest.raises(DataError, match="199 item vectors for 200 items"):
         measure_drift(sids, np.arange(200) > 100, None, vectors[1:], quantizer)
     with pytest.raises(ConfigError, match="max_icr_drop"):
         DriftLimits(max_icr_drop=-0.1)

@@ -266,7 +266,7 @@ def test_suffix_and_expand():
 def test_reassignment_refuses_what_does_not_fit(name):
     sids, vectors, quantizer = world()
     method = make_collisions(name)
-    with pytest.raises(DataError, match="89 vectors for 90 items"):
+    with pytest.raises(DataError, match="89 item vectors for 90 items"):
         method.resolve(sids, vectors[1:], quantizer)
     with pytest.raises(DataError, match="5 dimensions"):
         method.resolve(sids, vectors[:, :5], quantizer)
@@ -340,5 +340,5 @@ def test_costs_agree_with_the_quality_report_and_the_ceilings_with_ranked_items(
     with pytest.raises(DataError, match="other items"):
         other = SemanticIds([*sids.item_ids[1:], "x"], sids.codes, SIZES)
         collision_cost(sids, other, vectors, quantizer, Expand())
-    with pytest.raises(DataError, match="119 vectors for 120 items"):
+    with pytest.raises(DataError, match="119 item vectors for 120 items"):
         collision_cost(sids, sids, vectors[1:], quantizer, Expand())

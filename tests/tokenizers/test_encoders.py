@@ -158,17 +158,17 @@ def test_unfitted_and_damaged_encoders_are_refused(tmp_path):
         (tmp_path / "e" / "vocabulary.json").write_text(json.dumps(wrong))
         with pytest.raises(DataError, match="do not fit together"):
             load_encoder(tmp_path / "e")
-    with pytest.raises(DataError, match="holds an encoder 'tfidf_svd', not a 'precomputed'"):
+    with pytest.raises(DataError, match="holds the encoder 'tfidf_svd', not a 'precomputed'"):
         PrecomputedEncoder.from_pretrained(tmp_path / "e")
     (tmp_path / "e" / "encoder_config.json").write_text("{}")
-    with pytest.raises(DataError, match="does not describe an encoder"):
+    with pytest.raises(DataError, match="describes no encoder"):
         load_encoder(tmp_path / "e")
 
 
 @pytest.mark.parametrize(
     ("name", "options", "sentence"),
     [
-        ("tfidf_svd", {"dims": 0}, "dims of the tfidf_svd encoder must be at least 1"),
+        ("tfidf_svd", {"dims": 0}, "dims must be at least 1"),
         ("tfidf_svd", {"ngram": [2, 1]}, "ngram must be"),
         ("tfidf_svd", {"max_df": 0.0}, "share in"),
         ("tfidf_svd", {"dim": 3}, "did you mean 'dims'"),
@@ -328,7 +328,7 @@ def test_pretrained_encoder_options(tiny_models, tmp_path):
 
 def test_unknown_models_and_missing_packages_are_named(monkeypatch, tmp_path):
     missing = str(tmp_path / "none")
-    with pytest.raises(ConfigError, match="cannot be loaded"):
+    with pytest.raises(DataError, match="does not exist"):
         make_encoder("transformers", {"model": missing}).fit(["pen"])
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(ConfigError, match=r"needs the package sentence-transformers.*sidtune\[encoders\]"):

@@ -23,6 +23,10 @@ from sidtune.tokenizers.keywords.mining import PoolConfig, candidates, mine_pool
 from sidtune.tokenizers.keywords.pool import KEYWORD_TYPES, KeywordPool
 
 
+def words(matcher: KeywordMatcher, text: str) -> list[str]:
+    return [matcher.keywords[number] for number in matcher.match([text]).indices]
+
+
 def is_spaced_letter(char: str) -> bool:
     unspaced = any(script in unicodedata.name(char, "") for script in ("CJK", "KATAKANA", "HIRAGANA", "THAI"))
     return not unspaced and (char == "_" or char.isalnum())
@@ -55,10 +59,10 @@ def by_hand(keywords: list[str], text: str, borders: bool) -> list[str]:
 
 def test_check_1_of_the_sheet_longest_match_and_case():
     matcher = KeywordMatcher(["cotton", "pure cotton", "Red"])
-    assert matcher.words("Shirt of PURE Cotton, rEd") == ["pure cotton", "red"]
-    assert matcher.words("cotton shirt") == ["cotton"]
-    assert matcher.words("pure cotton and other cotton") == ["pure cotton"]  # as released: wherever it stands
-    assert matcher.words("") == []
+    assert words(matcher, "Shirt of PURE Cotton, rEd") == ["pure cotton", "red"]
+    assert words(matcher, "cotton shirt") == ["cotton"]
+    assert words(matcher, "pure cotton and other cotton") == ["pure cotton"]  # as released: wherever it stands
+    assert words(matcher, "") == []
 
 
 letters = st.text(alphabet="ab 日本.B_", min_size=0, max_size=14)
@@ -73,32 +77,33 @@ letters = st.text(alphabet="ab 日本.B_", min_size=0, max_size=14)
 def test_matcher_equals_a_plain_loop(keywords, texts, borders):
     matcher = KeywordMatcher(keywords, borders)
     found = matcher.match(texts)
-    assert len(found) == len(texts) and found.offsets[-1] == len(found.words)
+    assert found.shape == (len(texts), len(keywords)) and set(found.data) <= {1.0}
     for row, text in enumerate(texts):
-        assert [keywords[number] for number in found.of(row)] == by_hand(keywords, text, borders)
+        there = found.indices[found.indptr[row] : found.indptr[row + 1]]
+        assert [keywords[number] for number in there] == by_hand(keywords, text, borders)
 
 
 def test_word_boundaries_and_scripts_without_spaces():
     keywords = ["pen", "pencil", "棉", "纯棉", "ручка"]
-    assert KeywordMatcher(keywords).words("pen, pencil") == ["pencil", "pen"]
-    assert KeywordMatcher(keywords).words("pencils or open") == []
-    assert KeywordMatcher(keywords, word_boundaries=False).words("pencils or open") == ["pencil"]
-    assert KeywordMatcher(keywords).words("pen纯棉T恤") == ["pen", "纯棉"]
-    assert KeywordMatcher(keywords).words("Ручка и ручками") == ["ручка"]
-    assert KeywordMatcher(["i̇stanbul"]).words("İSTANBUL") == ["i̇stanbul"]  # lower case is longer than the text
+    assert words(KeywordMatcher(keywords), "pen, pencil") == ["pencil", "pen"]
+    assert words(KeywordMatcher(keywords), "pencils or open") == []
+    assert words(KeywordMatcher(keywords, word_boundaries=False), "pencils or open") == ["pencil"]
+    assert words(KeywordMatcher(keywords), "pen纯棉T恤") == ["pen", "纯棉"]
+    assert words(KeywordMatcher(keywords), "Ручка и ручками") == ["ручка"]
+    assert words(KeywordMatcher(["i̇stanbul"]), "İSTANBUL") == ["i̇stanbul"]  # lower case is longer than the text
 
 
 def test_many_texts_match_as_one_at_a_time(monkeypatch):
     draw = np.random.default_rng(0)
-    words = ["".join(draw.choice(list("abc"), draw.integers(1, 4))) for _ in range(60)]
-    keywords = list(dict.fromkeys([*words[:30], *(f"{a} {b}" for a, b in zip(words, words[1:], strict=False))]))
-    texts = [" ".join(draw.choice(words, draw.integers(0, 9))) for _ in range(300)]
+    drawn = ["".join(draw.choice(list("abc"), draw.integers(1, 4))) for _ in range(60)]
+    keywords = list(dict.fromkeys([*drawn[:30], *(f"{a} {b}" for a, b in zip(drawn, drawn[1:], strict=False))]))
+    texts = [" ".join(draw.choice(drawn, draw.integers(0, 9))) for _ in range(300)]
     whole = KeywordMatcher(keywords).match(texts)
     monkeypatch.setattr("sidtune.tokenizers.keywords.matcher._BLOCK", 37)
     matcher = KeywordMatcher(keywords)
     split = matcher.match(texts)
-    assert (whole.words == split.words).all() and (whole.offsets == split.offsets).all()
-    assert [matcher.words(text) for text in texts[:50]] == [by_hand(keywords, text, True) for text in texts[:50]]
+    assert (whole.indices == split.indices).all() and (whole.indptr == split.indptr).all()
+    assert [words(matcher, text) for text in texts[:50]] == [by_hand(keywords, text, True) for text in texts[:50]]
 
 
 def test_matcher_refuses_empty_and_repeated_keywords():
@@ -106,7 +111,7 @@ def test_matcher_refuses_empty_and_repeated_keywords():
         KeywordMatcher(["red", "RED"])
     with pytest.raises(DataError, match="one is empty"):
         KeywordMatcher([" "])
-    assert KeywordMatcher([]).words("red") == []
+    assert words(KeywordMatcher([]), "red") == []
 
 
 # ---------------------------------------------------------------- pool
@@ -114,9 +119,8 @@ def test_matcher_refuses_empty_and_repeated_keywords():
 
 def test_a_keyword_keeps_all_its_types_and_the_pool_its_rows(tmp_path):
     pool = KeywordPool(["Apple", "apple", "pure  Cotton"], ["brand", "entity", "material"], [5, 2, 9])
-    assert pool.types_of == {"apple": ("brand", "entity"), "pure cotton": ("material",)}
     assert pool.distinct == ["apple", "pure cotton"] and pool.counts() == {"entity": 1, "brand": 1, "material": 1}
-    pool.to_tsv(tmp_path / "pool.tsv")
+    (tmp_path / "pool.tsv").write_text("Apple\tbrand\t5\napple\tentity\t2\npure  Cotton\tmaterial\t9\n")
     pool.save_pretrained(tmp_path / "pool")
     for again in (KeywordPool.from_tsv(tmp_path / "pool.tsv"), KeywordPool.from_pretrained(tmp_path / "pool")):
         assert (again.keywords, again.types, again.views.tolist()) == (pool.keywords, pool.types, [5, 2, 9])
@@ -213,7 +217,7 @@ def test_page_views_equal_a_count_by_hand(shop):
         texts_of = [(query, texts.get(item_id, "")) for query, item_id in pairs]
         expected = sum(any(word in by_hand(pool.distinct, text, True) for text in both) for both in texts_of)
         assert views == expected, word
-    assert pool.types_of["under 50"] == ("price",) and "42" not in pool.distinct
+    assert ("under 50", "price") in zip(pool.keywords, pool.types, strict=True) and "42" not in pool.distinct
     kept = mine_pool(shop, PoolConfig(head_per_type=1))
     assert all(count == 1 for count in kept.counts().values()) and kept.views.min() >= 1
     assert any("'grade'" in note for note in kept.notes)
@@ -268,9 +272,7 @@ OPTIONS = {"base": {"name": "tfidf_svd", "dims": 16, "min_df": 1}}
 
 @pytest.fixture
 def pool_file(tmp_path) -> str:
-    KeywordPool(["red", "oak", "desk", "desk", "zebra"], ["color", "material", "entity", "scene", "brand"]).to_tsv(
-        tmp_path / "pool.tsv"
-    )
+    (tmp_path / "pool.tsv").write_text("red\tcolor\noak\tmaterial\ndesk\tentity\ndesk\tscene\nzebra\tbrand\n")
     return str(tmp_path / "pool.tsv")
 
 

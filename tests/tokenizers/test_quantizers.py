@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -77,7 +78,7 @@ def test_interface(case, fitted):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bad_input_is_one_sentence(case, fitted):
+def test_bad_input_is_one_sentence(case, fitted, tmp_path):
     vectors, made = fitted
     quantizer, codes = made[case]
     with pytest.raises(DataError, match="trained on 20"):
@@ -89,7 +90,8 @@ def test_bad_input_is_one_sentence(case, fitted):
     with pytest.raises(DataError, match="integer codes of shape"):
         quantizer.decode(codes.astype(float))
     fresh = make_quantizer(*CASES[case])
-    for call in (lambda: fresh.encode(vectors), lambda: fresh.decode(codes), fresh._tensors, lambda: fresh.codebooks):
+    save = functools.partial(fresh.save_pretrained, tmp_path)
+    for call in (lambda: fresh.encode(vectors), lambda: fresh.decode(codes), save, lambda: fresh.codebooks):
         with pytest.raises(DataError, match="call fit"):
             call()
     with pytest.raises(DataError):

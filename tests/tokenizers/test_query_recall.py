@@ -138,9 +138,6 @@ def test_odd_rows_of_requests_are_read_without_surprise():
     requests = table_from_rows("requests", rows)
     assert distinct_queries(requests) == ["red shoe"]
     assert [column.to_pylist() for column in query_item_pairs(requests)] == [["red shoe"], ["b"]]
-    assert query_item_pairs(requests, ["like"])[1].to_pylist() == ["a"]
     assert [len(part) for part in query_targets(requests.slice(0, 0), ["a"])] == [0, 0, 0]
     chunks = pa.concat_tables([requests.slice(0, 1), requests.slice(1, 1), requests.slice(2)])
     assert query_item_pairs(chunks)[1].to_pylist() == ["b"]
-    with pytest.raises(ConfigError, match="There is no feedback 'clicks'"):
-        query_item_pairs(requests, ["clicks"])

@@ -233,7 +233,7 @@ def test_wrong_width_unfitted_and_bad_codes_are_refused(fitted, tmp_path):
         ({"level_sizes": []}, "one positive integer per level"),
         ({"level_sizes": [8, 0]}, "one positive integer per level"),
         ({"level_sizes": "888"}, "level_sizes"),
-        ({"iterations": 0}, "iterations of the residual k-means must be at least 1"),
+        ({"iterations": 0}, "iterations must be at least 1"),
         ({"seed": -1}, "seed"),
         ({"levels": [8]}, "did you mean 'level_sizes'"),
         ({"seed": "x"}, "'seed' must be an integer"),
@@ -268,16 +268,16 @@ def test_damaged_folders_are_named(fitted, tmp_path):
     with pytest.raises(DataError, match=r"'level_2' has shape \(8, 24\), expected \(9, 24\)"):
         load_quantizer(folder)
     write(quantizer="other")
-    with pytest.raises(DataError, match="holds a quantizer 'other'"):
+    with pytest.raises(DataError, match="holds the quantizer 'other'"):
         ResidualKMeans.from_pretrained(folder)
     with pytest.raises(ConfigError, match="no quantizer named 'other'"):
         load_quantizer(folder)
     (folder / "quantizer_config.json").write_text("[]")
-    with pytest.raises(DataError, match="does not describe a quantizer"):
+    with pytest.raises(DataError, match="describes no quantizer"):
         load_quantizer(folder)
     write()
     save_file({k: v for k, v in tensors.items() if k != "level_1"}, folder / "codebooks.safetensors")
-    with pytest.raises(DataError, match="lack the tensor 'level_1'"):
+    with pytest.raises(DataError, match="lacks the tensor 'level_1'"):
         load_quantizer(folder)
     (folder / "codebooks.safetensors").write_bytes(b"\x00" * 11)
     with pytest.raises(DataError, match="not a readable safetensors file"):

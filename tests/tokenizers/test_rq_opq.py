@@ -181,7 +181,7 @@ def test_balanced_head_of_the_default():
 def test_options_are_checked():
     for config, options, message in [
         (RqOpqConfig, {"tail_size": 100}, "power of two"),
-        (RqOpqConfig, {"balance": "even"}, "must be equal_size"),
+        (RqOpqConfig, {"balance": "even"}, "must be one of .equal_size"),
         (RqOpqConfig, {"head_sizes": ()}, "one positive integer per level"),
         (ProductQuantizerConfig, {"parts": 0}, "at least 1"),
     ]:

@@ -225,7 +225,7 @@ def error_of(quantizer, vectors):
 def test_a_pca_start_without_room_is_refused():
     with pytest.raises(ConfigError, match="at least 16 wide"):
         RqVaeConfig(latent_dims=8, hidden=(15,), start="pca")
-    with pytest.raises(ConfigError, match="random or pca"):
+    with pytest.raises(ConfigError, match="one of 'random', 'pca'"):
         RqVaeConfig(start="best")
     with pytest.raises(ConfigError, match="by definition"):
         RqKMeansPlusConfig(start="pca")
@@ -366,12 +366,12 @@ def test_scale_of_the_vectors_does_not_matter():
 
 def test_options_are_checked(tmp_path):
     for config, options, message in [
-        (RqVaeConfig, {"gradient": "gumbel"}, "straight_through or rotation"),
+        (RqVaeConfig, {"gradient": "gumbel"}, "one of 'straight_through', 'rotation'"),
         (RqVaeConfig, {"sinkhorn_levels": (3,)}, r"\[-3, 3\)"),
         (RqVaeConfig, {"ema_decay": 1.0}, r"\[0, 1\)"),
         (RqVaeConfig, {"learning_rate": 0.0}, "must be positive"),
         (RqVaeConfig, {"hidden": (0,)}, "at least 1"),
-        (RqVaeConfig, {"commitment": -1.0}, "must not be negative"),
+        (RqVaeConfig, {"commitment": -1.0}, "at least 0"),
         (RqKMeansPlusConfig, {"latent_dims": 8}, "width of the vectors"),
         (RqKMeansPlusConfig, {"kmeans_start": False}, "by definition"),
         (FsqConfig, {"grids": ((1, 4),)}, "at least 2"),
@@ -379,7 +379,7 @@ def test_options_are_checked(tmp_path):
     ]:
         with pytest.raises(ConfigError, match=message):
             config(**options)
-    with pytest.raises(DataError, match="not trained yet"):
+    with pytest.raises(DataError, match="no codebooks yet"):
         vae().encode(clusters(10))
     quantizer = vae(epochs=1).fit(clusters(100))
     tensors = quantizer._tensors()

@@ -213,9 +213,21 @@ def test_thresholds_are_configurable(learned):
         found = known_bad(report, sids, limits)
         assert found and all(sentence in warning for warning in found), name
         assert sid_quality(sids, vectors, quantizer, thresholds=limits).warnings == found
-    assert set(strict) == {f.name for f in fields(SidThresholds)}
+    assert {*strict, "max_suffix"} == {f.name for f in fields(SidThresholds)}
     assert len(known_bad(replace(report, largest_group=21), sids, SidThresholds())) == 1
     assert known_bad(replace(report, largest_group=21), sids, SidThresholds(max_group=21)) == []
+
+
+@pytest.mark.parametrize(("shared", "size", "warned"), [(256, None, False), (257, None, True), (5, 1546, True)])
+def test_a_suffix_level_of_many_tokens_is_told(shared, size, warned):
+    codes = np.r_[np.zeros(shared, dtype=int), np.arange(1, 60)]
+    sids = ids_of(codes[:, None].tolist(), (60,)).with_suffix(size)
+    told = [warning for warning in sid_quality(sids).warnings if "suffix level adds" in warning]
+    assert len(told) == warned
+    if warned:
+        assert (
+            f"adds {size or shared:,} tokens" in told[0] and f"up to {shared} items" in told[0] and "enlarge" in told[0]
+        )
 
 
 def test_a_single_item_and_identical_vectors_are_survived():
@@ -240,11 +252,11 @@ def test_report_is_json_and_markdown(learned):
 
 def test_mismatched_input_is_refused(learned):
     sids, vectors, quantizer = learned
-    with pytest.raises(DataError, match="599 vectors for 600 semantic IDs"):
+    with pytest.raises(DataError, match="599 item vectors for 600 items"):
         sid_quality(sids, vectors[:-1])
     with pytest.raises(DataError, match="11 dimensions"):
         sid_quality(sids, vectors[:, :-1], quantizer)
-    with pytest.raises(DataError, match=r"levels of \(64, 32, 16\) codes, the semantic IDs \(64, 32, 17\)"):
+    with pytest.raises(DataError, match=r"levels of \[64, 32, 16\] codes, the semantic IDs \[64, 32, 17\]"):
         sid_quality(SemanticIds(sids.item_ids, sids.codes, (64, 32, 17)), vectors, quantizer)
     with pytest.raises(ConfigError, match="at least 1, got 0 and 2000"):
         sid_quality(sids, vectors, neighbours=0)

@@ -13,7 +13,6 @@ from peft import PeftModel
 from trl import SFTConfig, SFTTrainer
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.tokenizers.vocabulary.embedding_report import row_neighbours
 from sidtune.tokenizers.vocabulary.extension import Vocabulary, extend_vocabulary
 from sidtune.tokenizers.vocabulary.saving import load_model
 from sidtune.tokenizers.vocabulary.token_matrices import base_of, vocab_matrices
@@ -21,7 +20,6 @@ from sidtune.tokenizers.vocabulary.trainable_tokens import (
     plain_model,
     set_trainable,
     split_matrices,
-    token_matrix,
     trained_rows,
 )
 
@@ -307,17 +305,6 @@ def test_an_embedding_that_does_more_than_look_up_is_refused():
         set_trainable(model, vocabulary, "rows")
 
 
-@pytest.mark.parametrize("mode", ["rows", "lora", "all"])
-@pytest.mark.parametrize("head", [True, False])
-def test_token_matrix_is_the_matrix_of_the_merged_model(mode, head):
-    model, _, vocabulary = prepared(mode, tied=False)
-    _shift_rows(model, 0.5)
-    found = token_matrix(model, head)
-    plain = plain_model(model)
-    expected = plain.get_output_embeddings() if head else plain.get_input_embeddings()
-    assert torch.equal(found, expected.weight)
-
-
 def test_a_scaled_embedding_keeps_its_scale():
     model, tokenizer = tiny_model("bart"), tiny_tokenizer()
     for module in (model.model.encoder.embed_tokens, model.model.decoder.embed_tokens):
@@ -333,29 +320,3 @@ def test_an_error_inside_the_head_is_not_hidden():
     del model.lm_head.__dict__["_rows_span"]
     with pytest.raises(RuntimeError, match="cannot be put together"):
         _ = model.lm_head.weight
-
-
-def test_the_report_sees_what_rows_mean():
-    sids = tiny_sids(200)
-    vectors = np.random.default_rng(0).standard_normal((200, 5))
-    books = []
-    for level, size in enumerate(sids.level_sizes):
-        books.append(np.stack([vectors[sids.codes[:, level] == code].mean(0) for code in range(size)]))
-    found = {}
-    for init in ("codebook", "mean"):
-        model, tokenizer = tiny_model(), tiny_tokenizer()
-        vocabulary = extend_vocabulary(model, tokenizer, sids, init, books)
-        titles = {item: f"title {item}" for item in sids.item_ids}
-        for mode in ("all", "rows"):
-            report = row_neighbours(
-                set_trainable(model, vocabulary, mode), vocabulary, sids, vectors, tokenizer, titles
-            )
-            found[init, mode] = [level["spearman"] for level in report["levels"]]
-    assert found["codebook", "all"] == found["codebook", "rows"]
-    assert min(found["codebook", "all"]) > 0.9 > abs(found["mean", "all"][2])
-    assert [level["codes"] for level in report["levels"]] == list(sids.level_sizes)
-    example = report["examples"][0]
-    largest = int(np.bincount(sids.codes[:, 0]).argmax())
-    assert example["token"] == f"<a_{largest}>" and len(example["titles"]) == len(example["nearest_tokens"]) == 3
-    with pytest.raises(DataError, match="item vectors"):
-        row_neighbours(model, vocabulary, sids, vectors[:-1])

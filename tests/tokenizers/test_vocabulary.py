@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.tokenizers.base_models.loading import load_base, load_plain
+from sidtune.tokenizers.base_models.loading import load_plain, load_tokenizer
 from sidtune.tokenizers.vocabulary.embedding_init import token_shares
 from sidtune.tokenizers.vocabulary.extension import Vocabulary, extend_vocabulary
 from sidtune.tokenizers.vocabulary.token_matrices import grow, vocab_matrices
@@ -59,7 +59,7 @@ def test_old_rows_stay_and_new_rows_come_in_every_family(kind, tied, tmp_path):
 
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    loaded, loaded_tokenizer = load_base(tmp_path)
+    loaded, loaded_tokenizer = load_plain(tmp_path), load_tokenizer(tmp_path)
     assert torch.equal(logits(loaded, vocabulary), logits(model, vocabulary))
     assert loaded_tokenizer.encode("pen <a_3><b_1><c_2>.") == tokenizer.encode("pen <a_3><b_1><c_2>.")
 
@@ -384,7 +384,7 @@ def test_base_models_that_cannot_be_read_are_one_sentence(tmp_path):
         load_plain(tmp_path, dtype="float23")
     model.save_pretrained(tmp_path / "m")
     with pytest.raises(DataError, match="holds no tokenizer"):
-        load_base(tmp_path / "m")
+        load_tokenizer(tmp_path / "m")
     weights = tmp_path / "m" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-50])
     with pytest.raises(DataError, match="No model can be read"):

@@ -16,7 +16,6 @@ from sidtune.trainers.contrastive.losses import (
     aligned_loss,
     info_nce,
     order_margin,
-    relevance_regression,
 )
 from sidtune.trainers.contrastive.trainer import AlignedExamples
 
@@ -96,7 +95,9 @@ def test_the_order_margin_pulls_ordered_up_and_shown_down():
 def test_relevance_is_a_mean_squared_difference():
     query, item, score = unit(5, 3), unit(5, 3, seed=1), torch.rand(5)
     by_loop = sum((float(query[n] @ item[n]) - float(score[n])) ** 2 for n in range(5)) / 5
-    assert float(relevance_regression(query, item, score)) == pytest.approx(by_loop, rel=1e-6)
+    places = {"relevance": torch.tensor([[n, n + 5] for n in range(5)]), "relevance_score": score}
+    loss, _ = aligned_loss(torch.cat([query, item]), places, AlignedLossConfig())
+    assert float(loss) == pytest.approx(by_loop, rel=1e-6)
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -167,7 +168,7 @@ def test_a_batch_points_back_to_the_same_texts():
     ("make", "sentence"),
     [
         (lambda: AlignedLossConfig(**dict.fromkeys(TERMS, 0.0)), "All weights of the aligned loss are 0"),
-        (lambda: AlignedLossConfig(q2q=-1.0), "'q2q' of the aligned loss must be 0 or more"),
+        (lambda: AlignedLossConfig(q2q=-1.0), "q2q must be at least 0"),
         (lambda: AlignedLossConfig(temperature=0.0), "temperature of the aligned loss must be above 0"),
         (lambda: AlignedExamples(QUERIES, ITEMS, {"q2q": np.empty((0, 2), int)}), "no pairs to learn from"),
         (lambda: AlignedExamples(QUERIES, ITEMS, {"qq": np.empty((0, 2), int)}), "no term 'qq'"),

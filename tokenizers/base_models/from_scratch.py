@@ -2,7 +2,7 @@
 
 This is what makes every recipe run offline: no download, the same result on every machine. The tokenizer has the shape
 of Qwen's and GPT-2's (byte-level BPE, no prefix space, no unknown token), so nothing downstream treats it specially.
-Our choice; no paper is involved. For real use replace both by a pretrained model (`load_base`).
+Our choice; no paper is involved. For real use replace both by a pretrained model.
 """
 
 from __future__ import annotations
@@ -36,16 +36,9 @@ CHAT_TEMPLATE = (
 )
 _BYTES = 256
 _SIZES = {
-    *(
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "intermediate_size",
-    ),
-    *("max_position_embeddings", "n_embd", "n_layer", "n_head", "n_positions", "d_model", "num_layers", "num_heads"),
-}
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
+    "max_position_embeddings", "n_embd", "n_layer", "n_head", "n_positions", "d_model", "num_layers", "num_heads",
+}  # fmt: skip
 
 # A tiny model of each family: about a million parameters, trains on a laptop.
 _SMALL: dict[str, dict[str, Any]] = {
@@ -55,15 +48,6 @@ _SMALL: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 32,
-        "intermediate_size": 384,
-        "max_position_embeddings": 2048,
-        "tie_word_embeddings": True,
-    },
-    "llama": {
-        "hidden_size": 128,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
         "intermediate_size": 384,
         "max_position_embeddings": 2048,
         "tie_word_embeddings": True,
@@ -80,6 +64,7 @@ _SMALL: dict[str, dict[str, Any]] = {
         "decoder_ffn_dim": 384,
     },
 }
+_SMALL["llama"] = {key: value for key, value in _SMALL["qwen3"].items() if key != "head_dim"}
 _SMALL["mt5"] = _SMALL["t5"]
 
 
@@ -158,7 +143,7 @@ def build_model(
     """
     pad, first, last = tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id
     kind, made = _config(config, len(tokenizer), pad, first, last)
-    with _told(kind), torch.random.fork_rng(devices=[]):
+    with told(kind), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _family(made).from_config(made, dtype=dtype)
 
@@ -178,7 +163,7 @@ def check_model(config: dict[str, Any] | None, vocab_size: int) -> None:
     for name in _SIZES & set(config or {}):
         if not isinstance(size := (config or {})[name], int) or size < 1:
             raise ConfigError(f"{where}: {name} must be at least 1, got {size}; correct it.")
-    with _told(kind), torch.device("meta"):
+    with told(kind), torch.device("meta"):
         model = _family(made).from_config(made)
     check_weights(model, where)
     heads, shared = (getattr(made, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
@@ -209,15 +194,21 @@ def check_weights(model: torch.nn.Module, where: str) -> None:
         raise ConfigError(f"{where} gives {wrong}; correct its sizes.")
 
 
+def checked_kind(kind: Any) -> str:
+    """The model type; raises ConfigError where transformers knows none of that name."""
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise ConfigError(
+            f"There is no model_type '{kind}' in transformers: {nearest(str(kind), CONFIG_MAPPING.keys())}"
+        )
+    return kind
+
+
 def _config(
     config: dict[str, Any] | None, vocab_size: int, pad: int | None, first: int | None, last: int | None
 ) -> tuple[str, PreTrainedConfig]:
     """Model type and filled config."""
     fields = dict(config or {})
-    kind = fields.pop("model_type", "qwen3")
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        near = nearest(str(kind), CONFIG_MAPPING.keys())
-        raise ConfigError(f"There is no model_type '{kind}' in transformers: {near}")
+    kind = checked_kind(fields.pop("model_type", "qwen3"))
     known = _config_fields(kind)
     check_keys(fields, known, f"The config of the {kind} model")
     tokens = {
@@ -233,7 +224,7 @@ def _config(
         raise ConfigError(f"The config of the {kind} model: '{clash[0]}' comes from the tokenizer; remove it.")
     always = {"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"}
     tokens = {key: value for key, value in tokens.items() if key in known or key in always}
-    with _told(kind):
+    with told(kind):
         made = AutoConfig.for_model(kind, **{**_SMALL.get(kind, {}), **fields, **tokens})
     if made.is_encoder_decoder and getattr(made, "decoder_start_token_id", None) is None:
         made.decoder_start_token_id = pad
@@ -245,7 +236,7 @@ def _family(made: PreTrainedConfig) -> Any:
 
 
 @contextlib.contextmanager
-def _told(kind: str) -> Iterator[None]:
+def told(kind: str) -> Iterator[None]:
     """Another library's errors about a config as one sentence."""
     try:
         yield

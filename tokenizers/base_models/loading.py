@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -62,8 +63,7 @@ def load_plain(
     """A causal or encoder-decoder language model, by its config.
 
     Args:
-        folder_or_id: model folder or hub id.
-        revision: revision on the hub.
+        folder_or_id, revision: model folder or hub id, and revision on the hub.
         dtype: `float32` (default), `bfloat16`, `float16`, `auto`, or a torch dtype.
         options: further options of transformers' `from_pretrained`.
 
@@ -117,12 +117,22 @@ def load_tokenizer(folder_or_id: str | Path, revision: str | None = None) -> Pre
     return tokenizer
 
 
-def load_base(
-    folder_or_id: str | Path, revision: str | None = None, dtype: Any = "float32", **options: Any
+def load_text_model(
+    folder_or_id: str | Path, revision: str | None = None, dtype: Any = "float32"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A base model and its tokenizer, see `load_plain` and `load_tokenizer`."""
-    tokenizer = load_tokenizer(folder_or_id, revision)
-    return load_plain(folder_or_id, revision, dtype, **options), tokenizer
+    """A text model without a head, and its tokenizer, which pads on the right; arguments and errors as in `load_plain`."""
+    tokenizer, place, kind = load_tokenizer(folder_or_id, revision), check_place(folder_or_id), check_dtype(dtype)
+    try:
+        model = AutoModel.from_pretrained(place, dtype=kind, **({} if revision is None else {"revision": revision}))
+    except Exception as error:
+        raise _unreadable("text model", place, error) from None
+    check_weights(model, place)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise DataError(f"The tokenizer of {place} has no padding, end or unknown token; give it one.")
+    tokenizer.padding_side = "right"
+    return model, tokenizer
 
 
 def _unreadable(what: str, place: str, error: Exception) -> DataError:

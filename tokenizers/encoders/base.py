@@ -17,13 +17,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sidtune.core.config import as_dict, build
 from sidtune.core.errors import ConfigError, DataError, nearest
-from sidtune.core.folders import read_json, write_files, write_json
-from sidtune.core.hub import push_saved, resolve_folder
+from sidtune.core.registry import Registry
 from sidtune.tokenizers.registry import ENCODERS
+from sidtune.tokenizers.saved import Registered
 
-CONFIG_FILE = "encoder_config.json"
 TENSOR_FILE = "encoder.safetensors"
 TEXT_FIELDS = ("title", "brand", "category", "attributes", "description")
 
@@ -73,7 +71,7 @@ def _field_text(column: pa.ChunkedArray) -> pa.Array:
     return pc.binary_join(pa.ListArray.from_arrays(offsets, pc.fill_null(values, "")), " ")
 
 
-class Encoder(abc.ABC):
+class Encoder(Registered):
     """Base class: texts → vectors.
 
     Attributes:
@@ -83,11 +81,11 @@ class Encoder(abc.ABC):
         empty_texts: how many texts of the last `encode` had nothing to encode and got the fallback.
     """
 
-    name: ClassVar[str]
-    config_class: ClassVar[type]
+    kind: ClassVar[str] = "encoder"
+    registry: ClassVar[Registry] = ENCODERS
 
     def __init__(self, config: Any = None) -> None:
-        self.config = self.config_class() if config is None else config
+        super().__init__(config)
         self.empty_texts = 0
 
     @abc.abstractmethod
@@ -97,45 +95,6 @@ class Encoder(abc.ABC):
     @abc.abstractmethod
     def encode(self, texts: Sequence[str], item_ids: Sequence[str] | None = None) -> np.ndarray:
         """Vectors (n, d) float32. `item_ids` matter only to encoders that look vectors up (`precomputed`)."""
-
-    def _save(self, folder: Path) -> None:  # noqa: B027
-        """Writes further files into the folder."""
-
-    def _load(self, folder: Path) -> None:  # noqa: B027
-        """Reads them back."""
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the encoder's folder (JSON + safetensors), whole or not at all."""
-        with write_files(folder) as scratch:
-            self._save(scratch)
-            record = {"encoder": self.name, "config": as_dict(self.config)}
-            write_json(scratch / CONFIG_FILE, record)
-
-    @classmethod
-    def from_pretrained(cls, folder_or_repo: str | Path, **hub: Any) -> Self:
-        """Loads a folder or hub repository. On the base class, the class is taken from the folder.
-
-        Args:
-            folder_or_repo: local folder or repository id.
-            hub: options of `sidtune.core.hub.resolve_folder`.
-
-        Raises:
-            DataError: missing or damaged files, or a folder of another encoder.
-        """
-        folder = resolve_folder(folder_or_repo, what="encoder", **hub)
-        record = read_json(folder / CONFIG_FILE)
-        if not isinstance(record, dict) or "encoder" not in record or "config" not in record:
-            raise DataError(f"{folder / CONFIG_FILE} does not describe an encoder; write the folder again.")
-        if cls is not Encoder and record["encoder"] != cls.name:
-            raise DataError(f"{folder} holds an encoder '{record['encoder']}', not a '{cls.name}'; use load_encoder.")
-        target: Any = ENCODERS.get(record["encoder"]) if cls is Encoder else cls
-        encoder = target(build(target.config_class, record["config"], str(folder / CONFIG_FILE)))
-        encoder._load(folder)
-        return encoder
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Saves into a scratch folder and uploads it; `options` (token, private, ...) are those of `push_folder`."""
-        return push_saved(self, repo_id, **options)
 
 
 def check_texts(texts: Sequence[str]) -> list[str]:

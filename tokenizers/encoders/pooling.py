@@ -27,15 +27,11 @@ _OTHER_FLAGS = (
 
 
 def pooled(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
-    """One vector per text.
+    """(B, d) one vector per text, of the dtype of the last hidden states (B, T, d).
 
     Args:
-        states: (B, T, d) last hidden states.
         mask: (B, T), 1 for real tokens, which stand on the left; every text has one.
         pooling: `mean` of the real tokens, `cls` (the first token) or `last` (the last real token).
-
-    Returns:
-        (B, d) of the states' dtype.
     """
     if pooling == "cls":
         return states[:, 0]
@@ -86,12 +82,7 @@ def _short(name: str) -> str:
 
 
 def write_pooling(folder: str | Path, pooling: str, dims: int, max_length: int) -> None:
-    """Adds the files that make a transformers folder one of sentence-transformers too, with vectors of length 1.
-
-    Args:
-        folder: where model and tokenizer were saved.
-        pooling: one of `POOLINGS`. dims: width of the vectors. max_length: longest text in tokens.
-    """
+    """Adds the files that make a transformers folder one of sentence-transformers too, with vectors of length 1, `dims` wide."""
     folder = Path(folder)
     parts = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
     modules: list[dict[str, Any]] = [

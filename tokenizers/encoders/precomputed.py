@@ -17,7 +17,7 @@ import numpy as np
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import read_json, write_json
 from sidtune.tokenizers.encoders.base import TENSOR_FILE, Encoder
-from sidtune.tokenizers.vectors import check_vectors, load_tensors, unit_rows
+from sidtune.tokenizers.vectors import check_vectors, load_array, load_tensors, unit_rows
 
 
 @dataclass
@@ -136,12 +136,7 @@ def _read_array(path: Path, tensor: str | None) -> np.ndarray:
         return tensors[tensor]
     if path.suffix != ".npy":
         raise DataError(f"Expected item vectors as a .npy or .safetensors file, got '{path}'; convert it.")
-    try:
-        return np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise DataError(f"The vector file {path} does not exist; check the path.") from None
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"{path} is no readable .npy array of numbers ({error}); write it with numpy.save.") from None
+    return load_array(path)
 
 
 def _read_ids(path: Path) -> list[str]:

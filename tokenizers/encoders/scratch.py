@@ -11,10 +11,15 @@ from typing import Any
 
 import torch
 from tokenizers import processors
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerFast
 
-from sidtune.core.errors import ConfigError, nearest
-from sidtune.tokenizers.base_models.from_scratch import check_vocab_size, check_weights, train_lm_tokenizer
+from sidtune.tokenizers.base_models.from_scratch import (
+    check_vocab_size,
+    check_weights,
+    checked_kind,
+    told,
+    train_lm_tokenizer,
+)
 
 FIRST = "<|cls|>"
 _SMALL = {
@@ -61,15 +66,8 @@ def check_text_model(config: dict[str, Any] | None, vocab_size: int) -> None:
 
 def _made(config: dict[str, Any] | None, vocab_size: int, pad: int | None) -> PreTrainedModel:
     fields = dict(config or {})
-    kind = fields.pop("model_type", "bert")
-    if kind not in CONFIG_MAPPING:
-        raise ConfigError(
-            f"There is no model_type '{kind}' in transformers: {nearest(str(kind), CONFIG_MAPPING.keys())}"
-        )
+    kind = checked_kind(fields.pop("model_type", "bert"))
     tokens = {"vocab_size": vocab_size, "pad_token_id": pad}
-    try:
+    with told(kind):
         made = AutoConfig.for_model(kind, **{**(_SMALL if kind == "bert" else {}), **fields, **tokens})
         return AutoModel.from_config(made)
-    except Exception as error:  # config classes raise many kinds
-        reason = " ".join(str(error).split())[:300].rstrip(".")
-        raise ConfigError(f"The config of the {kind} encoder makes no model ({reason}); correct it.") from None

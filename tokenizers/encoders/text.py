@@ -14,11 +14,10 @@ from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
+from sidtune.core.config import check_range, check_types
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.tokenizers.encoders.base import Encoder, check_texts
 from sidtune.tokenizers.vectors import check_vectors, unit_rows
-
-POOLINGS = ("auto", "mean", "cls", "last")
 
 
 @dataclass
@@ -44,7 +43,8 @@ class SentenceTransformersConfig:
     empty_text: str = "unknown item"
 
     def __post_init__(self) -> None:
-        _check_model(self.model, self.batch_size, "sentence_transformers")
+        _check(self, "sentence_transformers")
+        check_range(self, 1, "batch_size")
 
 
 @dataclass
@@ -75,39 +75,44 @@ class TransformersConfig:
     empty_text: str = "unknown item"
 
     def __post_init__(self) -> None:
-        _check_model(self.model, self.batch_size, "transformers")
-        if self.pooling not in POOLINGS:
-            raise ConfigError(f"pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}.")
-        if self.max_length < 1:
-            raise ConfigError(f"max_length of the transformers encoder must be at least 1, got {self.max_length}.")
+        _check(self, "transformers")
+        check_range(self, 1, "batch_size", "max_length")
 
 
-def _check_model(model: str, batch_size: int, name: str) -> None:
-    if not model:
+def _check(config: Any, name: str) -> None:
+    check_types(type(config), vars(config), f"Options of the encoder '{name}'")
+    if not config.model:
         raise ConfigError(f"The {name} encoder needs 'model', the name or folder of a pretrained model.")
-    if batch_size < 1:
-        raise ConfigError(f"batch_size of the {name} encoder must be at least 1, got {batch_size}.")
 
 
 class _PretrainedEncoder(Encoder):
     """What both have in common: `fit` learns nothing, empty texts are replaced by `empty_text` and counted."""
 
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self._model: Any = None
+
     def fit(self, texts: Sequence[str]) -> Self:
         """Learns nothing; checks the texts and loads the model, so that a wrong name fails before any work."""
         check_texts(texts)
-        self._load_model()
+        self._ready()
         return self
+
+    def _ready(self) -> None:
+        if self._model is None:
+            self._load_model()
 
     def encode(self, texts: Sequence[str], item_ids: Sequence[str] | None = None) -> np.ndarray:
         """Vectors (n, d) float32.
 
         Raises:
-            ConfigError: the model or its package cannot be loaded.
-            DataError: no texts, or the model returned NaN.
+            ConfigError: the package is not installed.
+            DataError: no texts, no such model, or it returned NaN.
         """
         texts = check_texts(texts)
         filled = [text if text.strip() else self.config.empty_text for text in texts]
         self.empty_texts = sum(not text.strip() for text in texts)
+        self._ready()
         vectors = check_vectors(self._vectors(filled), what=f"vectors of {self.config.model}")
         return np.ascontiguousarray(unit_rows(vectors), dtype=np.float32) if self.config.normalize else vectors
 
@@ -126,13 +131,7 @@ class SentenceTransformersEncoder(_PretrainedEncoder):
     name: ClassVar[str] = "sentence_transformers"
     config_class: ClassVar[type] = SentenceTransformersConfig
 
-    def __init__(self, config: SentenceTransformersConfig) -> None:
-        super().__init__(config)
-        self._model: Any = None
-
     def _load_model(self) -> None:
-        if self._model is not None:
-            return
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError:
@@ -145,17 +144,14 @@ class SentenceTransformersEncoder(_PretrainedEncoder):
                 self.config.model, revision=self.config.revision, device=self.config.device, trust_remote_code=False
             )
         except Exception as error:
-            raise _load_error(self.config.model, error) from error
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                f"The model '{self.config.model}' cannot be loaded ({type(error).__name__}: {reason}); check its name."
+            ) from error
 
     def _vectors(self, texts: list[str]) -> np.ndarray:
-        self._load_model()
-        return self._model.encode(
-            texts,
-            prompt=self.config.prompt,
-            batch_size=self.config.batch_size,
-            convert_to_numpy=True,
-            show_progress_bar=False,
-        )
+        options = {"prompt": self.config.prompt, "batch_size": self.config.batch_size}
+        return self._model.encode(texts, convert_to_numpy=True, show_progress_bar=False, **options)
 
 
 class TransformersEncoder(_PretrainedEncoder):
@@ -164,45 +160,27 @@ class TransformersEncoder(_PretrainedEncoder):
     name: ClassVar[str] = "transformers"
     config_class: ClassVar[type] = TransformersConfig
 
-    def __init__(self, config: TransformersConfig) -> None:
-        super().__init__(config)
-        self._model: Any = None
-        self._tokenizer: Any = None
-        self._pooling = self.config.pooling
-
     def _load_model(self) -> None:
-        if self._model is not None:
-            return
         import torch
-        from transformers import AutoModel, AutoTokenizer
 
+        from sidtune.tokenizers.base_models.loading import load_text_model
         from sidtune.tokenizers.encoders.pooling import saved_pooling
 
         config = self.config
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(config.model, revision=config.revision)
-            model = AutoModel.from_pretrained(config.model, revision=config.revision, dtype=config.dtype)
-        except Exception as error:
-            raise _load_error(config.model, error) from error
+        model, tokenizer = load_text_model(config.model, config.revision, config.dtype)
         if model.config.is_encoder_decoder:
             model = model.get_encoder()
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-        if tokenizer.pad_token is None:
-            raise ConfigError(f"The tokenizer of {config.model} has no padding, end or unknown token; give it one.")
-        tokenizer.padding_side = "right"
         device = config.device
         if device == "auto":
             accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
             device = str(accelerator or "cpu")
-        if config.pooling == "auto":
-            self._pooling = saved_pooling(config.model, config.revision) or "mean"
+        named = saved_pooling(config.model, config.revision) if config.pooling == "auto" else config.pooling
+        self._pooling = named or "mean"
         self._tokenizer, self._model = tokenizer, model.to(device).eval()
 
     def _vectors(self, texts: list[str]) -> np.ndarray:
         import torch
 
-        self._load_model()
         # Long texts first: batches of like length waste little padding, and running out of memory shows at once.
         order = sorted(range(len(texts)), key=lambda n: -len(texts[n]))
         parts = []
@@ -228,8 +206,3 @@ class TransformersEncoder(_PretrainedEncoder):
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
         states = self._model(**inputs).last_hidden_state.float()
         return pooled(states, mask, self._pooling)
-
-
-def _load_error(model: str, error: Exception) -> ConfigError:
-    reason = " ".join(str(error).split())[:300]
-    return ConfigError(f"The model '{model}' cannot be loaded ({type(error).__name__}: {reason}); check its name.")

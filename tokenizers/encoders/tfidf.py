@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
+from sidtune.core.config import check_range
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import read_json, write_json
 from sidtune.tokenizers.encoders.base import TENSOR_FILE, Encoder, check_texts
@@ -49,13 +50,11 @@ class TfidfSvdConfig:
         self.ngram = tuple(self.ngram)
         if len(self.ngram) != 2 or not 1 <= self.ngram[0] <= self.ngram[1]:
             raise ConfigError(f"ngram must be [shortest, longest], both at least 1, got {list(self.ngram)}.")
-        for key in ("dims", "min_df", "max_terms", "iterations"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"{key} of the tfidf_svd encoder must be at least 1, got {getattr(self, key)}.")
+        check_range(self, 1, "dims", "min_df", "iterations")
+        check_range(self, 1, "max_terms", most=2**31)
+        check_range(self, 0, "seed", most=2**32 - 1)
         if not 0 < self.max_df <= 1:
             raise ConfigError(f"max_df of the tfidf_svd encoder is a share in (0, 1], got {self.max_df}.")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed of the tfidf_svd encoder must lie in [0, 2^32), got {self.seed}.")
 
 
 class TfidfSvdEncoder(Encoder):
@@ -133,11 +132,7 @@ class TfidfSvdEncoder(Encoder):
         return np.pad(vectors, ((0, 0), (0, missing))).astype(np.float32)
 
     def encode(self, texts: Sequence[str], item_ids: Sequence[str] | None = None) -> np.ndarray:
-        """Vectors (n, dims) float32, rows of length 1. Each row depends on its own text only.
-
-        Raises:
-            DataError: not fitted, or no texts.
-        """
+        """Vectors (n, dims) float32, rows of length 1. Each row depends on its own text only."""
         if self._vectorizer is None:
             raise DataError("This tfidf_svd encoder is not fitted yet; call fit(texts) or load a saved one.")
         projected = self._project(check_texts(texts))

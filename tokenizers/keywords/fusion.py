@@ -14,20 +14,21 @@ Where it differs from the paper and its released code (our choices):
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
+import scipy.sparse as sp
 
 from sidtune.core.config import build
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.tokenizers.encoders.base import TENSOR_FILE, Encoder, check_texts
-from sidtune.tokenizers.keywords.matcher import KeywordMatcher, Matches
+from sidtune.tokenizers.keywords.matcher import KeywordMatcher
 from sidtune.tokenizers.keywords.mining import PoolConfig
 from sidtune.tokenizers.keywords.pool import KeywordPool, read_pool
+from sidtune.tokenizers.registry import ENCODERS, made_by
 from sidtune.tokenizers.vectors import load_tensors, unit_rows
 
 MINED = "mined"
@@ -35,19 +36,18 @@ BASE_FOLDER = "base"
 POOL_FOLDER = "keywords"
 
 
-def fuse(vectors: np.ndarray, keyword_vectors: np.ndarray, matches: Matches) -> np.ndarray:
+def fuse(vectors: np.ndarray, keyword_vectors: np.ndarray, found: sp.csr_array) -> np.ndarray:
     """Eq. 2 of OneSearch.
 
     Args:
         vectors: (n, d) e, one per text.
         keyword_vectors: (K, d) e_k; a zero row marks a keyword that is left out.
-        matches: keywords of the n texts.
+        found: (n, K) 1.0 where a text holds a keyword.
 
     Returns:
         (n, d) float32 rows of length 1: the mean of a text's vector and the mean of its keywords' vectors, or its own
         vector where it has no keyword.
     """
-    found = matches.matrix(len(keyword_vectors))
     known = np.linalg.norm(keyword_vectors, axis=1) > 0
     count = (found @ known.astype(np.float64))[:, None]
     mean = (found @ keyword_vectors.astype(np.float64)) / np.maximum(count, 1.0)
@@ -93,13 +93,7 @@ class KeywordFusionConfig:
 
     def new_base(self) -> Encoder:
         """The base encoder, unfitted; raises ConfigError on a wrong name or option."""
-        from sidtune.tokenizers.encoders.base import make_encoder
-        from sidtune.tokenizers.registry import ENCODERS
-
-        options = {key: value for key, value in self.base.items() if key != "name"}
-        if "seed" in {known.name for known in dataclasses.fields(ENCODERS.get(self.base["name"]).config_class)}:
-            options.setdefault("seed", self.seed)
-        return make_encoder(self.base["name"], options)
+        return made_by(ENCODERS, self.base, self.seed)
 
 
 class KeywordFusionEncoder(Encoder):
@@ -125,7 +119,7 @@ class KeywordFusionEncoder(Encoder):
 
     def use_pool(self, pool: KeywordPool) -> Self:
         """Takes a pool, before `fit`."""
-        self.pool, self.matcher = pool, pool.matcher(self.config.word_boundaries)
+        self.pool, self.matcher = pool, KeywordMatcher(pool.distinct, self.config.word_boundaries)
         self.keyword_vectors = None
         return self
 
@@ -154,11 +148,7 @@ class KeywordFusionEncoder(Encoder):
         return np.where(unknown[:, None], 0.0, unit_rows(vectors)).astype(np.float32)[:-1]
 
     def encode(self, texts: Sequence[str], item_ids: Sequence[str] | None = None) -> np.ndarray:
-        """Vectors (n, d) float32, rows of length 1. Each row depends on its own text only.
-
-        Raises:
-            DataError: not fitted, or no texts.
-        """
+        """Vectors (n, d) float32, rows of length 1. Each row depends on its own text only."""
         if self.keyword_vectors is None:
             raise DataError("This keyword_fusion encoder is not fitted yet; call fit(texts) or load a saved one.")
         texts = check_texts(texts)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -38,36 +37,6 @@ _UNSPACED = (
 def normal_form(text: str) -> str:
     """The form in which keywords and texts meet: lower case, white space squeezed."""
     return " ".join(text.lower().split())
-
-
-@dataclass(frozen=True)
-class Matches:
-    """Keywords found in T texts, ragged.
-
-    Attributes:
-        offsets: (T + 1,) int64; the words of text t are `words[offsets[t]:offsets[t + 1]]`.
-        words: numbers of the keywords (as given to the matcher), each once per text, longest first, then in the order
-            of the pool.
-    """
-
-    offsets: np.ndarray
-    words: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def of(self, text: int) -> np.ndarray:
-        """Numbers of the keywords in one text."""
-        return self.words[self.offsets[text] : self.offsets[text + 1]]
-
-    def counts(self) -> np.ndarray:
-        """(T,) int64: keywords in each text."""
-        return np.diff(self.offsets)
-
-    def matrix(self, keywords: int) -> sp.csr_array:
-        """(T, K) sparse, 1.0 where a text holds a keyword."""
-        data = np.ones(len(self.words))
-        return sp.csr_array((data, self.words, self.offsets), shape=(len(self), keywords))
 
 
 class KeywordMatcher:
@@ -96,14 +65,11 @@ class KeywordMatcher:
         if self.keywords:
             self._automaton.make_automaton()
         # Longest first, then pool order: the order in which the words of a text are listed.
-        order = np.lexsort((np.arange(len(self.keywords)), -self._lengths))
-        self._rank = np.empty(len(order), dtype=np.int64)
-        self._rank[order] = np.arange(len(order))
-        self._order = order
+        self._rank = np.argsort(np.argsort(-self._lengths, kind="stable"))
         self._inside = self._contained()
 
-    def match(self, texts: Sequence[str]) -> Matches:
-        """Keywords of each text under the longest-match rule.
+    def match(self, texts: Sequence[str]) -> sp.csr_array:
+        """(T, K) sparse, 1.0 where a text holds a keyword under the longest-match rule; in a row longest first, then in pool order.
 
         A keyword that is part of another keyword found in the same text is dropped, wherever it stands.
         """
@@ -116,11 +82,7 @@ class KeywordMatcher:
         found.eliminate_zeros()
         rows = np.repeat(np.arange(len(texts)), np.diff(found.indptr))
         order = np.lexsort((self._rank[found.indices], rows))
-        return Matches(found.indptr.astype(np.int64), found.indices[order].astype(np.int64))
-
-    def words(self, text: str) -> list[str]:
-        """Keywords of one text, longest first."""
-        return [self.keywords[number] for number in self.match([text]).of(0)]
+        return sp.csr_array((np.ones(len(order)), found.indices[order], found.indptr), shape=found.shape)
 
     def _found(self, texts: Sequence[str]) -> sp.csr_array:
         """(T, K) of 0 and 1: every keyword that occurs, before the longest-match rule."""

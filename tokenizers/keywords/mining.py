@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import scipy.sparse as sp
 
+from sidtune.core.config import check_range
 from sidtune.core.errors import ConfigError
 from sidtune.data_builders.mining.query_pairs import query_item_pairs
 from sidtune.data_builders.tables.store import DataFolder
@@ -79,11 +80,8 @@ class PoolConfig:
         for name, kind in self.attribute_types.items():
             if kind is not None:
                 check_type(kind, f"the attribute '{name}'", ConfigError)
-        for key in ("head_per_type", "min_chars", "max_words"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"{key} of a keyword pool must be at least 1, got {getattr(self, key)}.")
-        if self.min_views < 0:
-            raise ConfigError(f"min_views of a keyword pool must be 0 or more, got {self.min_views}.")
+        check_range(self, 1, "head_per_type", "min_chars", "max_words")
+        check_range(self, 0, "min_views")
         if any(phrase.count("{}") != 1 for phrase in self.price_phrases):
             raise ConfigError(f"Each price phrase needs one {{}} for the price, got {list(self.price_phrases)}.")
 
@@ -156,11 +154,11 @@ def page_views(matcher: KeywordMatcher, items: pa.Table, asked: pa.Array, wanted
         items: table in the ITEMS schema; a pair with an item that is not in it counts by its query alone.
         asked, wanted: query text and item id of each pair; without any, each item counts once.
     """
-    in_items = matcher.match(item_texts(items)).matrix(len(matcher.keywords))
+    in_items = matcher.match(item_texts(items))
     if not len(asked):
         return np.rint(in_items.sum(axis=0)).astype(np.int64)
     coded = asked.dictionary_encode()
-    in_queries = matcher.match(coded.dictionary.to_pylist()).matrix(len(matcher.keywords))
+    in_queries = matcher.match(coded.dictionary.to_pylist())
     place = {item_id: row for row, item_id in enumerate(items["item_id"].to_pylist())}
     # Unknown items become one more item, without a word.
     row = np.fromiter((place.get(item_id, len(place)) for item_id in wanted.to_pylist()), np.int64, len(wanted))

@@ -9,6 +9,7 @@ there, the last line of the file overwrites the others.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +21,8 @@ import pyarrow.parquet as pq
 
 from sidtune.core.errors import DataError, SidtuneError, nearest
 from sidtune.core.folders import read_json, write_files, write_json
-from sidtune.core.hub import push_saved, resolve_folder
-from sidtune.tokenizers.keywords.matcher import KeywordMatcher, normal_form
+from sidtune.core.hub import Published, resolve_folder
+from sidtune.tokenizers.keywords.matcher import normal_form
 
 KEYWORD_TYPES = (
     "entity",
@@ -47,7 +48,7 @@ POOL_FILE = "keywords.parquet"
 CONFIG_FILE = "keyword_pool.json"
 
 
-class KeywordPool:
+class KeywordPool(Published):
     """Typed keywords with their page views.
 
     Args:
@@ -75,11 +76,9 @@ class KeywordPool:
             check_type(kind, "a keyword", DataError)
         if "" in self.keywords or (self.views < 0).any():
             raise DataError("A keyword pool has an empty keyword or negative page views; repair or drop such rows.")
-        rows = list(zip(self.keywords, self.types, strict=True))
-        if len(set(rows)) != len(rows):
-            seen: set[tuple[str, str]] = set()
-            twice = next(row for row in rows if row in seen or seen.add(row))
-            raise DataError(f"The keyword '{twice[0]}' of the type {twice[1]} stands in two rows; merge them.")
+        for (keyword, kind), count in Counter(zip(self.keywords, self.types, strict=True)).items():
+            if count > 1:
+                raise DataError(f"The keyword '{keyword}' of the type {kind} stands in two rows; merge them.")
 
     def __len__(self) -> int:
         return len(self.keywords)
@@ -88,18 +87,6 @@ class KeywordPool:
     def distinct(self) -> list[str]:
         """Each keyword once, in order of first appearance: what a matcher is made of."""
         return list(dict.fromkeys(self.keywords))
-
-    @cached_property
-    def types_of(self) -> dict[str, tuple[str, ...]]:
-        """Keyword → all its types, in order of their rows."""
-        found: dict[str, tuple[str, ...]] = {}
-        for keyword, kind in zip(self.keywords, self.types, strict=True):
-            found[keyword] = (*found.get(keyword, ()), kind)
-        return found
-
-    def matcher(self, word_boundaries: bool = True) -> KeywordMatcher:
-        """A matcher of the distinct keywords."""
-        return KeywordMatcher(self.distinct, word_boundaries)
 
     def counts(self) -> dict[str, int]:
         """Type → number of keywords, for the types that occur, in the order of `KEYWORD_TYPES`."""
@@ -116,11 +103,6 @@ class KeywordPool:
         rank = {kind: n for n, kind in enumerate(KEYWORD_TYPES)}
         kept.sort(key=lambda n: rank[self.types[n]])  # stable: views fall within each type
         return KeywordPool([self.keywords[n] for n in kept], [self.types[n] for n in kept], self.views[kept])
-
-    def to_tsv(self, path: str | Path) -> None:
-        """Writes `keyword<TAB>type<TAB>page views`, one row a line, UTF-8."""
-        rows = zip(self.keywords, self.types, self.views.tolist(), strict=True)
-        Path(path).write_text("".join(f"{w}\t{kind}\t{views}\n" for w, kind, views in rows), encoding="utf-8")
 
     @classmethod
     def from_tsv(cls, path: str | Path) -> Self:
@@ -157,11 +139,7 @@ class KeywordPool:
 
     @classmethod
     def from_pretrained(cls, folder_or_repo: str | Path, **hub: Any) -> Self:
-        """Loads a folder or hub repository (`hub`: options of `resolve_folder`).
-
-        Raises:
-            DataError: missing or damaged files.
-        """
+        """Loads a folder or hub repository (`hub`: options of `resolve_folder`); DataError when files are missing or damaged."""
         folder = resolve_folder(folder_or_repo, what="keyword pool", **hub)
         record = read_json(folder / CONFIG_FILE)
         try:
@@ -174,10 +152,6 @@ class KeywordPool:
         if not whole:
             raise DataError(f"{folder / POOL_FILE} has {table.num_rows} rows, {CONFIG_FILE} says another number.")
         return cls(*columns)
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Saves into a scratch folder and uploads it; `options` (token, private, ...) are those of `push_folder`."""
-        return push_saved(self, repo_id, **options)
 
 
 def read_pool(path: str | Path) -> KeywordPool:

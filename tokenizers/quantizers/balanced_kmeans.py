@@ -26,8 +26,8 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from sidtune.core.config import check_range, check_types
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.tokenizers.quantizers.base import check_codes
 from sidtune.tokenizers.quantizers.nearest_centroids import nearest_centroids
 from sidtune.tokenizers.quantizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig, train_centroids
 
@@ -41,15 +41,11 @@ def capacity_assignment(points: np.ndarray, centroids: np.ndarray, capacity: int
     Among equal distances the lower row, then the lower centroid goes first.
 
     Args:
-        points: (n, d) float32.
-        centroids: (k, d) float32.
-        capacity: most points a centroid takes; `capacity * k >= n`.
+        points, centroids: (n, d) and (k, d) float32.
+        capacity: most points a centroid takes; `capacity * k >= n`, else a ConfigError.
 
     Returns:
         (n,) int64 centroid of each point.
-
-    Raises:
-        ConfigError: not enough room.
     """
     count, size = len(points), len(centroids)
     if capacity * size < count:
@@ -88,8 +84,7 @@ def equal_size_kmeans(
     """k-means whose clusters hold at most `ceil(n / size)` points.
 
     Args:
-        points: (n, d) float32.
-        size: number of clusters k.
+        points, size: (n, d) float32 and the number of clusters k.
         seed, iterations: of the plain k-means it starts from.
         rounds: rounds of assignment under capacity and means (our choice: 10); ends early when nothing moves.
 
@@ -144,12 +139,10 @@ class BalancedKMeansConfig(ResidualKMeansConfig):
         super().__post_init__()
         depth = len(self.level_sizes)
         self.balanced_levels = tuple(self.balanced_levels)
-        if self.balance not in ("equal_size", "private_code", "private_prefix"):
-            raise ConfigError(f"balance must be equal_size, private_code or private_prefix, got '{self.balance}'.")
+        check_types(type(self), vars(self), "Options of the balanced k-means")
         if any(not -depth <= level < depth for level in self.balanced_levels):
             raise ConfigError(f"balanced_levels must lie in [-{depth}, {depth}), got {list(self.balanced_levels)}.")
-        if self.balance_rounds < 0:
-            raise ConfigError(f"balance_rounds must not be negative, got {self.balance_rounds}.")
+        check_range(self, 0, "balance_rounds")
         if self.balance == "equal_size":
             return
         if self.balanced_levels not in ((-1,), (depth - 1,)) or depth < 2:
@@ -216,13 +209,10 @@ class BalancedKMeans(ResidualKMeans):
         last = self._private.assign(residual, parents)
         return np.column_stack([codes, last]).astype(np.int32), residual - self._private.vectors(parents, last)
 
-    def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Sum of the chosen centroids, float32 (n, d). Raises DataError as `ResidualKMeans.decode` does."""
-        self._require_fit()
-        codes = check_codes(codes, self.level_sizes)
+    def _decode(self, codes: np.ndarray) -> np.ndarray:
         if self._private is None or codes.shape[1] < self.depth:
-            return super().decode(codes)
-        return super().decode(codes[:, :-1]) + self._private.vectors(self._parents(codes[:, :-1]), codes[:, -1])
+            return super()._decode(codes)
+        return super()._decode(codes[:, :-1]) + self._private.vectors(self._parents(codes[:, :-1]), codes[:, -1])
 
     def _tensors(self) -> dict[str, np.ndarray]:
         return super()._tensors() | ({} if self._private is None else self._private.tensors())
@@ -230,7 +220,11 @@ class BalancedKMeans(ResidualKMeans):
     def _set_tensors(self, tensors: dict[str, Any]) -> None:
         super()._set_tensors(tensors)
         if self._has_private:
-            self._private = PrivateCentroids.from_tensors(tensors, self.dims)
+            names = ("private_parents", "private_starts", "private_centroids")
+            self._lacks(tensors, *names)
+            self._private = PrivateCentroids(*(tensors[name] for name in names))
+            if not self._private.fits(self.dims):
+                raise DataError("The saved private centroids do not fit together; write the quantizer folder again.")
 
 
 class PrivateCentroids:
@@ -294,21 +288,9 @@ class PrivateCentroids:
         """Tensors of the quantizer's file."""
         return {"private_parents": self.parents, "private_starts": self.starts, "private_centroids": self.centroids}
 
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, np.ndarray], dims: int | None) -> PrivateCentroids:
-        """Takes `tensors` back. Raises DataError when they are missing or do not fit together."""
-        names = ("private_parents", "private_starts", "private_centroids")
-        if any(name not in tensors for name in names):
-            raise DataError("The saved codebooks lack the private centroids; write the quantizer folder again.")
-        parents, starts, centroids = (tensors[name] for name in names)
-        if (
-            centroids.ndim != 2
-            or centroids.shape[1] != dims
-            or len(starts) != len(parents) + 1
-            or starts[-1] != len(centroids)
-        ):
-            raise DataError("The saved private centroids do not fit together; write the quantizer folder again.")
-        return cls(parents, starts, centroids)
+    def fits(self, dims: int | None) -> bool:
+        """Whether its arrays, as loaded, go together."""
+        return self.centroids.shape[1:] == (dims,) and list(self.starts[len(self.parents) :]) == [len(self.centroids)]
 
 
 def _groups(parents: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:

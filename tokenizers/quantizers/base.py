@@ -14,16 +14,17 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from sidtune.core.config import as_dict, build
 from sidtune.core.errors import DataError
-from sidtune.core.folders import read_json, write_files, write_json
-from sidtune.core.hub import push_saved, resolve_folder
+from sidtune.core.folders import read_json, write_json
+from sidtune.core.registry import Registry
 from sidtune.tokenizers.registry import QUANTIZERS
-from sidtune.tokenizers.vectors import load_tensors
+from sidtune.tokenizers.saved import Registered
+from sidtune.tokenizers.vectors import check_vectors, load_tensors
 
 CONFIG_FILE = "quantizer_config.json"
 TENSOR_FILE = "codebooks.safetensors"
 CURVE_FILE = "curves.json"
+ROWS = 8192  # encoded at once where a method says nothing else
 
 
 def check_codes(codes: Any, level_sizes: Sequence[int]) -> np.ndarray:
@@ -46,7 +47,7 @@ def check_codes(codes: Any, level_sizes: Sequence[int]) -> np.ndarray:
     return array
 
 
-class Quantizer(abc.ABC):
+class Quantizer(Registered):
     """Base class.
 
     Attributes:
@@ -57,11 +58,12 @@ class Quantizer(abc.ABC):
             `curves.json`.
     """
 
-    name: ClassVar[str]
-    config_class: ClassVar[type]
+    kind: ClassVar[str] = "quantizer"
+    registry: ClassVar[Registry] = QUANTIZERS
+    optional_files: ClassVar[tuple[str, ...]] = (CURVE_FILE,)
 
     def __init__(self, config: Any = None) -> None:
-        self.config = self.config_class() if config is None else config
+        super().__init__(config)
         self.curves: list[dict[str, Any]] = []
 
     @property
@@ -89,25 +91,53 @@ class Quantizer(abc.ABC):
         """One float32 array (k_l, w) per level, all of one width w: what the codes stand for, d wide where a code is a
         vector, else as wide as the latent space. Raises DataError before `fit`."""
 
-    @abc.abstractmethod
     def fit(self, vectors: np.ndarray) -> Self:
-        """Learns the codebooks from vectors (n, d)."""
+        """Learns the codebooks from vectors (n, d); raises as `fit_encode` does."""
+        self.fit_encode(vectors)
+        return self
 
+    @abc.abstractmethod
     def fit_encode(self, vectors: np.ndarray) -> np.ndarray:
-        """Learns the codebooks and gives the codes (n, depth) int32 of the training vectors.
+        """Learns the codebooks from vectors (n, d) and gives their codes (n, depth) int32.
 
         The same as `fit` and `encode`, except where training places its own vectors under a constraint that a new vector
         does not have (equal-size clusters).
+
+        Raises:
+            DataError: wrong shape, NaN, infinite or huge entries.
+            ConfigError: options that do not go with these vectors.
         """
-        return self.fit(vectors).encode(vectors)
 
-    @abc.abstractmethod
+    def _require_fit(self) -> None:
+        if self.dims is None:
+            raise DataError(f"This {self.name} quantizer has no codebooks yet; call fit(vectors) or load a saved one.")
+
     def encode(self, vectors: np.ndarray) -> np.ndarray:
-        """Codes (n, depth) int32 of vectors (n, d) under the frozen codebooks."""
+        """Codes (n, depth) int32 of vectors (n, d) under the frozen codebooks.
+
+        Raises:
+            DataError: before `fit`, another width than the training vectors, NaN, infinite or huge entries.
+        """
+        self._require_fit()
+        vectors, step = check_vectors(vectors, self.dims), getattr(self.config, "chunk_size", ROWS)
+        return np.concatenate([self._encode(vectors[i : i + step]) for i in range(0, len(vectors), step)])
 
     @abc.abstractmethod
+    def _encode(self, vectors: np.ndarray) -> np.ndarray:
+        """Codes int32 of a block of checked vectors."""
+
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Vectors (n, d) float32 of codes (n, l), l ≤ depth; with l < depth the reconstruction of the prefix."""
+        """Vectors (n, d) float32 of codes (n, l), l ≤ depth; with l < depth the reconstruction of the prefix.
+
+        Raises:
+            DataError: before `fit`, more columns than levels, or a code outside its level.
+        """
+        self._require_fit()
+        return self._decode(check_codes(codes, self.level_sizes))
+
+    @abc.abstractmethod
+    def _decode(self, codes: np.ndarray) -> np.ndarray:
+        """Vectors of checked codes."""
 
     @abc.abstractmethod
     def _tensors(self) -> dict[str, np.ndarray]:
@@ -117,51 +147,28 @@ class Quantizer(abc.ABC):
     def _set_tensors(self, tensors: dict[str, np.ndarray]) -> None:
         """Takes `_tensors` back; raises DataError when shapes do not fit the config."""
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the folder, whole or not at all. Raises DataError before `fit`."""
+    def _about(self) -> dict[str, Any]:
+        return {"dims": self.dims, "level_sizes": list(self.level_sizes)}
+
+    def _save(self, folder: Path) -> None:
         from safetensors.numpy import save_file
 
+        self._require_fit()
         tensors = {key: np.ascontiguousarray(value) for key, value in self._tensors().items()}
-        with write_files(folder, [CURVE_FILE]) as scratch:
-            save_file(tensors, scratch / TENSOR_FILE)
-            record = {"quantizer": self.name, "dims": self.dims, "level_sizes": list(self.level_sizes)}
-            write_json(scratch / CONFIG_FILE, record | {"config": as_dict(self.config)})
-            if self.curves:
-                write_json(scratch / CURVE_FILE, self.curves)
+        save_file(tensors, folder / TENSOR_FILE)
+        if self.curves:
+            write_json(folder / CURVE_FILE, self.curves)
 
-    @classmethod
-    def from_pretrained(cls, folder_or_repo: str | Path, **hub: Any) -> Self:
-        """Loads a folder or hub repository. On the base class, the class is taken from the folder.
+    def _lacks(self, tensors: dict[str, Any], *names: str) -> None:
+        """Raises DataError where one of these tensors is not there."""
+        for name in names:
+            if name not in tensors:
+                raise DataError(f"The saved {self.name} quantizer lacks the tensor '{name}'; write the folder again.")
 
-        Args:
-            folder_or_repo: local folder or repository id.
-            hub: options of `sidtune.core.hub.resolve_folder` (subfolder, revision, token, ...).
-
-        Raises:
-            DataError: missing or damaged files, or a folder of another quantizer.
-        """
-        folder = resolve_folder(folder_or_repo, what="quantizer", **hub)
-        record = read_json(folder / CONFIG_FILE)
-        if not isinstance(record, dict) or "quantizer" not in record or "config" not in record:
-            raise DataError(f"{folder / CONFIG_FILE} does not describe a quantizer; write the folder again.")
-        target = _class_of(cls, record["quantizer"], folder)
-        quantizer = target(build(target.config_class, record["config"], str(folder / CONFIG_FILE)))
-        quantizer._set_tensors(load_tensors(folder / TENSOR_FILE))
+    def _load(self, folder: Path) -> None:
+        self._set_tensors(load_tensors(folder / TENSOR_FILE))
         if (folder / CURVE_FILE).exists():
-            quantizer.curves = read_json(folder / CURVE_FILE)
-        return quantizer
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Saves into a scratch folder and uploads it; `options` (token, private, ...) are those of `push_folder`."""
-        return push_saved(self, repo_id, **options)
-
-
-def _class_of(cls: type, name: str, folder: Path) -> Any:
-    if cls is Quantizer:
-        return QUANTIZERS.get(name)
-    if name != cls.name:
-        raise DataError(f"{folder} holds a quantizer '{name}', not a '{cls.name}'; load it with load_quantizer.")
-    return cls
+            self.curves = read_json(folder / CURVE_FILE)
 
 
 def make_quantizer(name: str, options: dict[str, Any] | None = None) -> Quantizer:

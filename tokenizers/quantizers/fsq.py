@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sidtune.core.config import check_range
 from sidtune.core.errors import ConfigError
 from sidtune.tokenizers.quantizers.training import CodeModule, NeuralQuantizer, TrainingConfig, mlp
 
@@ -36,8 +37,7 @@ class FsqConfig(TrainingConfig):
     Attributes:
         grids: per SID level, the grid points of its coordinates. Default three levels of 8·8·4 = 256 codes. The paper
             advises at least 5 points per coordinate; [8, 6, 5] (240 codes) follows that.
-        hidden: widths of the encoder's hidden layers; the decoder mirrors them.
-        dropout: between hidden layers.
+        hidden, dropout: widths of the encoder's hidden layers, which the decoder mirrors, and dropout between them.
     """
 
     grids: Sequence[Sequence[int]] = ((8, 8, 4), (8, 8, 4), (8, 8, 4))
@@ -47,26 +47,18 @@ class FsqConfig(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.grids, self.hidden = tuple(tuple(level) for level in self.grids), tuple(self.hidden)
-        points = [g for level in self.grids for g in level]
-        if (
-            not self.grids
-            or any(not level for level in self.grids)
-            or any(not isinstance(g, int) or g < 2 for g in points)
-        ):
+        sound = [level and all(isinstance(g, int) and g >= 2 for g in level) for level in self.grids]
+        if not sound or not all(sound):
             raise ConfigError(
                 f"grids must be one list of integers of at least 2 per level, got {[list(level) for level in self.grids]}."
             )
-        if any(width < 1 for width in self.hidden) or not 0 <= self.dropout < 1:
-            raise ConfigError("hidden widths of FSQ must be at least 1 and dropout must lie in [0, 1).")
+        check_range(self, 1, "hidden")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout must lie in [0, 1), got {self.dropout}.")
 
 
 class FsqModule(CodeModule):
-    """Encoder, grids, decoder.
-
-    Args:
-        dims: width d of the vectors.
-        config: options.
-    """
+    """Encoder, grids, decoder of vectors `dims` wide."""
 
     def __init__(self, dims: int, config: FsqConfig) -> None:
         super().__init__()

@@ -33,8 +33,7 @@ def nearest_centroids(
     """Index of the nearest centroid of each point under the exact squared distance; ties go to the lowest index.
 
     Args:
-        points: (n, d) float32.
-        centroids: (k, d) float32.
+        points, centroids: (n, d) and (k, d) float32.
         exact: for points that are themselves rounded results: row numbers → those points (m, d) in float64.
         lengths: (n,) lengths of what `points` were computed from, from which their rounding follows; default their own.
 

@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 
+from sidtune.core.config import check_range
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.tokenizers.quantizers.base import Quantizer, check_codes
+from sidtune.tokenizers.quantizers.base import Quantizer
 from sidtune.tokenizers.quantizers.nearest_centroids import nearest_centroids, row_lengths
 from sidtune.tokenizers.quantizers.residual_kmeans import train_centroids, training_rows
 from sidtune.tokenizers.vectors import check_vectors
@@ -66,21 +67,16 @@ class ProductQuantizerConfig:
     chunk_size: int = 65_536
 
     def __post_init__(self) -> None:
-        for key in ("parts", "rotation_rounds", "iterations", "max_points_per_centroid", "chunk_size"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"{key} of the product quantizer must be at least 1, got {getattr(self, key)}.")
+        names = ("parts", "rotation_rounds", "iterations", "max_points_per_centroid", "chunk_size")
+        check_range(self, 1, *names, most=2**31)
+        check_range(self, 0, "seed", most=2**31 - 1)
         size = self.codes_per_part
         if not 2 <= size <= 65_536 or size & (size - 1):
             raise ConfigError(f"codes_per_part must be a power of two in [2, 65536], got {size}.")
-        if not 0 <= self.seed < 2**31:
-            raise ConfigError(f"seed of the product quantizer must lie in [0, 2^31), got {self.seed}.")
 
 
 class ProductQuantizer(Quantizer):
     """PQ and OPQ.
-
-    Args:
-        config: options, default `ProductQuantizerConfig()`.
 
     Attributes:
         rotation: (parts * width, d) float32, orthonormal columns; the identity (padded) without `rotate`.
@@ -116,22 +112,7 @@ class ProductQuantizer(Quantizer):
         ]
         return [np.ascontiguousarray(book, dtype=np.float32) for book in turned]
 
-    def _require_fit(self) -> None:
-        if not len(self._centroids):
-            raise DataError("This product quantizer has no codebooks yet; call fit(vectors) or load a saved one.")
-
-    def fit(self, vectors: np.ndarray) -> Self:
-        """Learns rotation and codebooks from vectors (n, d); raises as `fit_encode` does."""
-        self.fit_encode(vectors)
-        return self
-
     def fit_encode(self, vectors: np.ndarray) -> np.ndarray:
-        """Learns rotation and codebooks from vectors (n, d) and gives their codes (n, parts) int32.
-
-        Raises:
-            DataError: wrong shape, NaN, infinite or huge entries.
-            ConfigError: more parts than dimensions.
-        """
         vectors = check_vectors(vectors)
         dims, parts = vectors.shape[1], self.config.parts
         if parts > dims:
@@ -197,13 +178,6 @@ class ProductQuantizer(Quantizer):
             )
         return book
 
-    def encode(self, vectors: np.ndarray) -> np.ndarray:
-        """Codes (n, parts) int32. Raises DataError as `check_vectors` does, or before `fit`."""
-        self._require_fit()
-        vectors = check_vectors(vectors, self.dims)
-        step = self.config.chunk_size
-        return np.concatenate([self._encode(vectors[i : i + step]) for i in range(0, len(vectors), step)])
-
     def _encode(self, vectors: np.ndarray) -> np.ndarray:
         turned, width = vectors @ self.rotation.T, self._centroids.shape[2]
         lengths = row_lengths(vectors)
@@ -218,10 +192,8 @@ class ProductQuantizer(Quantizer):
             codes[:, m] = nearest_centroids(part, self._centroids[m], exact=exact, lengths=lengths)
         return codes
 
-    def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Vectors (n, d) float32; parts beyond the given columns are at their mean. Raises DataError on wrong codes."""
-        self._require_fit()
-        codes = check_codes(codes, self.level_sizes)
+    def _decode(self, codes: np.ndarray) -> np.ndarray:
+        """Parts beyond the given columns are at their mean."""
         parts = [
             self._centroids[m][codes[:, m]] if m < codes.shape[1] else np.tile(self._means[m], (len(codes), 1))
             for m in range(self.config.parts)
@@ -229,13 +201,10 @@ class ProductQuantizer(Quantizer):
         return (np.concatenate(parts, axis=1) @ self.rotation).astype(np.float32)
 
     def _tensors(self) -> dict[str, np.ndarray]:
-        self._require_fit()
         return {"rotation": self.rotation, "centroids": self._centroids, "means": self._means}
 
     def _set_tensors(self, tensors: dict[str, Any]) -> None:
-        missing = [name for name in ("rotation", "centroids", "means") if name not in tensors]
-        if missing:
-            raise DataError(f"The saved product quantizer lacks the tensor '{missing[0]}'; write the folder again.")
+        self._lacks(tensors, "rotation", "centroids", "means")
         rotation, centroids, means = tensors["rotation"], tensors["centroids"], tensors["means"]
         shape = (self.config.parts, self.config.codes_per_part)
         if (

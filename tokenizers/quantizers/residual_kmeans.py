@@ -19,12 +19,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 
+from sidtune.core.config import check_range
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.tokenizers.quantizers.base import Quantizer, check_codes
+from sidtune.tokenizers.letters import check_sizes
+from sidtune.tokenizers.quantizers.base import Quantizer
 from sidtune.tokenizers.quantizers.nearest_centroids import nearest_centroids
 from sidtune.tokenizers.vectors import check_vectors
 
@@ -56,15 +58,9 @@ class ResidualKMeansConfig:
     chunk_size: int = 65_536
 
     def __post_init__(self) -> None:
-        self.level_sizes = tuple(self.level_sizes)
-        sizes = self.level_sizes
-        if not sizes or any(not isinstance(k, int) or isinstance(k, bool) or k < 1 for k in sizes):
-            raise ConfigError(f"level_sizes must be one positive integer per level, got {list(sizes)}.")
-        for key in ("iterations", "max_points_per_centroid", "restarts", "chunk_size"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"{key} of the residual k-means must be at least 1, got {getattr(self, key)}.")
-        if not 0 <= self.seed < 2**31 - len(self.level_sizes):
-            raise ConfigError(f"seed of the residual k-means must lie in [0, 2^31 - levels), got {self.seed}.")
+        self.level_sizes = check_sizes(self.level_sizes)
+        check_range(self, 1, "iterations", "max_points_per_centroid", "restarts", "chunk_size", most=2**31)
+        check_range(self, 0, "seed", most=2**31 - 1 - len(self.level_sizes))
 
 
 def _unit_rows(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -177,9 +173,6 @@ def subtracted(points: np.ndarray, book: np.ndarray, codes: np.ndarray, into: np
 class ResidualKMeans(Quantizer):
     """Residual k-means quantizer.
 
-    Args:
-        config: options, default `ResidualKMeansConfig()`.
-
     Attributes:
         notes: after `fit`, one sentence per level that was larger than its number of distinct residuals.
     """
@@ -206,24 +199,7 @@ class ResidualKMeans(Quantizer):
         self._require_fit()
         return self._codebooks
 
-    def _require_fit(self) -> None:
-        if not self._codebooks:
-            raise DataError("This residual k-means has no codebooks yet; call fit(vectors) or load a saved one.")
-
-    def fit(self, vectors: np.ndarray) -> Self:
-        """Learns the codebooks.
-
-        Args:
-            vectors: (n, d) finite numbers; kept as float32.
-
-        Raises:
-            DataError: wrong shape, NaN, infinite or huge entries.
-        """
-        self.fit_encode(vectors)
-        return self
-
     def fit_encode(self, vectors: np.ndarray) -> np.ndarray:
-        """Learns the codebooks from vectors (n, d) and gives the codes (n, depth) int32 the training ended with."""
         codes = self._learn(vectors)[0]
         if self.notes:
             warnings.warn(" ".join(self.notes), stacklevel=2)
@@ -275,15 +251,8 @@ class ResidualKMeans(Quantizer):
         parts = [nearest_centroids(residual[i : i + step], centroids) for i in range(0, len(residual), step)]
         return np.concatenate(parts)
 
-    def encode(self, vectors: np.ndarray) -> np.ndarray:
-        """Codes (n, depth) int32 under the frozen codebooks.
-
-        Raises:
-            DataError: not fitted, another width than the training vectors, NaN, infinite or huge entries.
-        """
-        self._require_fit()
-        vectors, step = check_vectors(vectors, self.dims), self.config.chunk_size
-        return np.concatenate([self._walk(vectors[i : i + step])[0] for i in range(0, len(vectors), step)])
+    def _encode(self, vectors: np.ndarray) -> np.ndarray:
+        return self._walk(vectors)[0]
 
     def residual(self, vectors: np.ndarray, depth: int | None = None) -> np.ndarray:
         """What is left of vectors (n, d) after `depth` levels (default: all), float32 (n, d).
@@ -307,28 +276,19 @@ class ResidualKMeans(Quantizer):
                 residual = _unit_rows(residual)[0]
         return codes, residual
 
-    def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Sum of the chosen centroids, float32 (n, d); codes (n, l) with l < depth give the prefix's reconstruction.
-
-        Raises:
-            DataError: not fitted, more columns than levels, or a code outside its level.
-        """
-        self._require_fit()
-        codes = check_codes(codes, self.level_sizes)
+    def _decode(self, codes: np.ndarray) -> np.ndarray:
+        """Sum of the chosen centroids."""
         total = np.zeros((len(codes), self.dims or 0), dtype=np.float32)
         for level in range(codes.shape[1]):
             total += self._scales[level] * self._codebooks[level][codes[:, level]]
         return total
 
     def _tensors(self) -> dict[str, np.ndarray]:
-        self._require_fit()
         return {f"level_{n}": book for n, book in enumerate(self._codebooks)} | {"scales": self._scales}
 
     def _set_tensors(self, tensors: dict[str, Any]) -> None:
         names = [f"level_{n}" for n in range(self.depth)]
-        missing = [name for name in (*names, "scales") if name not in tensors]
-        if missing:
-            raise DataError(f"The saved codebooks lack the tensor '{missing[0]}'; write the quantizer folder again.")
+        self._lacks(tensors, *names, "scales")
         books = [check_vectors(tensors[name], what=f"centroids of {name}") for name in names]
         for name, book, size in zip(names, books, self.level_sizes, strict=True):
             if len(book) != size or book.shape[1] != books[0].shape[1]:

@@ -20,14 +20,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from sidtune.core.config import check_types
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.tokenizers.letters import LETTERS
 from sidtune.tokenizers.quantizers.balanced_kmeans import BalancedKMeans, BalancedKMeansConfig
-from sidtune.tokenizers.quantizers.base import Quantizer, check_codes
+from sidtune.tokenizers.quantizers.base import Quantizer
 from sidtune.tokenizers.quantizers.product_quantizer import ProductQuantizer, ProductQuantizerConfig
 from sidtune.tokenizers.quantizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig
 from sidtune.tokenizers.vectors import check_vectors
@@ -69,10 +70,7 @@ class RqOpqConfig:
 
     def __post_init__(self) -> None:
         self.head_sizes = tuple(self.head_sizes)
-        if self.balance not in ("equal_size", "private_code", "private_prefix", "none"):
-            raise ConfigError(
-                f"balance must be equal_size, private_code, private_prefix or none, got '{self.balance}'."
-            )
+        check_types(type(self), vars(self), "Options of RQ-OPQ")
         self.head_config()
         self.tail_config()
 
@@ -105,9 +103,6 @@ class RqOpqConfig:
 
 class RqOpq(Quantizer):
     """Residual k-means head and OPQ tail.
-
-    Args:
-        config: options, default `RqOpqConfig()`.
 
     Attributes:
         head: `ResidualKMeans` or `BalancedKMeans`.
@@ -142,13 +137,7 @@ class RqOpq(Quantizer):
         letters = LETTERS[: self.head.depth + 1]
         return letters[:-1] + letters[-1] * self.tail.depth
 
-    def fit(self, vectors: np.ndarray) -> Self:
-        """Learns head and tail from vectors (n, d), queries and items stacked where both are coded."""
-        self.fit_encode(vectors)
-        return self
-
     def fit_encode(self, vectors: np.ndarray) -> np.ndarray:
-        """Learns head and tail; codes (n, depth) int32 of the training vectors, the third level balanced."""
         vectors = check_vectors(vectors)
         if self.config.tail_parts > vectors.shape[1]:
             raise ConfigError(
@@ -159,12 +148,6 @@ class RqOpq(Quantizer):
             warnings.warn(" ".join(self.head.notes), stacklevel=2)
         return np.concatenate([codes, self.tail.fit_encode(residual)], axis=1)
 
-    def encode(self, vectors: np.ndarray) -> np.ndarray:
-        if self.dims is None:
-            raise DataError("This RQ-OPQ quantizer has no codebooks yet; call fit(vectors) or load a saved one.")
-        vectors, step = check_vectors(vectors, self.dims), self.config.chunk_size
-        return np.concatenate([self._encode(vectors[i : i + step]) for i in range(0, len(vectors), step)])
-
     def _encode(self, vectors: np.ndarray) -> np.ndarray:
         codes, residual = self.head._walk(vectors)
         return np.concatenate([codes, self.tail._encode(residual)], axis=1)
@@ -173,12 +156,11 @@ class RqOpq(Quantizer):
         """What is left of vectors (n, d) after `depth` head levels (default: all of the head), float32 (n, d)."""
         return self.head.residual(vectors, depth)
 
-    def decode(self, codes: np.ndarray) -> np.ndarray:
-        codes = check_codes(codes, self.level_sizes)
+    def _decode(self, codes: np.ndarray) -> np.ndarray:
         split = self.head.depth
-        vectors = self.head.decode(codes[:, :split])
+        vectors = self.head._decode(codes[:, :split])
         # A head prefix decodes without the tail, whose mean is a rounding error on training residuals.
-        return vectors if codes.shape[1] <= split else vectors + self.tail.decode(codes[:, split:])
+        return vectors if codes.shape[1] <= split else vectors + self.tail._decode(codes[:, split:])
 
     def _tensors(self) -> dict[str, np.ndarray]:
         parts = {f"head.{key}": value for key, value in self.head._tensors().items()}

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -31,14 +30,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sidtune.core.errors import ConfigError, DataError
+from sidtune.core.config import check_range, check_types
+from sidtune.core.errors import ConfigError
+from sidtune.tokenizers.letters import check_sizes
 from sidtune.tokenizers.quantizers.balanced_kmeans import equal_size_kmeans
 from sidtune.tokenizers.quantizers.code_losses import contrastive, diversity, rotation_trick, sinkhorn, straight_through
 from sidtune.tokenizers.quantizers.linear_start import check_widths, start_as_pca
 from sidtune.tokenizers.quantizers.nearest_centroids import nearest_centroids
 from sidtune.tokenizers.quantizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig
 from sidtune.tokenizers.quantizers.training import CodeModule, NeuralQuantizer, TrainingConfig, mlp
-from sidtune.tokenizers.vectors import check_vectors
+from sidtune.tokenizers.vectors import check_vectors, load_array
 
 
 @dataclass
@@ -46,10 +47,8 @@ class RqVaeConfig(TrainingConfig):
     """Options of `RqVae`, beside those of the training loop.
 
     Attributes:
-        level_sizes: codes per level.
-        latent_dims: width of the latent space.
-        hidden: widths of the encoder's hidden layers; the decoder mirrors them.
-        dropout: between hidden layers.
+        level_sizes, latent_dims: codes per level and width of the latent space.
+        hidden, dropout: widths of the encoder's hidden layers, which the decoder mirrors, and dropout between them.
         commitment: β.
         gradient: through the choice of codes, `straight_through` or `rotation`.
         ema_decay: above 0, codebooks follow the mean of their latents with this decay instead of a loss (0.99).
@@ -88,22 +87,14 @@ class RqVaeConfig(TrainingConfig):
         super().__post_init__()
         self.level_sizes, self.hidden = tuple(self.level_sizes), tuple(self.hidden)
         self.sinkhorn_levels = tuple(self.sinkhorn_levels)
-        ResidualKMeansConfig(level_sizes=self.level_sizes)  # refuses sizes that are none
-        depth = len(self.level_sizes)
-        if min((self.latent_dims, self.sinkhorn_iterations, self.diversity_clusters, *self.hidden)) < 1:
-            raise ConfigError(
-                "latent_dims, hidden, sinkhorn_iterations and diversity_clusters of the RQ-VAE must be at least 1."
-            )
+        check_types(type(self), vars(self), "Options of the RQ-VAE")
+        depth = len(check_sizes(self.level_sizes))
+        check_range(self, 1, "latent_dims", "hidden", "sinkhorn_iterations", "diversity_clusters")
+        check_range(self, 0, "commitment", "alignment_weight", "diversity_weight")
         if not 0 <= self.ema_decay < 1 or not 0 <= self.dropout < 1:
             raise ConfigError(f"ema_decay and dropout lie in [0, 1), got {self.ema_decay} and {self.dropout}.")
-        if min(self.commitment, self.alignment_weight, self.diversity_weight) < 0 or self.sinkhorn_epsilon <= 0:
-            raise ConfigError(
-                "The loss weights of the RQ-VAE must not be negative and sinkhorn_epsilon must be positive."
-            )
-        if self.gradient not in ("straight_through", "rotation"):
-            raise ConfigError(f"gradient must be straight_through or rotation, got '{self.gradient}'.")
-        if self.start not in ("random", "pca"):
-            raise ConfigError(f"start must be random or pca, got '{self.start}'.")
+        if self.sinkhorn_epsilon <= 0:
+            raise ConfigError(f"sinkhorn_epsilon must be positive, got {self.sinkhorn_epsilon}.")
         if self.start == "pca":
             check_widths(self.hidden, self.latent_dims)
         if any(not -depth <= level < depth for level in self.sinkhorn_levels):
@@ -111,15 +102,7 @@ class RqVaeConfig(TrainingConfig):
 
 
 class RqVaeModule(CodeModule):
-    """Encoder, codebooks, decoder.
-
-    Args:
-        dims: width d of the vectors.
-        config: options.
-
-    Attributes:
-        collaborative: (N, c) float32 or None, rows as in training; not saved.
-    """
+    """Encoder, codebooks, decoder of vectors `dims` wide; `collaborative` (N, c) float32, rows as in training, is not saved."""
 
     def __init__(self, dims: int, config: RqVaeConfig) -> None:
         super().__init__()
@@ -311,14 +294,12 @@ class RqVae(NeuralQuantizer):
                 raise ConfigError("Collaborative vectors were given, but alignment_weight is 0; set it above 0.")
             return
         if side is None and config.collaborative_path:
-            side = _read_vectors(Path(config.collaborative_path))
+            side = load_array(config.collaborative_path)
         if side is None:
             raise ConfigError(
                 "alignment_weight needs collaborative vectors; set collaborative_path, pass them to fit, or set it to 0."
             )
-        side = check_vectors(side, what="collaborative vectors")
-        if len(side) != len(vectors):
-            raise DataError(f"There are {len(side)} collaborative vectors for {len(vectors)} items; give one per item.")
+        side = check_vectors(side, what="collaborative vectors", rows=len(vectors))
         device, width = self._device(), module.width(vectors.shape[1])
         module.collaborative = torch.from_numpy(side / max(float(np.std(side)), 1e-12)).to(device)
         if side.shape[1] != width:
@@ -346,12 +327,3 @@ class RqVae(NeuralQuantizer):
 
     def _vectors(self, module: Any, codes: Tensor) -> Tensor:
         return module.decode(sum(module.books[level][codes[:, level]] for level in range(codes.shape[1])))
-
-
-def _read_vectors(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise DataError(f"The file of collaborative vectors {path} does not exist; check collaborative_path.") from None
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"{path} is no readable .npy array of numbers ({error}); write it with numpy.save.") from None

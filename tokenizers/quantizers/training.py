@@ -22,15 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sidtune.core.config import check_range
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.finite import check_step, check_weights
 from sidtune.core.folders import read_json, write_json
 from sidtune.core.resume import Work, identity_of, last_complete_checkpoint
-from sidtune.tokenizers.quantizers.base import Quantizer, check_codes
+from sidtune.tokenizers.quantizers.base import ROWS, Quantizer
 from sidtune.tokenizers.vectors import check_vectors, load_tensors
 
 STATE_FILE, CURVES_FILE = "state.safetensors", "curves.json"
-_ROWS = 8192  # rows encoded at once
 _ELSEWHERE = ("device", "checkpoint", "checkpoint_every")  # options that change nothing about the result
 
 
@@ -61,19 +61,13 @@ class TrainingConfig:
     checkpoint_every: int = 10
 
     def __post_init__(self) -> None:
-        for key in ("batch_size", "checkpoint_every"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"{key} of the quantizer's training must be at least 1, got {getattr(self, key)}.")
-        if self.epochs < 0 or self.weight_decay < 0:
-            raise ConfigError(
-                f"epochs and weight_decay must not be negative, got {self.epochs} and {self.weight_decay}."
-            )
+        check_range(self, 1, "batch_size", "checkpoint_every")
+        check_range(self, 0, "epochs", "weight_decay")
+        check_range(self, 0, "seed", most=2**31 - 1)
         if not (self.learning_rate > 0 and self.max_grad_norm > 0):
             raise ConfigError(
                 f"learning_rate and max_grad_norm must be positive, got {self.learning_rate} and {self.max_grad_norm}."
             )
-        if not 0 <= self.seed < 2**31:
-            raise ConfigError(f"seed of the quantizer must lie in [0, 2^31), got {self.seed}.")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("device is 'cuda' but no GPU is there; set it to 'auto' or 'cpu'.")
 
@@ -141,12 +135,15 @@ class NeuralQuantizer(Quantizer):
 
     @property
     def dims(self) -> int | None:
-        return len(self._mean) if self.module is not None else None
+        return len(self._mean) if self._exact is not None else None
 
     def _ready(self) -> Any:
-        if self._exact is None:
-            raise DataError(f"This {self.name} quantizer is not trained yet; call fit(vectors) or load a saved one.")
+        """The float64 module."""
+        self._require_fit()
         return self._exact
+
+    def fit_encode(self, vectors: np.ndarray) -> np.ndarray:
+        return self.fit(vectors).encode(vectors)
 
     def fit(self, vectors: np.ndarray, *, checkpoint: str | Path | None = None, side: Any = None) -> Self:
         """Trains from vectors (n, d).
@@ -242,36 +239,25 @@ class NeuralQuantizer(Quantizer):
         self.module = self.module.cpu().eval()
         self._exact = copy.deepcopy(self.module).double()
 
-    def encode(self, vectors: np.ndarray) -> np.ndarray:
-        """Codes (n, depth) int32. Raises DataError as `check_vectors` does, or before `fit`."""
-        module = self._ready()
-        vectors = check_vectors(vectors, self.dims)
-        parts = []
-        with torch.inference_mode():
-            for start in range(0, len(vectors), _ROWS):
-                block = (vectors[start : start + _ROWS] - self._mean) / self._scale
-                parts.append(self._codes(module, torch.from_numpy(block)))
-        return np.concatenate(parts).astype(np.int32)
+    @torch.inference_mode()
+    def _encode(self, vectors: np.ndarray) -> np.ndarray:
+        block = torch.from_numpy((vectors - self._mean) / self._scale)
+        return self._codes(self._exact, block).astype(np.int32)
 
-    def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Vectors (n, d) float32 of codes (n, l), l ≤ depth. Raises DataError on wrong codes or before `fit`."""
-        module = self._ready()
-        codes = check_codes(codes, self.level_sizes).astype(np.int64)
+    @torch.inference_mode()
+    def _decode(self, codes: np.ndarray) -> np.ndarray:
         made = np.empty((len(codes), self.dims or 0), dtype=np.float32)
-        with torch.inference_mode():
-            for start in range(0, len(codes), _ROWS):
-                block = self._vectors(module, torch.from_numpy(codes[start : start + _ROWS])).numpy()
-                made[start : start + _ROWS] = block * self._scale + self._mean
+        for start in range(0, len(codes), ROWS):
+            block = self._vectors(self._exact, torch.from_numpy(codes[start : start + ROWS].astype(np.int64))).numpy()
+            made[start : start + ROWS] = block * self._scale + self._mean
         return made
 
     def _tensors(self) -> dict[str, np.ndarray]:
-        self._ready()
         weights = {f"module.{key}": value.numpy() for key, value in self.module.state_dict().items()}
         return weights | {"mean": self._mean, "scale": np.array([self._scale])}
 
     def _set_tensors(self, tensors: dict[str, np.ndarray]) -> None:
-        if "mean" not in tensors or "scale" not in tensors:
-            raise DataError("The saved quantizer lacks the mean or scale of its vectors; write the folder again.")
+        self._lacks(tensors, "mean", "scale")
         self._mean, self._scale = tensors["mean"], float(tensors["scale"][0])
         with torch.random.fork_rng(devices=[]):
             module = self._build(len(self._mean))

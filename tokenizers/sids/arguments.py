@@ -1,9 +1,11 @@
-"""Checks of what `SemanticIds` is made from."""
+"""Checks of what `SemanticIds` is made from and goes with."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -38,8 +40,7 @@ def check_ids(item_ids: Sequence[str]) -> tuple[list[str], pa.Array]:
     except UnicodeEncodeError:
         raise DataError("An item id holds a lone surrogate, which is no valid text; repair the id.") from None
     if pc.count_distinct(array).as_py() != len(ids):
-        seen: set[str] = set()
-        twice = next(item_id for item_id in ids if item_id in seen or seen.add(item_id))
+        twice = next(item_id for item_id, count in Counter(ids).items() if count > 1)
         raise DataError(f"The item id '{twice}' occurs more than once; each item needs one row, drop the others.")
     return ids, array
 
@@ -71,3 +72,12 @@ def check_popularity(popularity: np.ndarray | None, items: int) -> np.ndarray:
         raise DataError(f"popularity must be {items} finite numbers, one per item; it has shape {array.shape} or NaN.")
     array.flags.writeable = False
     return array
+
+
+def check_quantizer(sids: Any, quantizer: Any) -> None:
+    """Raises DataError when the semantic IDs (their suffix level apart) are not of this quantizer."""
+    sizes, base = tuple(quantizer.level_sizes), sids.level_sizes[: sids.depth - sids.suffix_level]
+    if sizes != base:
+        raise DataError(
+            f"The quantizer has levels of {list(sizes)} codes, the semantic IDs {list(base)}; they are of another run."
+        )

@@ -24,10 +24,12 @@ from typing import Any
 
 import numpy as np
 
+from sidtune.core.config import check_range
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.tokenizers.quantizers.base import Quantizer
+from sidtune.tokenizers.sids.arguments import check_quantizer
 from sidtune.tokenizers.sids.collision_cost import deviation, relative, squared_errors
-from sidtune.tokenizers.sids.collisions import CollisionMethod, check_quantizer
+from sidtune.tokenizers.sids.collisions import CollisionMethod
 from sidtune.tokenizers.sids.quality import entropy_bits
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 from sidtune.tokenizers.vectors import check_vectors
@@ -54,9 +56,7 @@ class DriftLimits:
     max_cold_share: float = 0.02
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if not 0 <= value < float("inf"):
-                raise ConfigError(f"{name} must be a finite number of at least 0, got {value}.")
+        check_range(self, 0, *asdict(self))
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,6 @@ class Drift:
         return asdict(self)
 
     def to_markdown(self) -> str:
-        """A table (as learned, added, now) and the recommendation."""
         parts = (self.learned, self.added, self.now)
         rows = [("items", [f"{p.items:,}" for p in parts]), ("distinct codes", [f"{p.codes:,}" for p in parts])]
         rows.append(("ICR (items with a code of their own)", [f"{p.icr:.2%}" for p in parts]))
@@ -162,10 +161,8 @@ def extend_catalogue(
     """Semantic IDs with the new items appended; the rows, codes and tokens of the old ones stay as they are.
 
     Args:
-        sids: the semantic IDs in use.
-        quantizer: the quantizer they were made with, frozen.
-        new_ids: ids without a SID.
-        new_vectors: (n, d) their vectors, of the encoder the codebooks were trained with.
+        sids, quantizer: in use, and frozen.
+        new_ids, new_vectors: (n,) ids without a SID, and (n, d) vectors of the encoder the codebooks were trained with.
         popularity: (n,), default 0.
         method: what becomes of new items on a crowded code, default expansion; old items never move.
 
@@ -177,9 +174,7 @@ def extend_catalogue(
     check_quantizer(sids, quantizer)
     if not len(new_ids):
         raise DataError("There are no new items to add; every item has a semantic ID already.")
-    vectors = check_vectors(new_vectors, quantizer.dims, "vectors of new items")
-    if len(vectors) != len(new_ids):
-        raise DataError(f"There are {len(vectors)} vectors for {len(new_ids)} new items; give one per item.")
+    vectors = check_vectors(new_vectors, quantizer.dims, "vectors of new items", len(new_ids))
     # `extended` looks at the ids, but only after the codes are made, and encoding may take long.
     used = [item_id for item_id in new_ids if item_id in sids]
     if used:
@@ -191,13 +186,9 @@ def extend_catalogue(
 
 
 def check_same_encoder(stored: np.ndarray, fresh: np.ndarray) -> None:
-    """Refuses vectors of another encoder: items that have a vector already must get it again.
+    """Refuses vectors of another encoder: items must get the vector again that they have `stored` (n, d).
 
     A text that was edited since gives another vector of the same encoder, so up to half of the items may differ.
-
-    Args:
-        stored: (n, d) vectors the codebooks were trained with.
-        fresh: (n, d') vectors of the same items from the encoder that is to encode new ones.
 
     Raises:
         DataError: another width, or more than half of the rows differ by over 1 % of their length.
@@ -224,9 +215,7 @@ def held_out_error(quantizer: Quantizer, vectors: np.ndarray, share: float = 0.2
 
     Args:
         quantizer: kind and options; it is not changed.
-        vectors: (N, d) vectors of the learned items.
-        share: part that is held out, between 0 and 1.
-        seed: of the draw.
+        vectors: (N, d) of the learned items. share: part that is held out, between 0 and 1. seed: of the draw.
 
     Raises:
         ConfigError: share out of range. DataError: fewer than two items.
@@ -260,8 +249,7 @@ def measure_drift(
         sids: all items.
         added: (N,) bool, True for items added since; at least one of each kind.
         new_items: how many of them this run added, default all.
-        vectors: (N, d) in row order; with `quantizer` the errors are reported too.
-        quantizer: the frozen quantizer.
+        vectors, quantizer: (N, d) in row order, and what codes them; with both the errors are reported too.
         held_out_mse: see `held_out_error`.
         limits: of the recommendation, default `DriftLimits()`.
 
@@ -274,15 +262,12 @@ def measure_drift(
             f"`added` must be {len(sids)} booleans, with learned and added items among them; got {added.dtype} of "
             f"shape {added.shape}."
         )
-    errors, spread = None, 0.0
+    errors, spread, width = None, 0.0, 1
     if vectors is not None and quantizer is not None:
         check_quantizer(sids, quantizer)
-        vectors = check_vectors(vectors, quantizer.dims)
-        if len(vectors) != len(sids):
-            raise DataError(f"There are {len(vectors)} vectors for {len(sids)} items; give one per item, in row order.")
+        vectors = check_vectors(vectors, quantizer.dims, rows=len(sids))
         errors = squared_errors(vectors, sids.codes[:, : quantizer.depth], quantizer)
-        spread = deviation(vectors[~added]) / int((~added).sum())
-    width = 1 if vectors is None else vectors.shape[1]
+        spread, width = deviation(vectors[~added]) / int((~added).sum()), vectors.shape[1]
     parts = [_part(sids, rows, errors, spread, width) for rows in (~added, added, np.ones(len(sids), dtype=bool))]
     reference = None if errors is None else "learned" if held_out_mse is None else "held_out"
     drift = Drift(
@@ -359,9 +344,7 @@ def recommend(drift: Drift, limits: DriftLimits) -> Drift:
         held_out = drift.reference == "held_out"
         limit = limits.max_error_ratio if held_out else limits.max_in_sample_ratio
         if drift.error_ratio > limit:
-            others = (
-                "items the codebooks have not seen either" if held_out else "the items the codebooks were learned from"
-            )
+            others = "items the codebooks have not seen either" if held_out else "those they were learned from"
             again.append(
                 f"Learn the SIDs again: the added items fit the codebooks {drift.error_ratio:.2f} times worse than {others} "
                 f"(limit {limit:g})."

@@ -17,7 +17,8 @@ import numpy as np
 
 from sidtune.core.errors import DataError
 from sidtune.tokenizers.quantizers.base import Quantizer
-from sidtune.tokenizers.sids.collisions import CollisionMethod, check_quantizer
+from sidtune.tokenizers.sids.arguments import check_quantizer
+from sidtune.tokenizers.sids.collisions import CollisionMethod
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 from sidtune.tokenizers.vectors import check_vectors
 
@@ -95,14 +96,7 @@ def places(sids: SemanticIds) -> np.ndarray:
 def collision_cost(
     before: SemanticIds, after: SemanticIds, vectors: np.ndarray, quantizer: Quantizer, method: CollisionMethod
 ) -> CollisionCost:
-    """Compares the codes before and after a method.
-
-    Args:
-        before: the codes as the quantizer gave them, no suffix.
-        after: what `method.resolve` made of them; the same items in the same order.
-        vectors: (N, d) item vectors in row order.
-        quantizer: the quantizer of the codes.
-        method: the method, for its name and notes.
+    """Compares the codes as the quantizer gave them for `vectors` (N, d) with what `method.resolve` made of them.
 
     Raises:
         DataError: other items, other vectors, or another quantizer.
@@ -111,9 +105,7 @@ def collision_cost(
     check_quantizer(after, quantizer)
     if before.item_ids != after.item_ids:
         raise DataError("The semantic IDs before and after are of other items or in another order; compare equal ones.")
-    vectors = check_vectors(vectors, quantizer.dims)
-    if len(vectors) != len(before):
-        raise DataError(f"There are {len(vectors)} vectors for {len(before)} items; give one per item, in row order.")
+    vectors = check_vectors(vectors, quantizer.dims, rows=len(before))
     codes = after.codes[:, : quantizer.depth]
     moved = (codes != before.codes).any(axis=1)
     first = squared_errors(vectors, before.codes, quantizer)

@@ -30,9 +30,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from sidtune.core.errors import ConfigError, DataError
+from sidtune.core.config import check_range
+from sidtune.core.errors import ConfigError
 from sidtune.tokenizers.quantizers.base import Quantizer
 from sidtune.tokenizers.registry import COLLISIONS
+from sidtune.tokenizers.sids.arguments import check_quantizer
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 from sidtune.tokenizers.vectors import check_vectors
 
@@ -56,8 +58,7 @@ class SuffixConfig:
     size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.size is not None and self.size < 1:
-            raise ConfigError(f"size of the suffix level must be at least 1, got {self.size}.")
+        check_range(self, 1, "size")
 
 
 @dataclass
@@ -71,8 +72,7 @@ class NextNearestConfig:
     capacity: int = 1
 
     def __post_init__(self) -> None:
-        if self.capacity < 1:
-            raise ConfigError(f"capacity must be at least 1 item per code, got {self.capacity}.")
+        check_range(self, 1, "capacity")
 
 
 @dataclass
@@ -88,8 +88,7 @@ class CapacityConfig(NextNearestConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_exact_pairs < 0:
-            raise ConfigError(f"max_exact_pairs must be at least 0, got {self.max_exact_pairs}.")
+        check_range(self, 0, "max_exact_pairs", most=2**40)
 
 
 class CollisionMethod(abc.ABC):
@@ -319,21 +318,7 @@ def _check(
         raise ConfigError(f"fixed must lie in [0, {len(sids)}], got {fixed}.")
     if fixed == len(sids):
         return np.zeros((0, quantizer.dims or 0), dtype=np.float32)
-    vectors = check_vectors(vectors, quantizer.dims)
-    if len(vectors) != len(sids) - fixed:
-        raise DataError(
-            f"There are {len(vectors)} vectors for {len(sids) - fixed} items that may move; give one per item, in row order."
-        )
-    return vectors
-
-
-def check_quantizer(sids: SemanticIds, quantizer: Quantizer) -> None:
-    """Raises DataError when the semantic IDs (their suffix level apart) are not of this quantizer."""
-    sizes, base = tuple(quantizer.level_sizes), sids.level_sizes[: len(sids.level_sizes) - sids.suffix_level]
-    if sizes != base:
-        raise DataError(
-            f"The quantizer has levels of {list(sizes)} codes, the semantic IDs {list(base)}; they are of another run."
-        )
+    return check_vectors(vectors, quantizer.dims, rows=len(sids) - fixed)
 
 
 def _crowded(sids: SemanticIds, capacity: int, fixed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

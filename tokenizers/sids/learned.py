@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from sidtune.core.errors import DataError
 from sidtune.core.folders import read_json
-from sidtune.core.registry import Registry
 from sidtune.tokenizers.encoders.base import Encoder, item_texts, load_encoder
 from sidtune.tokenizers.quantizers.base import Quantizer, load_quantizer
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
@@ -23,10 +20,9 @@ VECTOR_FILE, BATCH_FILE, COLLISION_FILE = "vectors.safetensors", "batches.safete
 
 @dataclass
 class LearnedSids:
-    """The parts of the folder.
+    """The parts of the folder; `vectors` (N, d) are those of its items.
 
     Attributes:
-        sids, quantizer, encoder, vectors: (N, d) of its items.
         batch: (N,) 0 for items the codebooks were learned from, n for those of the n-th extension.
         collisions: name and options of the treatment of collisions.
     """
@@ -61,16 +57,3 @@ class LearnedSids:
 def texts_of(items: pa.Table) -> list[str]:
     """The encoder's input for each item. The title says most in the fewest words, so it counts twice."""
     return item_texts(items, repeats={"title": 2})
-
-
-def popularity_of(items: pa.Table) -> np.ndarray:
-    """(N,) float64 clicks before the split, 0 where unknown: the order of the items of one code."""
-    return np.nan_to_num(items.column("clicks").to_numpy(zero_copy_only=False).astype(np.float64))
-
-
-def made_by(registry: Registry, spec: dict[str, Any], seed: int | None = None) -> Any:
-    """The part that `{name: ..., option: ...}` names; where it has an option `seed`, `seed` is the default."""
-    options = {key: value for key, value in spec.items() if key != "name"}
-    if seed is not None and "seed" in {f.name for f in dataclasses.fields(registry.get(spec["name"]).config_class)}:
-        options.setdefault("seed", seed)
-    return registry.make(spec["name"], options)

@@ -11,25 +11,20 @@ from typing import Any
 import numpy as np
 
 from sidtune.tokenizers.quantizers.base import Quantizer
+from sidtune.tokenizers.vectors import unit_rows
 
 _BLOCK = 1024  # rows whose candidates are gathered at once
 _SPARE = 16  # candidates beyond k that are ranked again exactly, so that near-ties cannot depend on faiss's rounding
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.ascontiguousarray(vectors / np.where(lengths > 0, lengths, 1.0), dtype=np.float32)
+    return np.ascontiguousarray(unit_rows(vectors), dtype=np.float32)
 
 
 def nearest_rows(vectors: np.ndarray, rows: np.ndarray, k: int) -> np.ndarray:
-    """The k cosine-nearest other rows of each chosen row; equal similarities (to 1e-6) go by row number.
+    """(n, k) int64, nearest first: the k < N cosine-nearest other rows of each of the `rows` (n,) of `vectors` (N, d).
 
-    Args:
-        vectors: (N, d); a zero vector is as near to everything as to anything else.
-        rows: (n,) row numbers, k < N.
-
-    Returns:
-        (n, k) int64, nearest first.
+    Equal similarities (to 1e-6) go by row number; a zero vector is as near to everything as to anything else.
     """
     import faiss
 
@@ -55,14 +50,8 @@ def shared_levels(codes: np.ndarray, rows: np.ndarray, others: np.ndarray) -> fl
 
 
 def neighbour_overlap(codes: np.ndarray, quantizer: Quantizer, rows: np.ndarray, near: np.ndarray) -> float:
-    """Mean expected share of true neighbours among the k nearest in the decoded space.
-
-    Args:
-        codes: (N, L) codes of all items.
-        quantizer: decodes them.
-        rows: (n,) items.
-        near: (n, k) their true neighbours.
-    """
+    """Mean expected share of the true neighbours `near` (n, k) of the items `rows` (n,) among the k nearest in the decoded space
+    of `codes` (N, L)."""
     import faiss
 
     k = near.shape[1]

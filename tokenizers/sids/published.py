@@ -6,6 +6,7 @@ The `*.index.json` format of LETTER, LC-Rec and MiniOneRec: a JSON mapping of it
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,7 @@ from sidtune.tokenizers.letters import LETTERS
 def read_index_json(path: Path, letters: str | None = None) -> tuple[list[str], np.ndarray]:
     """Item ids in file order and the numbers (N, L) int32 of an `index.json` file.
 
-    Args:
-        path: the file.
-        letters: one letter per level, default a, b, c, ...; levels that share a letter are numbered on (`<d_17><d_300>`).
+    `letters`: one letter per level, default a, b, c, ...; levels that share a letter are numbered on (`<d_17><d_300>`).
 
     Raises:
         DataError: unreadable file, an item given twice, a value that is no list of tokens, levels that disagree.
@@ -31,10 +30,8 @@ def read_index_json(path: Path, letters: str | None = None) -> tuple[list[str], 
     if not pairs:
         raise DataError(f"{path} holds no semantic IDs; the catalogue is empty.")
     ids = [item_id for item_id, _ in pairs]
-    if len(set(ids)) != len(ids):
-        seen: set[str] = set()
-        twice = next(item_id for item_id in ids if item_id in seen or seen.add(item_id))
-        raise DataError(f"{path} gives the item '{twice}' more than once; keep one of its semantic IDs.")
+    if twice := [item_id for item_id, count in Counter(ids).items() if count > 1]:
+        raise DataError(f"{path} gives the item '{twice[0]}' more than once; keep one of its semantic IDs.")
     depth = len(pairs[0][1]) if isinstance(pairs[0][1], list) else 0
     for item_id, tokens in pairs:
         if not isinstance(tokens, list) or not 1 <= len(tokens) <= len(LETTERS) or len(tokens) != depth:

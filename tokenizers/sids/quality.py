@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from sidtune.core.errors import ConfigError, DataError
+from sidtune.core.errors import ConfigError
 from sidtune.tokenizers.quantizers.base import Quantizer
+from sidtune.tokenizers.sids.arguments import check_quantizer
+from sidtune.tokenizers.sids.collision_cost import deviation, relative
 from sidtune.tokenizers.sids.neighbours import nearest_rows, neighbour_overlap, shared_levels
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 from sidtune.tokenizers.vectors import check_vectors
@@ -33,6 +35,7 @@ class SidThresholds:
         min_icr: share of items that own their code.
         max_lost_rate: (items - codes) / items.
         max_group: items of one code; decoding shows a few per code, the rest can hardly be found.
+        max_suffix: codes of a suffix level, each a token that means nothing by itself.
         max_relative_error: reconstruction error over variance; at 1 the catalogue's mean does as well.
         min_level_gain: each level must remove this share of the variance.
         min_shared_gain: neighbours must share this many levels more than random pairs.
@@ -43,6 +46,7 @@ class SidThresholds:
     min_icr: float = 0.5
     max_lost_rate: float = 0.3
     max_group: int = 20
+    max_suffix: int = 256
     max_relative_error: float = 0.95
     min_level_gain: float = 0.001
     min_shared_gain: float = 0.1
@@ -53,17 +57,14 @@ class LevelQuality:
     """One level of a SID.
 
     Attributes:
-        name: letter of the level.
-        size: number of codes k_l.
-        used: codes that occur.
-        utilisation: used / size.
+        name, size: letter of the level and number of codes k_l.
+        used, utilisation: codes that occur, and their share of the size.
         entropy_bits: entropy of the codes over items, in bits.
         normalized_entropy: the same over log2(size); 1 for a level of one code.
         gini: inequality of the code counts, unused codes included: 0 equal, 1 - 1/size when one code has everything.
         cur: distinct prefixes up to this level over the product of the level sizes.
         prefixes: distinct prefixes up to this level.
-        relative_error: squared reconstruction error of the prefix over the variance; None without quantizer and
-        vectors.
+        relative_error: squared reconstruction error of the prefix over the variance; None without quantizer and vectors.
     """
 
     name: str
@@ -84,10 +85,8 @@ class SidQuality:
 
     Attributes:
         items, depth, codes: N, L and the number of distinct codes M.
-        icr: share of items that own their code.
-        sharing_rate: share of items that share their code, 1 - icr.
-        lost_rate: (N - M) / N.
-        distinct_rate: M / N.
+        icr, sharing_rate: share of items that own their code, and that share it.
+        lost_rate, distinct_rate: (N - M) / N and M / N.
         largest_group: items of the most crowded code.
         cur_total: CUR over all levels.
         levels: one `LevelQuality` per level.
@@ -125,7 +124,6 @@ class SidQuality:
         return asdict(self)
 
     def to_markdown(self) -> str:
-        """Two tables (whole code, levels) and the warnings as a list."""
         rows = [
             ("items", f"{self.items:,}"),
             ("distinct codes", f"{self.codes:,}"),
@@ -198,14 +196,11 @@ def _levels(sids: SemanticIds, errors: list[float] | None) -> list[LevelQuality]
 
 def _errors(vectors: np.ndarray, codes: np.ndarray, quantizer: Quantizer) -> tuple[float, list[float]]:
     """Mean squared error per entry at full depth, and squared error over variance for each prefix."""
-    centre = vectors.mean(axis=0, dtype=np.float64)
-    variance, squared = 0.0, np.zeros(codes.shape[1])
+    squared, spread = np.zeros(codes.shape[1]), deviation(vectors)
     for start in range(0, len(vectors), _BLOCK):
         block, part = vectors[start : start + _BLOCK].astype(np.float64), codes[start : start + _BLOCK]
-        variance += ((block - centre) ** 2).sum()
         squared += [((block - quantizer.decode(part[:, : n + 1])) ** 2).sum() for n in range(codes.shape[1])]
-    relative = [float(s / variance) if variance > 0 else float(s > 0) for s in squared]
-    return float(squared[-1] / vectors.size), relative
+    return float(squared[-1] / vectors.size), [relative(error, spread) for error in squared]
 
 
 def _check(sids: SemanticIds, vectors: Any, quantizer: Quantizer | None, neighbours: int, sample: int) -> Any:
@@ -213,18 +208,9 @@ def _check(sids: SemanticIds, vectors: Any, quantizer: Quantizer | None, neighbo
         raise ConfigError(f"neighbours and sample must be at least 1, got {neighbours} and {sample}.")
     if vectors is None:
         return None
-    vectors = check_vectors(vectors, None if quantizer is None else quantizer.dims)
-    if len(vectors) != len(sids):
-        raise DataError(
-            f"There are {len(vectors)} vectors for {len(sids)} semantic IDs; give one per item, in row order."
-        )
     if quantizer is not None:
-        sizes, base = tuple(quantizer.level_sizes), sids.level_sizes[: quantizer.depth]
-        if sizes != base:
-            raise DataError(
-                f"The quantizer has levels of {sizes} codes, the semantic IDs {base}; they are of another run."
-            )
-    return vectors
+        check_quantizer(sids, quantizer)
+    return check_vectors(vectors, None if quantizer is None else quantizer.dims, rows=len(sids))
 
 
 def sid_quality(
@@ -237,15 +223,13 @@ def sid_quality(
     seed: int = 0,
     thresholds: SidThresholds | None = None,
 ) -> SidQuality:
-    """Measures semantic IDs.
+    """Measures semantic IDs, with or without a suffix level.
 
     Args:
-        sids: the semantic IDs, with or without a suffix level.
         vectors: (N, d) item vectors in row order; without them nothing about geometry is reported.
         quantizer: the quantizer the codes came from; without it nothing about reconstruction is reported.
         neighbours: nearest neighbours per item, at most N - 1.
-        sample: items whose neighbours are looked up, drawn without replacement.
-        seed: of that draw.
+        sample, seed: items whose neighbours are looked up, drawn without replacement.
         thresholds: of the warnings, default `SidThresholds()`.
 
     Raises:
@@ -342,6 +326,12 @@ def _crowding(report: SidQuality, sids: SemanticIds, limits: SidThresholds) -> l
         found.append(
             f"{report.items - report.codes:,} of {report.items:,} items come after the first of their code, so "
             "ranking among them is by popularity alone; enlarge the last level or add one."
+        )
+    if sids.suffix_level and sids.level_sizes[-1] > limits.max_suffix:
+        found.append(
+            f"The suffix level adds {sids.level_sizes[-1]:,} tokens that mean nothing by themselves (limit {limits.max_suffix:,}), "
+            f"since up to {int(sids.codes[:, -1].max()) + 1:,} items share the levels before it; look for duplicate or empty texts "
+            "among them, enlarge level_sizes or add a level, or use collisions: {name: next_nearest}."
         )
     if report.largest_group > limits.max_group:
         found.append(

@@ -21,10 +21,11 @@ import pyarrow.parquet as pq
 
 from sidtune.core.errors import DataError
 from sidtune.core.folders import write_files
-from sidtune.core.hub import push_saved, resolve_folder
+from sidtune.core.hub import Published, resolve_folder
 from sidtune.data_builders.mining.query_pairs import squeezed
 from sidtune.tokenizers.encoders.base import Encoder, load_encoder
 from sidtune.tokenizers.quantizers.base import Quantizer, check_codes, load_quantizer
+from sidtune.tokenizers.sids.arguments import check_quantizer
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 
 QUERY_FILE = "queries.parquet"
@@ -32,7 +33,7 @@ CODER_FOLDER = "query_coder"  # where a published bundle keeps a query coder
 CODER_PARTS = ENCODER_FOLDER, QUANTIZER_FOLDER, SID_FOLDER = "encoder", "quantizer", "sids"
 
 
-class QueryCoder:
+class QueryCoder(Published):
     """Codes and SID tokens of query texts.
 
     Args:
@@ -55,11 +56,7 @@ class QueryCoder:
         cache_size: int = 1 << 18,
     ) -> None:
         check_text_encoder(encoder)
-        if tuple(quantizer.level_sizes) != tuple(sids.level_sizes[: quantizer.depth]):
-            raise DataError(
-                f"The quantizer has levels of {tuple(quantizer.level_sizes)} codes, the semantic IDs "
-                f"{tuple(sids.level_sizes)}; they are of another run."
-            )
+        check_quantizer(sids, quantizer)
         self.encoder, self.quantizer, self.sids = encoder, quantizer, sids
         self.known = dict(known or {})
         self.cache_size = cache_size
@@ -95,13 +92,7 @@ class QueryCoder:
         """SID text of each query, for example `<a_12><b_7><c_0>`; "" where there is no query."""
         return ["" if code[0] < 0 else self.sids.code_text(code) for code in self.codes(texts)]
 
-    def __call__(self, texts: Sequence[str | None]) -> list[str]:
-        """`token_texts`, so that a coder can be given to `Serializer` as `query_sids`."""
-        return self.token_texts(texts)
-
-    def token_text(self, text: str | None) -> str:
-        """SID text of one query."""
-        return self.token_texts([text])[0]
+    __call__ = token_texts  # so that a coder can be given to `Serializer` as `query_sids`
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes encoder, quantizer, SIDs and the known queries, whole or not at all."""
@@ -114,8 +105,8 @@ class QueryCoder:
 
     @classmethod
     def from_pretrained(cls, folder_or_repo: str | Path, **hub: Any) -> Self:
-        """Loads from the folder of learn_sids or extend_sids, a folder of `save_pretrained`, or a bundle or hub
-        repository that holds one as `query_coder` (`hub`: options of `resolve_folder`).
+        """Loads from the folder of learn_sids or extend_sids, of `save_pretrained`, or a bundle or hub repository that holds one as
+        `query_coder` (`hub`: options of `resolve_folder`).
 
         Raises:
             DataError: no encoder and quantizer there, damaged files, or parts of different runs.
@@ -135,10 +126,6 @@ class QueryCoder:
             known = dict(zip(queries, codes, strict=True))
         return cls(encoder, quantizer, sids, known)
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Saves into a scratch folder and uploads it; `options` (token, private, ...) are those of `push_folder`."""
-        return push_saved(self, repo_id, **options)
-
 
 def check_text_encoder(encoder: Encoder) -> None:
     """Raises ConfigError for an encoder that only looks item vectors up."""
@@ -157,11 +144,7 @@ def write_query_codes(path: Path, queries: Sequence[str], codes: np.ndarray) -> 
 
 
 def read_query_codes(path: Path, level_sizes: Sequence[int]) -> tuple[list[str], np.ndarray]:
-    """Reads what `write_query_codes` wrote: texts (Q,) and codes (Q, depth) int32.
-
-    Raises:
-        DataError: unreadable, or codes of another quantizer.
-    """
+    """Texts (Q,) and codes (Q, depth) int32 of `write_query_codes`. Raises DataError when unreadable, or of another quantizer."""
     try:
         table = pq.read_table(path)
         queries, column = table.column("query").to_pylist(), table.column("code").combine_chunks()

@@ -57,7 +57,6 @@ class QueryItemRecall:
         return asdict(self)
 
     def to_markdown(self) -> str:
-        """Two short tables."""
         lines = ["| items found from the query's codes | by codes | by vectors | by chance |", "|---|---|---|---|"]
         lines += [
             f"| recall@{k} | {self.recall[k]:.2%} | {self.vector_recall[k]:.2%} | {self.chance[k]:.2%} |"
@@ -83,8 +82,7 @@ def query_item_recall(
     """Measures how well the codes of queries find the items that were wanted.
 
     Args:
-        query_vectors: (Q, d) vectors of the queries.
-        item_vectors: (N, d) vectors of the items, of the same encoder.
+        query_vectors, item_vectors: (Q, d) and (N, d), of one encoder.
         quantizer: fitted; encodes what has no codes yet and decodes all.
         targets: (R,) row of the wanted item, one per request.
         ks: list lengths.

@@ -11,7 +11,7 @@ number to colliding items. Here the map is explicit, and the number is an option
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import read_json, write_files, write_json
-from sidtune.core.hub import push_saved, resolve_folder
+from sidtune.core.hub import Published, resolve_folder
 from sidtune.tokenizers.letters import LETTERS as LETTERS
 from sidtune.tokenizers.letters import SidLetters
 from sidtune.tokenizers.sids.arguments import check_codes, check_ids, check_popularity, read_ids
@@ -40,32 +40,21 @@ class Collisions:
     """How many items share a code.
 
     Attributes:
-        items: number of items N.
         codes: number of distinct codes M.
-        sharing_items: items whose code belongs to at least one other item.
-        sharing_rate: `sharing_items / items`; 1 minus the ICR of OneSearch.
-        lost_rate: `(items - codes) / items`, what other projects call the collision rate: the share of items that a
-            one-to-one map would lose.
+        sharing_rate: share of items whose code belongs to at least one other item; 1 minus the ICR of OneSearch.
+        lost_rate: `(N - M) / N`, what other projects call the collision rate: the share of items that a one-to-one map would lose.
         largest_group: items of the most crowded code.
         largest_code: text of that code (the first in code order among equals).
-        group_sizes: group size → number of codes with that many items.
     """
 
-    items: int
     codes: int
-    sharing_items: int
     sharing_rate: float
     lost_rate: float
     largest_group: int
     largest_code: str
-    group_sizes: dict[int, int]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values."""
-        return asdict(self)
 
 
-class SemanticIds:
+class SemanticIds(Published):
     """Items and their codes.
 
     Args:
@@ -80,12 +69,8 @@ class SemanticIds:
         titles: (N,) uint32 hash of each item's title, 0 where unknown, by which another shop with the same item ids shows.
 
     Attributes:
-        item_ids: list of N strings, row order.
-        codes: (N, L) int32, read-only.
-        level_sizes: tuple of L integers.
-        popularity: (N,) float64, read-only.
-        suffix_level, letters, extends, titles: as above.
-        source: the folder they were loaded from, for messages.
+        source: the folder they were loaded from, for messages. The others are the arguments: `item_ids` a list, `codes` int32 and
+            `popularity` float64 (both read-only), `level_sizes` a tuple.
 
     Raises:
         DataError: empty catalogue, duplicate ids, shapes that disagree, codes out of range, popularity not finite.
@@ -237,33 +222,16 @@ class SemanticIds:
         """
         return self._paths
 
-    def rows_of_code(self, code: Sequence[int]) -> np.ndarray:
-        """Item rows of one code in expansion order; empty when no item has it. Binary search, O(L log M)."""
-        codes, offsets, rows = self._paths
-        low, high = 0, len(codes)
-        if len(code) != self.depth:
-            raise DataError(f"Expected a code of {self.depth} levels, got {len(code)}; give all levels.")
-        for level, number in enumerate(code):
-            column = codes[low:high, level]
-            low, high = low + np.searchsorted(column, number), low + np.searchsorted(column, number, side="right")
-        return rows[offsets[low] : offsets[high]]
-
     def collisions(self) -> Collisions:
         """Counts of items that share a code."""
         codes, offsets, _ = self._paths
         groups = np.diff(offsets)
-        sizes, counts = np.unique(groups, return_counts=True)
-        sharing = int(groups[groups > 1].sum())
-        crowded = codes[int(groups.argmax())]
         return Collisions(
-            items=len(self),
             codes=len(codes),
-            sharing_items=sharing,
-            sharing_rate=sharing / len(self),
+            sharing_rate=int(groups[groups > 1].sum()) / len(self),
             lost_rate=(len(self) - len(codes)) / len(self),
             largest_group=int(groups.max()),
-            largest_code=self.code_text(crowded),
-            group_sizes={int(size): int(count) for size, count in zip(sizes, counts, strict=True)},
+            largest_code=self.code_text(codes[int(groups.argmax())]),
         )
 
     def code_text(self, code: Sequence[int]) -> str:
@@ -371,11 +339,7 @@ class SemanticIds:
 
     @classmethod
     def from_pretrained(cls, folder_or_repo: str | Path, **hub: Any) -> Self:
-        """Loads a local folder or hub repository.
-
-        Args:
-            folder_or_repo: local folder or repository id.
-            hub: options of `sidtune.core.hub.resolve_folder` (subfolder, revision, token, ...).
+        """Loads a local folder or hub repository (`hub`: options of `resolve_folder`: subfolder, revision, token, ...).
 
         Raises:
             DataError: missing or damaged files, or files that do not belong together.
@@ -401,10 +365,6 @@ class SemanticIds:
             )
         made.source = folder
         return made
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Saves into a scratch folder and uploads it; `options` (token, private, ...) are those of `push_folder`."""
-        return push_saved(self, repo_id, **options)
 
     @classmethod
     def from_index_json(

@@ -7,8 +7,7 @@ import numpy as np
 from sidtune.data_builders.sequences.item_sequences import ItemSequences
 from sidtune.data_builders.sequences.source import SequenceSource
 from sidtune.tokenizers.encoders.precomputed import PrecomputedConfig, PrecomputedEncoder
-from sidtune.tokenizers.registry import COLLISIONS, QUANTIZERS
-from sidtune.tokenizers.sids.learned import made_by
+from sidtune.tokenizers.registry import COLLISIONS, QUANTIZERS, made_by
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 
 PUBLISHED = "published"

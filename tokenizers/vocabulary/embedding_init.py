@@ -33,10 +33,7 @@ INITS = ("codebook", "text", "mean")
 
 
 class OldRows:
-    """Mean and spread of the rows of a matrix that were there before.
-
-    Args:
-        rows: (V, d) any float dtype.
+    """Mean and spread of the rows (V, d) of a matrix that were there before.
 
     Attributes:
         rows: (V, d) float32 numpy.

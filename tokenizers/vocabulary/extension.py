@@ -190,12 +190,8 @@ class Vocabulary:
         path = Path(folder) / VOCABULARY_FILE
         value = read_json(path)
         try:
-            numbers = [
-                value["base_vocab_size"],
-                value["embedding_rows"],
-                *value["level_sizes"],
-                *value["sid_token_ids"],
-            ]
+            counts = (value["base_vocab_size"], value["embedding_rows"])
+            numbers = [*counts, *value["level_sizes"], *value["sid_token_ids"]]
             if any(type(number) is not int or number < 0 for number in numbers):
                 raise TypeError("a value that is no count")
             return cls(
@@ -226,9 +222,7 @@ def extend_vocabulary(
     """Adds all SID tokens to tokenizer and model, in place.
 
     Args:
-        model: causal or encoder-decoder language model, whole (not sharded, no adapter).
-        tokenizer: its tokenizer.
-        sids: the semantic IDs.
+        model, tokenizer: causal or encoder-decoder language model, whole (not sharded, no adapter), and its tokenizer.
         init: first values of the new rows, see `embedding_init`: "codebook", "text" or "mean".
         codebooks: L arrays (k_l, d_c) for "codebook"; a suffix level of the SIDs needs none and gets the mean row.
         item_texts: item id → text, or N texts in row order, for "text".
@@ -300,16 +294,12 @@ def add_plain_tokens(
     grow where they must, and the rows of new tokens get the mean row with a little noise.
 
     Args:
-        tokenizer: changed in place.
-        tokens: the words; no white space, no semantic-ID tokens.
-        model: the model of this tokenizer, changed in place; None when it is built afterwards.
+        tokenizer, model: changed in place; no model when it is built afterwards.
+        tokens: the words; no white space, no semantic-ID tokens (ConfigError).
         seed: of the noise.
 
     Returns:
         The token id of each word.
-
-    Raises:
-        ConfigError: a word that can be no token of its own.
     """
     check_words(tokens)
     known, base = tokenizer.get_vocab(), len(tokenizer)
@@ -387,14 +377,9 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: list[str], sids
     texts = ["".join(levels[n][code] for n, code in enumerate(path)) for path in drawn]
     expected = (drawn + sids.token_offsets + base).tolist()
     for text, ids in zip(texts, expected, strict=True):
-        if trial.encode(text, add_special_tokens=False) != ids or not _contains(
-            trial.encode(f"a {text}: b", add_special_tokens=False), ids
-        ):
+        alone, inside = (trial.encode(words, add_special_tokens=False) for words in (text, f"a {text}: b"))
+        if alone != ids or not any(inside[n : n + len(ids)] == ids for n in range(len(inside))):
             raise ConfigError(
                 f"{name} does not split '{text}' into its {sids.depth} SID tokens, because it changes the text around "
                 "added tokens; use a fast tokenizer."
             )
-
-
-def _contains(ids: list[int], part: list[int]) -> bool:
-    return any(ids[n : n + len(part)] == part for n in range(len(ids) - len(part) + 1))

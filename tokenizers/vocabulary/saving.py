@@ -54,10 +54,7 @@ def save_trained(
     For a folder that is written whole or not at all give the scratch folder of `write_folder`.
 
     Args:
-        model: the model `set_trainable` returned, unwrapped (`accelerator.unwrap_model`).
-        vocabulary: its vocabulary.
-        tokenizer: its tokenizer.
-        folder: where to write.
+        model, vocabulary, tokenizer: what `set_trainable` returned, unwrapped (`accelerator.unwrap_model`), and its own.
         base_model: folder or hub id of the base, default the one the model was loaded from. A folder is stored relative
             to `folder`, so both can move together.
         state_dict: whole weights of a sharded model in mode "all" (`accelerator.get_state_dict`).
@@ -206,7 +203,6 @@ def load_trained(
     """Loads what `save_trained` or `merge_and_save` wrote, in evaluation mode.
 
     Args:
-        folder: the folder.
         base_model: the base, as folder, hub id or loaded model (changed in place); default the one that was stored. It
             may be the original model without SID tokens: then it grows here.
         merge: merge a LoRA adapter, so that the model is a plain one.
@@ -314,13 +310,19 @@ def _put_rows(model: nn.Module, vocabulary: Vocabulary, tensors: dict, record: d
             fill_spare_rows(matrix, vocabulary.base_vocab_size, vocabulary.stop)
 
 
-def _with_adapter(model: PreTrainedModel, folder: Path, tensors: dict[str, torch.Tensor]) -> nn.Module:
-    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+def _adapter_config(folder: Path) -> Any:
+    from peft import PeftConfig
 
     try:
-        config = PeftConfig.from_pretrained(str(folder))
+        return PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, OSError) as error:
         raise DataError(f"The adapter config in {folder} is damaged ({' '.join(str(error).split())[:200]}).") from None
+
+
+def _with_adapter(model: PreTrainedModel, folder: Path, tensors: dict[str, torch.Tensor]) -> nn.Module:
+    from peft import get_peft_model, set_peft_model_state_dict
+
+    config = _adapter_config(folder)
     config.trainable_token_indices = config.base_model_name_or_path = None
     config.inference_mode = True
     model = get_peft_model(model, config)  # type: ignore[assignment]
@@ -337,12 +339,7 @@ def load_model(folder_or_id: str | Path, **options: Any) -> PreTrainedModel:
     That is a full model, what `save_trained` wrote (its base is found by reference, everything is merged), a checkpoint
     of a LoRA run, or a hub id.
 
-    Args:
-        folder_or_id: folder or hub id.
-        options: `dtype` (default float32) and other options of `load_plain`.
-
-    Raises:
-        DataError: nothing readable there.
+    `options`: `dtype` (default float32) and others of `load_plain`. Raises DataError when nothing readable is there.
     """
     place = Path(check_place(folder_or_id))
     if (place / TRAINED_FILE).exists():
@@ -356,12 +353,9 @@ def load_model(folder_or_id: str | Path, **options: Any) -> PreTrainedModel:
 
 
 def _load_adapter_checkpoint(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, OSError) as error:
-        raise DataError(f"The adapter config in {folder} is damaged ({' '.join(str(error).split())[:200]}).") from None
+    config = _adapter_config(folder)
     reference = config.base_model_name_or_path or ""
     if not reference:
         raise DataError(f"The adapter in {folder} names no base model; write base_model_name_or_path into its config.")

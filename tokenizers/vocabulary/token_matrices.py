@@ -41,11 +41,6 @@ class VocabMatrix:
         """The stored matrix (rows, d); while only new rows train, its new rows are out of date."""
         return self.owner._parameters["weight"]
 
-    @property
-    def is_head(self) -> bool:
-        """True for a head that is not tied to an embedding."""
-        return not any(isinstance(module, nn.Embedding) for module in self.modules)
-
 
 def base_of(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a PEFT model, or the model itself."""

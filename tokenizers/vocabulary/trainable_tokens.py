@@ -336,7 +336,8 @@ def _with_lora(model: PreTrainedModel, vocabulary: Vocabulary, options: dict[str
 
 def _check_targets(model: PreTrainedModel, options: dict[str, Any]) -> None:
     names = {matrix.name.rpartition(".")[2] for matrix in vocab_matrices(model)}
-    names |= {name.rpartition(".")[2] for name, module in model.named_modules() if _is_token_matrix(model, module)}
+    token = (model.get_output_embeddings(), model.get_input_embeddings())
+    names |= {name.rpartition(".")[2] for name, module in model.named_modules() if any(module is one for one in token)}
     for key in ("target_modules", "modules_to_save"):
         chosen = options.get(key) or []
         listed = [chosen] if isinstance(chosen, str) else list(chosen)
@@ -346,10 +347,6 @@ def _check_targets(model: PreTrainedModel, options: dict[str, Any]) -> None:
                 f"'{clash[0]}' in {key} would adapt the whole vocabulary matrix; leave it out, its SID rows train "
                 "anyway."
             )
-
-
-def _is_token_matrix(model: PreTrainedModel, module: nn.Module) -> bool:
-    return module is model.get_output_embeddings() or module is model.get_input_embeddings()
 
 
 def _zero3() -> bool:
@@ -372,17 +369,3 @@ def trained_rows(model: nn.Module) -> dict[str, torch.Tensor]:
         with gathered(matrix.owner._modules[ROWS].weight) as rows:
             found[matrix.name] = rows.detach().cpu().clone()
     return found
-
-
-def token_matrix(model: nn.Module, head: bool = False) -> torch.Tensor:
-    """(rows, d) CPU copy of the embedding (or head) as it is now, trained rows in place, whatever the mode."""
-    matrices = vocab_matrices(model)
-    wanted = base_of(model).get_output_embeddings() if head else None
-    matrix = next(m for m in matrices if (wanted in m.modules if head else m.used and not m.is_head))
-    with gathered(matrix.parameter) as whole:
-        result = whole.detach().cpu().clone()
-    if ROWS in matrix.owner._modules:
-        start, stop = matrix.owner._rows_span
-        with gathered(matrix.owner._modules[ROWS].weight) as rows:
-            result[start:stop] = rows.detach().cpu().to(result)
-    return result

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sidtune.core.config import check_range
 from sidtune.core.errors import ConfigError
 
 CONTRASTIVE = ("q2q", "i2i", "q2i")
@@ -50,9 +51,7 @@ class AlignedLossConfig:
     click_margin: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in (*TERMS, "order_margin", "click_margin"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"'{name}' of the aligned loss must be 0 or more, got {getattr(self, name)}.")
+        check_range(self, 0, *TERMS, "order_margin", "click_margin")
         if not 0 < self.temperature < float("inf"):
             raise ConfigError(f"The temperature of the aligned loss must be above 0, got {self.temperature}.")
         if not any(self.weight(term) for term in TERMS):
@@ -69,7 +68,6 @@ def info_nce(left: Tensor, right: Tensor, left_texts: Tensor, right_texts: Tenso
     Args:
         left, right: (B, d) vectors of length 1.
         left_texts, right_texts: (B,) int64, equal numbers for equal texts, over both sides.
-        temperature: tau.
 
     Returns:
         Scalar mean over the rows; a row without any negative gives 0.
@@ -104,11 +102,6 @@ def order_margin(
     return (upper + lower + across).mean()
 
 
-def relevance_regression(query: Tensor, item: Tensor, score: Tensor) -> Tensor:
-    """Mean squared difference of cosine and judged relevance; query, item (B, d) of length 1, score (B,) in [0, 1]."""
-    return F.mse_loss((query * item).sum(dim=-1), score.to(query.dtype))
-
-
 def aligned_loss(
     vectors: Tensor, places: Mapping[str, Tensor], config: AlignedLossConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -135,7 +128,8 @@ def aligned_loss(
             found = vectors[rows.clamp(min=0)].unbind(dim=1)
             value = order_margin(*found, rows[:, 1:] >= 0, config.order_margin, config.click_margin)
         else:
-            value = relevance_regression(vectors[rows[:, 0]], vectors[rows[:, 1]], places["relevance_score"])
+            cosine = (vectors[rows[:, 0]] * vectors[rows[:, 1]]).sum(dim=-1)
+            value = F.mse_loss(cosine, places["relevance_score"].to(cosine.dtype))
         total = total + config.weight(term) * value
         parts[term] = value.detach()
     return total, parts

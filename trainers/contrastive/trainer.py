@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Sampler
 from transformers import (
-    AutoModel,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -37,7 +37,7 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.core.finite import check_weights
+from sidtune.tokenizers.base_models.loading import load_text_model as load_encoder  # noqa: F401
 from sidtune.tokenizers.encoders.pooling import POOLINGS, pooled, write_pooling
 from sidtune.tokenizers.encoders.text import TransformersConfig
 from sidtune.trainers.common.args import RESERVED, built, check_together, checked_fields, fields_of
@@ -128,16 +128,13 @@ class AlignedExamples(Dataset):
         return [self.texts[n] for n in used], places
 
 
-class AlignedCollator:
+def collated(
+    numbers: Sequence[int], examples: AlignedExamples, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> dict[str, Any]:
     """Numbers of `AlignedExamples` → `input_ids`, `attention_mask` (U, T) of the distinct texts, and `places`."""
-
-    def __init__(self, examples: AlignedExamples, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-        self.examples, self.tokenizer, self.max_length = examples, tokenizer, max_length
-
-    def __call__(self, numbers: Sequence[int]) -> dict[str, Any]:
-        texts, places = self.examples.batch(numbers)
-        batch = self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
-        return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "places": places}
+    texts, places = examples.batch(numbers)
+    batch = tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "places": places}
 
 
 class AlignedTrainer(FiniteSteps, Trainer):
@@ -174,7 +171,7 @@ class AlignedTrainer(FiniteSteps, Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=AlignedCollator(examples, tokenizer, max_length),
+            data_collator=partial(collated, examples=examples, tokenizer=tokenizer, max_length=max_length),
             train_dataset=examples,
             callbacks=[self._epoch_callback, MarkComplete(), *options.pop("callbacks", ())],
             **options,
@@ -280,30 +277,6 @@ def check_encoder(model: PreTrainedModel, pooling: str, max_length: int) -> None
     positions = getattr(model.config, "max_position_embeddings", None)
     if max_length < 1 or (positions and max_length > positions):
         raise ConfigError(f"max_length must be between 1 and the {positions} positions of the model, got {max_length}.")
-
-
-def load_encoder(folder_or_id: str, revision: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A pretrained text model in float32 and its tokenizer, padded on the right.
-
-    Raises:
-        DataError: no such folder or hub model, no tokenizer in it, or weights that are not finite.
-    """
-    from sidtune.tokenizers.base_models.loading import check_place, load_tokenizer
-
-    tokenizer = load_tokenizer(folder_or_id, revision)
-    place, hub = check_place(folder_or_id), {} if revision is None else {"revision": revision}
-    try:
-        model = AutoModel.from_pretrained(place, dtype=torch.float32, **hub)
-    except Exception as error:  # transformers, safetensors and the hub client each raise their own kinds here
-        reason = " ".join(str(error).split())[:300].rstrip(".")
-        raise DataError(f"No text model can be read from {place} ({type(error).__name__}: {reason}).") from None
-    check_weights(model, place)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    if tokenizer.pad_token is None:
-        raise DataError(f"The tokenizer of {place} has no padding, end or unknown token; give it one.")
-    tokenizer.padding_side = "right"
-    return model, tokenizer
 
 
 def save_aligned(

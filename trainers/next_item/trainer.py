@@ -32,7 +32,7 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.core.ragged import gathered, own_rows
+from sidtune.core.ragged import drawn, gathered, own_rows
 from sidtune.data_builders.sequences.item_sequences import ItemSequences, SequenceExamples
 from sidtune.decoding.next_item.ranking import HistoryRanker
 from sidtune.metrics.ranking import RankingResult, Relevance, evaluate_ranking
@@ -288,10 +288,7 @@ def measure_targets(ranked: np.ndarray, sequences: ItemSequences, examples: Sequ
 
 def draw_users(examples: SequenceExamples, count: int | None, seed: int) -> SequenceExamples:
     """A random part of the examples, or all of them."""
-    if count is None or count >= len(examples):
-        return examples
-    chosen = np.sort(np.random.default_rng(seed).choice(len(examples), count, replace=False))
-    return examples.take(chosen)
+    return examples.take(drawn(len(examples), count, seed))
 
 
 def fit_arguments(settings: FitSettings, work: str | Path, rows: int, seed: int) -> TrainingArguments:
