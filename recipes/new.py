@@ -21,7 +21,7 @@ from sidtune.core.config import command
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import write_files
 from sidtune.data_builders.registry import read_source, reader_options
-from sidtune.data_builders.tables.survey import FEW_REQUESTS, FEW_TITLES, Survey, survey
+from sidtune.data_builders.tables.survey import FEW_REQUESTS, Survey, survey
 
 LAUNCH = "alone"
 FILE = "pipeline.yaml"
@@ -39,7 +39,8 @@ class Arguments:
         data: folder or id that the reader reads.
         reader: name of a reader in `data_builders/registry.py`; `sidtune` is the folder of your own tables.
         options: options of the reader.
-        vectors: `.npy` file of item vectors in the order of the items, for items without words; null makes vectors of the texts.
+        vectors: `.npy` file of item vectors in the order of the items; null makes vectors of the texts, or of the log where the
+            items have no words.
         base: a causal language model of the hub or a folder; null for a small one from scratch.
     """
 
@@ -80,15 +81,10 @@ def pipeline_text(arguments: Arguments, found: Survey) -> str:
     """The YAML file, with comments.
 
     Raises:
-        DataError: the data cannot train anything, or the items have neither words nor vectors.
+        DataError: the data cannot train anything.
     """
     if not found.items or not found.requests:
         raise DataError(f"{arguments.data} has {found.items:,} items and {found.requests:,} requests; both are needed.")
-    if not found.has_words and arguments.vectors is None:
-        raise DataError(
-            f"Only {found.titled:.0%} of the items have a title, fewer than {FEW_TITLES:.0%}; give --vectors FILE.npy with one row "
-            "for each item, for example of a collaborative model."
-        )
     lines = [
         f"# sidtune run --config {Path(arguments.name, FILE)}",
         "#",
@@ -140,7 +136,7 @@ def _data(arguments: Arguments, found: Survey) -> dict:
 
 def _sids(arguments: Arguments, found: Survey) -> tuple[str, dict]:
     levels, size = sid_sizes(found.items)
-    encoder = {"name": "tfidf_svd", "dims": 64}
+    encoder = {"name": "tfidf_svd" if found.has_words else "collaborative", "dims": 64}
     if arguments.vectors is not None:
         encoder = {"name": "precomputed", "path": str(arguments.vectors)}
     quantizer = {"name": "residual_kmeans", "level_sizes": [size] * levels}

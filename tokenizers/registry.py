@@ -17,6 +17,7 @@ ENCODERS = Registry(
     {
         "tfidf_svd": "sidtune.tokenizers.encoders.tfidf:TfidfSvdEncoder",
         "precomputed": "sidtune.tokenizers.encoders.precomputed:PrecomputedEncoder",
+        "collaborative": "sidtune.tokenizers.encoders.collaborative:CollaborativeEncoder",
         "sentence_transformers": "sidtune.tokenizers.encoders.text:SentenceTransformersEncoder",
         "transformers": "sidtune.tokenizers.encoders.text:TransformersEncoder",
         "keyword_fusion": "sidtune.tokenizers.keywords.fusion:KeywordFusionEncoder",

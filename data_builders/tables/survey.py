@@ -69,7 +69,7 @@ class Survey:
         found = {
             "semantic IDs": f"yes, of {self.titled:.0%} titles"
             if self.has_words
-            else "yes, of vectors you give (encoder 'precomputed'): too few items have a title",
+            else "yes, of who took what (encoder 'collaborative') or of vectors you give: too few items have a title",
             "search": f"yes, {self.searches:.0%} of the requests have a query"
             if self.searches
             else "no: requests have no query; put the searched words into the column 'query'",

@@ -26,9 +26,10 @@ from sidtune.core.folders import write_folder, write_json, write_run, writes
 from sidtune.core.pipeline import Step, check_there
 from sidtune.core.ragged import drawn
 from sidtune.data_builders.mining.query_pairs import distinct_queries
-from sidtune.data_builders.tables.past import past_popularity
+from sidtune.data_builders.tables.past import past_events, past_popularity
 from sidtune.data_builders.tables.store import DataFolder, load_folder
 from sidtune.tokenizers.encoders.base import Encoder, warn_empty
+from sidtune.tokenizers.encoders.collaborative import CollaborativeEncoder
 from sidtune.tokenizers.keywords.fusion import MINED, KeywordFusionEncoder
 from sidtune.tokenizers.keywords.mining import mine_pool
 from sidtune.tokenizers.quantizers.base import Quantizer
@@ -135,6 +136,8 @@ def main(arguments: Arguments) -> None:
     rows = drawn(data.items.num_rows, part, arguments.seed)
     items, popularity = data.items.take(rows), past_popularity(data)[rows]
     _mine_keywords(encoder, data)
+    if isinstance(encoder, CollaborativeEncoder):
+        encoder.use_log(past_events(data))
     texts, ids = texts_of(items), items["item_id"].to_pylist()
     vectors = encoder.fit(texts).encode(texts, ids)
     warn_empty(encoder, len(texts))

@@ -129,10 +129,10 @@ class QueryCoder(Published):
 
 def check_text_encoder(encoder: Encoder) -> None:
     """Raises ConfigError for an encoder that only looks item vectors up."""
-    if encoder.name == "precomputed":
+    if encoder.name in ("precomputed", "collaborative"):
         raise DataError(
-            "Precomputed vectors are of items only, so queries have none; use an encoder of texts (tfidf_svd, "
-            "keyword_fusion, transformers, ...) to code queries."
+            f"The vectors of the '{encoder.name}' encoder are of items only, so queries have none; use an encoder of texts "
+            "(tfidf_svd, keyword_fusion, transformers, ...) to code queries."
         )
 
 
