@@ -29,6 +29,8 @@ from sidtune.core.config import as_dict
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.inputs import RUN_FILE, fingerprint, inputs_of, same_inputs
 from sidtune.core.locks import locked
+from sidtune.core.shapes import misfit
+from sidtune.core.text import parse_json, read_text
 
 __all__ = [
     "RUN_FILE", "check_output", "fingerprint", "inputs_of", "is_whole", "locked", "read_json", "read_record", "same_inputs",
@@ -269,15 +271,17 @@ def write_json(path: str | Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
-def read_json(path: str | Path) -> Any:
-    """Reads a JSON file; a missing or damaged one is a DataError that names it."""
-    path = Path(path)
+def read_json(path: str | Path, shape: Any = None) -> Any:
+    """Reads a JSON file; one that is missing, damaged, or not of `shape` (see `core/shapes.misfit`) is a DataError."""
+    if not os.path.lexists(path):
+        raise DataError(f"The file {path} does not exist; run the step that writes it first.")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"The file {path} does not exist; run the step that writes it first.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        value = parse_json(read_text(path))
+    except ValueError as error:
         raise DataError(f"The file {path} is not readable JSON in UTF-8 ({error}); write it again.") from None
+    if shape is not None and (why := misfit(value, shape)) is not None:
+        raise DataError(f"The file {path} is not as it was written, because {why}; write it again.")
+    return value
 
 
 def versions() -> dict[str, str]:
