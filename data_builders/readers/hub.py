@@ -153,8 +153,7 @@ def _table(
     unused = sorted(set(raw.column_names) - set(theirs.values()))
     if unused:
         notes.append(f"Columns of {source.path or path} ({name}) that are not used: {', '.join(unused)}.")
-    made = conform(pa.table(found), schema, where, findings, required=REQUIRED[name])
-    return schema.empty_table() if made is None else made
+    return conform(pa.table(found), schema, where, findings, required=REQUIRED[name])
 
 
 def _soften(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:

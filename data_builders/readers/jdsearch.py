@@ -27,7 +27,8 @@ import pyarrow.compute as pc
 
 from sidtune.core.config import build
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.data_builders.readers.raw_files import first_rows, lists_of, read_lines, source_folder
+from sidtune.core.text import read_lines
+from sidtune.data_builders.readers.raw_files import first_rows, lists_of, source_folder
 from sidtune.data_builders.tables.history import FOREVER
 from sidtune.data_builders.tables.schema import Tables, table_from_columns
 from sidtune.data_builders.tables.splits import candidate_lists, leave_one_out

@@ -23,7 +23,8 @@ import pyarrow.csv as pa_csv
 
 from sidtune.core.config import build
 from sidtune.core.errors import ConfigError, DataError, nearest
-from sidtune.data_builders.readers.raw_files import one_file, pairs_of, read_text, source_folder
+from sidtune.core.text import read_text
+from sidtune.data_builders.readers.raw_files import one_file, pairs_of, source_folder
 from sidtune.data_builders.tables.columns import encode
 from sidtune.data_builders.tables.schema import SCHEMAS, Tables, table_from_columns
 from sidtune.data_builders.tables.splits import next_item_requests, tie_events

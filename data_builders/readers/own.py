@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from sidtune.core.config import build
 from sidtune.data_builders.tables.schema import SPLITS, Tables, table_from_columns
 from sidtune.data_builders.tables.splits import need, next_item_requests, tie_events
-from sidtune.data_builders.tables.store import ALL, SUFFIXES, DataFolder, read_own_folder
+from sidtune.data_builders.tables.store import ALL, DataFolder, read_own_folder
 from sidtune.data_builders.tables.table_files import Findings
 from sidtune.data_builders.tables.validate import validate_loaded
 
@@ -40,9 +40,7 @@ def read(path: str, **options: Any) -> Tables:
     folder = read_own_folder(path, findings, written=False)
     validate_loaded(folder, findings)
     findings.raise_if_any()
-    assert folder.path is not None
-    has_users = any((folder.path / f"users{suffix}").is_file() for suffix in SUFFIXES)
-    return complete(folder, users_given=has_users, requests_from_events=chosen.requests_from_events)
+    return complete(folder, users_given="users" in folder.files, requests_from_events=chosen.requests_from_events)
 
 
 def complete(folder: DataFolder, *, users_given: bool, requests_from_events: bool) -> Tables:

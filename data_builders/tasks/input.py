@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.core.ragged import Ragged, offsets_of
+from sidtune.core.ragged import offsets_of
 from sidtune.data_builders.prompts.encoding import SID_TEXT
 from sidtune.data_builders.prompts.serializer import Serializer
 from sidtune.data_builders.tables.columns import encode, one_array, rows_of
@@ -32,12 +31,6 @@ logger = logging.getLogger(__name__)
 _REQUESTS_AT_A_TIME = 50_000
 ALL_TURNS = 1_000_000  # "no limit" for builders that want a number
 LABELS = ("order", "like", "click")  # strongest first
-
-
-class HistoryLike(Protocol):
-    """What the tasks need of `History`."""
-
-    def before(self, user_ids: Any, times: np.ndarray, max_len: int | None = None) -> Ragged: ...
 
 
 @dataclass(frozen=True)
@@ -62,7 +55,7 @@ class Turns:
     trains: np.ndarray
     text: np.ndarray
     texts: list[str]
-    history: HistoryLike
+    history: History
 
 
 @dataclass(frozen=True)
@@ -96,8 +89,6 @@ class TaskInput:
         seed: of every random choice.
         context_requests: requests whose query and context past turns may show, default `requests`. For evaluation
             pass all.
-        actions: which actions make a history; None takes all.
-        history: makes the history of an events table.
         counts: task → what was left out and why, filled by the tasks.
 
     Raises:
@@ -115,8 +106,6 @@ class TaskInput:
     until: int | TimeCut | None = None
     seed: int = 0
     context_requests: pa.Table | None = None
-    actions: tuple[str, ...] | None = None
-    history: Callable[[pa.Table], HistoryLike] = History
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -289,11 +278,8 @@ def make_turns(data: TaskInput) -> Turns:
     """Makes the turns of a data set: known items only, one per (request, item)."""
     events = data.events
     item = rows_of(events["item_id"], data.sid_ids)
-    keep = item >= 0
-    if data.actions is not None:
-        keep &= pc.is_in(events["action"], value_set=pa.array(data.actions, pa.string())).to_numpy()
-    rows = np.flatnonzero(keep)
-    data.count("history", events_without_sid_or_of_other_actions=len(keep) - len(rows))
+    rows = np.flatnonzero(item >= 0)
+    data.count("history", events_without_sid=len(item) - len(rows))
     events, item = events.take(pa.array(rows)), item[rows]
     time, strength = events["time"].to_numpy(), action_strength(events["action"]).astype(np.int64)
     request = rows_of(events["request_id"], data.shown["request_id"])
@@ -318,7 +304,7 @@ def make_turns(data: TaskInput) -> Turns:
     text, texts = render_turns(data.serializer, query, context)
     asked = np.where(known, data.shown["time"].to_numpy()[np.maximum(request, 0)] if known.any() else time, time)
     trains = ~named | (rows_of(events["request_id"], data.requests["request_id"]) >= 0)
-    return Turns(events, item, request, asked, trains, text, texts, data.history(events))
+    return Turns(events, item, request, asked, trains, text, texts, History(events))
 
 
 def heads(data: TaskInput, user_ids: pa.Array) -> tuple[np.ndarray, list[str]]:

@@ -176,7 +176,9 @@ def _features(data: TaskInput, request: np.ndarray) -> list[dict[str, str]]:
 
 def _leaves(data: TaskInput) -> tuple[np.ndarray, pa.Array]:
     """Finest category of each of `data.sid_ids` as codes, -1 for none, and the distinct ones."""
-    return encode(pa.array([path[-1] if path else None for path in _of_items(data, "category").to_pylist()], pa.string()))
+    return encode(
+        pa.array([path[-1] if path else None for path in _of_items(data, "category").to_pylist()], pa.string())
+    )
 
 
 def _most_frequent(owner: np.ndarray, value: np.ndarray, rows: int) -> np.ndarray:

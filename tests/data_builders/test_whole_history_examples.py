@@ -215,14 +215,6 @@ def test_until_may_be_a_cut_per_user_or_the_last_train_request():
     assert sum(map(sum, free["learn"])) == wanted > 50
 
 
-def test_actions_choose_the_history():
-    world, serializer, data = build(seed=6)
-    orders = world.task_input(serializer, max_history=MANY, actions=("order",))
-    world.events = [e for e in world.events if e["action"] == "order"]
-    only = world.task_input(serializer, max_history=MANY)
-    assert request_to_sid(orders).to_list() == request_to_sid(only).to_list() != request_to_sid(data).to_list()
-
-
 def test_history_without_context():
     world = make_world(1)
     serializer = Serializer(made.byte_bpe(), history_context=False)
