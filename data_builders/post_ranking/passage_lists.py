@@ -24,9 +24,9 @@ import numpy as np
 import pyarrow as pa
 
 from sidtune.core.errors import ConfigError, DataError
+from sidtune.core.text import read_lines
 from sidtune.data_builders.post_ranking.schema import REQUEST_SCHEMA, PostRankField, PostRankTable
 from sidtune.data_builders.post_ranking.text_hashing import hashed_bag
-from sidtune.data_builders.readers.raw_files import read_lines
 
 
 @dataclass(frozen=True)
