@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import inspect
 import logging
+import logging
 import os
 import sys
 import types
@@ -28,6 +29,7 @@ from sidtune.core.shapes import as_number, describe, fits, unusable
 from sidtune.core.stopping import stoppable
 from sidtune.core.text import parse_yaml, read_text
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 ERROR_FILE_VARIABLE = "SIDTUNE_ERROR_FILE"
 MANY = 1_000_000  # more beams, places or rows at once than this are a slip of the pen, and no memory holds them
@@ -88,12 +90,15 @@ def defaults_of(cls: type) -> dict[str, Any]:
 
 
 def renamed(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
-    """`values` with today's names: a class may say in `RENAMED` what its options were called before."""
-    before = getattr(cls, "RENAMED", {})
+    """`values` with today's names: a class may say in `RENAMED` what its options were called before, and in `GONE` where those
+    went that it has no more; they are left out with a notice."""
+    before, gone = getattr(cls, "RENAMED", {}), getattr(cls, "GONE", {})
+    for name in gone.keys() & values:
+        logger.warning("%s: '%s' is no option here any more and is left out; %s.", where, name, gone[name])
     for old, new in before.items():
         if old in values and new in values:
             raise ConfigError(f"{where}: '{old}' is the former name of '{new}'; keep one of them.")
-    return {before.get(name, name): value for name, value in values.items()}
+    return {before.get(name, name): value for name, value in values.items() if name not in gone}
 
 
 def check_range(config: Any, least: float, *names: str, most: float = MANY) -> None:
