@@ -87,7 +87,7 @@ def main(arguments: Arguments) -> None:
     """Builds or loads the model, extends it and saves it."""
     from sidtune.decoding.retrieval.model_folder import PromptSettings, complete_model_folder, make_serializer
     from sidtune.tokenizers.base_models.from_scratch import build_model, train_lm_tokenizer
-    from sidtune.tokenizers.base_models.loading import load_plain, load_tokenizer
+    from sidtune.tokenizers.base_models.loading import check_dtype, load_plain, load_tokenizer
     from sidtune.tokenizers.quantizers.base import load_quantizer
     from sidtune.tokenizers.vocabulary.extension import VOCABULARY_FILE, Vocabulary, add_plain_tokens, extend_vocabulary
     from sidtune.tokenizers.vocabulary.saving import save_trained
@@ -100,7 +100,8 @@ def main(arguments: Arguments) -> None:
     if arguments.base is None:
         tokenizer = train_lm_tokenizer(_texts(data, arguments.templates), vocab_size=arguments.text_vocab_size)
         add_plain_tokens(tokenizer, arguments.extra_tokens)
-        model = build_model(arguments.scratch, tokenizer, seed=arguments.seed)
+        kind = check_dtype("float32" if arguments.dtype == "auto" else arguments.dtype)
+        model = build_model(arguments.scratch, tokenizer, arguments.seed, kind)
     else:
         tokenizer = load_tokenizer(arguments.base, revision=arguments.revision)
         model = load_plain(arguments.base, revision=arguments.revision, dtype=arguments.dtype)

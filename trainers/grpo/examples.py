@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from sidtune.core.errors import ConfigError, DataError
+from sidtune.core.ragged import drawn
 from sidtune.data_builders.prompts.encoding import encode_prompts
 from sidtune.data_builders.prompts.serializer import Serializer
 from sidtune.data_builders.tables.store import DataFolder
@@ -62,14 +63,6 @@ def hard_requests(path: str | Path, requests: pa.Table) -> pa.Table:
     return requests.filter(pc.is_in(requests["request_id"], value_set=wanted))
 
 
-def chosen_requests(requests: pa.Table, limit: int | None, seed: int) -> pa.Table:
-    """At most `limit` requests, drawn at random, in their order."""
-    if limit is None or limit >= requests.num_rows:
-        return requests
-    rows = np.random.default_rng(seed).choice(requests.num_rows, limit, replace=False)
-    return requests.take(np.sort(rows))
-
-
 def grpo_examples(
     data: DataFolder,
     requests: pa.Table,
@@ -84,6 +77,8 @@ def grpo_examples(
     max_length: int | None = None,
     split: str = "train",
     reserve: int = 0,
+    limit: int | None = None,
+    seed: int = 0,
 ) -> tuple[Dataset, dict[str, int]]:
     """Prompts with targets.
 
@@ -94,6 +89,7 @@ def grpo_examples(
         split: of the requests. max_history: most past turns.
         max_length: most tokens of prompt and answer, of which `reserve` belong to the
             answer.
+        limit: at most so many prompts, drawn by `seed` among the requests that can be rewarded; None for all.
 
     Returns:
         Columns `prompt` (text, for people), `prompt_ids`, `request_id`, `target_leaves`, `target_gains`,
@@ -109,13 +105,14 @@ def grpo_examples(
             f"No {split} request has a positive label on an item with a semantic ID, so nothing can be rewarded; check the labels "
             "of the gains and the hard set."
         )
+    counts = {"requests": requests.num_rows, "without_positive": requests.num_rows - len(useful), **made.counts}
+    useful = useful[drawn(len(useful), limit, seed)]
     kept = requests.take(useful)
     source = TaskInput.of_split(data, sids.texts(), serializer, split, max_history)
     ids = encode_prompts(tokenizer, prompt_for_requests(source, kept), max_length, reserve=reserve)
     columns = {name: [values[row] for row in useful] for name, values in made.columns().items()}
     prompts = tokenizer.batch_decode(ids)
     rows = {"prompt": prompts, "prompt_ids": ids, "request_id": kept["request_id"].to_pylist(), **columns}
-    counts = {"requests": requests.num_rows, "without_positive": requests.num_rows - len(useful), **made.counts}
     return Dataset.from_dict(rows), counts
 
 

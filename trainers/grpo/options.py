@@ -22,7 +22,7 @@ class GRPOOptions:
         position_bias: null, `interventions` or `em` (estimated from the train requests), or a folder that holds one.
         split: requests to train on: "train", or "valid", which SFT has not seen (choose no settings on it then).
         hard_set: parquet file with a column `request_id`: only these requests are used; null for all.
-        max_requests: at most so many requests, drawn at random; null for all.
+        max_requests: at most so many prompts, drawn at random among the requests that can be rewarded; null for all.
         end_of_reasoning: text of the token that ends a reasoning (rollout "reasoning").
         max_length: most tokens of prompt, reasoning and SID together; null takes the model's prompt settings.
         seed: of the choice of requests, the order, the rollouts and LoRA.

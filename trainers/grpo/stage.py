@@ -28,7 +28,7 @@ from sidtune.trainers.common.stage import Stage
 from sidtune.trainers.common.stage_model import StageModel
 from sidtune.trainers.grpo.args import grpo_config
 from sidtune.trainers.grpo.config import DebiasedGRPOConfig
-from sidtune.trainers.grpo.examples import chosen_requests, grpo_examples, hard_requests, position_bias
+from sidtune.trainers.grpo.examples import grpo_examples, hard_requests, position_bias
 from sidtune.trainers.grpo.options import GRPOOptions
 from sidtune.trainers.grpo.rollout_rewards import SidCatalogue
 from sidtune.trainers.grpo.trainer import DebiasedGRPOTrainer
@@ -107,14 +107,15 @@ class GRPOStage(Stage):
             requests = hard_requests(options.hard_set, requests)
         answer = self.args.max_completion_length + 2 if self.args.rollout == "reasoning" else 0
         examples, counts = grpo_examples(
-            *(self.data, chosen_requests(requests, options.max_requests, options.seed), sids, self.facts),
-            *(self.serializer, model.tokenizer),
+            *(self.data, requests, sids, self.facts, self.serializer, model.tokenizer),
             bias=position_bias(options.position_bias, self.data.requests["train"]),
             gains=build(GainsConfig, options.gains, "gains"),
             max_history=self.max_history,
             max_length=self.max_length,
             split=options.split,
             reserve=sids.depth + answer,
+            limit=options.max_requests,
+            seed=options.seed,
         )
         logger.info("%d prompts with targets; %s", len(examples), ", ".join(f"{k} {v}" for k, v in counts.items()))
         return {"train": examples}, counts
