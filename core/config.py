@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import inspect
 import logging
-import logging
 import os
 import sys
 import types
