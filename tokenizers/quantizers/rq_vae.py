@@ -95,6 +95,10 @@ class RqVaeConfig(TrainingConfig):
             raise ConfigError(f"ema_decay and dropout lie in [0, 1), got {self.ema_decay} and {self.dropout}.")
         if self.sinkhorn_epsilon <= 0:
             raise ConfigError(f"sinkhorn_epsilon must be positive, got {self.sinkhorn_epsilon}.")
+        if self.collaborative_path is not None and not self.alignment_weight:
+            raise ConfigError(
+                "collaborative_path is read only where alignment_weight is above 0; set it, or leave the path out."
+            )
         if self.start == "pca":
             check_widths(self.hidden, self.latent_dims)
         if any(not -depth <= level < depth for level in self.sinkhorn_levels):
