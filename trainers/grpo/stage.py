@@ -22,7 +22,6 @@ from sidtune.core.folders import fingerprint
 from sidtune.core.resume import work_folder
 from sidtune.data_builders.prompts.serializer import Serializer
 from sidtune.data_builders.tables.store import DataFolder, load_folder
-from sidtune.decoding.trie import SidTrie
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 from sidtune.trainers.common.stage import Stage
 from sidtune.trainers.common.stage_model import StageModel
@@ -124,7 +123,7 @@ class GRPOStage(Stage):
         return DebiasedGRPOTrainer(
             *(model.model, self.options.rewards, self.args, data["train"]),
             processing_class=model.tokenizer,
-            catalogue=self._catalogue(model),
+            catalogue=SidCatalogue.from_semantic_ids(self.sids, model.vocabulary, self.facts),
             end_token_id=self._end_token(model),
             train=self.train,
             callbacks=self.callbacks,
@@ -140,15 +139,6 @@ class GRPOStage(Stage):
 
     def complete(self, folder: Path, model: StageModel) -> None:
         self.save_prompts(folder)
-
-    def _catalogue(self, model: StageModel) -> SidCatalogue:
-        return SidCatalogue(
-            SidTrie.from_semantic_ids(self.sids),
-            model.vocabulary.sid_token_ids,
-            category_of_leaf=self.facts.category_of_leaf,
-            popularity_of_leaf=self.facts.popularity_of_leaf,
-            statistics_of_leaf=self.facts.statistics_of_leaf,
-        )
 
     def _end_token(self, model: StageModel) -> int | None:
         if self.args.rollout != "reasoning":
