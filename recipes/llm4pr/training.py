@@ -227,5 +227,5 @@ def _texts(table: PostRankTable, rows: np.ndarray) -> list[str]:
     made = []
     for row in rows[:1000]:
         request = request_of(table, int(row), 3)
-        made.append(render_request(request, [str(place) for place in range(len(request.item_ids))]))
+        made.append(render_request(request))
     return made + [" ".join(("", *LETTERS))] * 100

@@ -14,7 +14,7 @@ from sidtune.core.errors import ConfigError, DataError
 from sidtune.data_builders.post_ranking.schema import PostRankField
 from sidtune.data_builders.post_ranking.text import table_from_requests
 from sidtune.data_builders.prompts.encoding import token_ids
-from sidtune.models.post_ranking.processor import ITEM_PART, RATING_PART, USER_PART, PostRankProcessor, choose_labels
+from sidtune.models.post_ranking.processor import PostRankProcessor, choose_labels
 from sidtune.models.post_ranking.templates import TEMPLATES
 
 PAIR = (np.array([2, 0, 1, 3]), np.array([0, 1, 2, 3]), 1)
@@ -53,20 +53,11 @@ def test_features_as_words_cost_tokens_for_every_field():
 def test_adaptation_says_features_and_rating():
     _, processor = ranker()
     one = replace(requests(1, count=2)[0], relevance=np.array([4, np.nan], np.float32))
-    inputs = processor.from_requests([one], "fa", parts=True, padding_side="right")
-    parts, labels = inputs.pop("answer_part"), inputs["labels"]
-    said = [
-        {part: processor.tokenizer.decode(row[own == part]) for part in (USER_PART, ITEM_PART, RATING_PART)}
-        for row, own in zip(labels, parts, strict=True)
-    ]
-    end = processor.tokenizer.eos_token
-    assert said[0] == {
-        USER_PART: " User gender is f, mean rating is 3.5.",
-        ITEM_PART: " Item genre is drama, price is 0.5.",
-        RATING_PART: f" Rating 4.{end}",
-    }
-    assert said[1][ITEM_PART] == " Item genre is drama, price is 1.5." and said[1][RATING_PART] == end
-    assert torch.equal(parts >= 0, labels >= 0)
+    inputs = processor.from_requests([one], "fa", padding_side="right")
+    said = [processor.tokenizer.decode(row[row >= 0]) for row in inputs["labels"]]
+    user, end = " User gender is f, mean rating is 3.5.", processor.tokenizer.eos_token
+    assert said[0] == f"{user} Item genre is drama, price is 0.5. Rating 4.{end}"
+    assert said[1] == f"{user} Item genre is drama, price is 1.5.{end}"
     assert inputs["item_mask"].tolist() == [[True], [True]] and inputs["task_id"].tolist() == [2, 2]
     np.testing.assert_allclose(inputs["item_fields"]["words"][1, 0], one.candidates[1]["words"], rtol=1e-6)
 
