@@ -28,9 +28,10 @@ def fits(value: Any, hint: Any) -> bool:
     if origin in (list, tuple, Sequence):
         if not isinstance(value, (list, tuple)):
             return False
-        return not inner or all(fits(v, inner[0]) for v in value)
+        pair = origin is tuple and ... not in inner and len(value) != len(inner)  # a tuple of other length
+        return not inner or (not pair and all(fits(v, inner[0]) for v in value))
     if origin is dict or hint is dict:
-        return isinstance(value, dict)
+        return isinstance(value, dict) and (not inner or all(fits(one, inner[1]) for one in value.values()))
     if hint is bool:
         return isinstance(value, bool)
     if hint is int:
@@ -87,28 +88,34 @@ def misfit(value: Any, shape: Any, place: str = "") -> str | None:
     """Why a JSON value is not of a shape, as `'systems.0.name' must be a text, got 3`; None where it is.
 
     Args:
-        shape: a type; a list of one shape, for all elements; a mapping of keys to shapes, where `"key?"` need not be there and
-            `...` stands for all keys.
+        shape: a type, of lists and mappings too; a dataclass, whose fields without a default must be there; a list of one shape,
+            for all elements; a mapping of keys to shapes, where `"key?"` need not be there and `...` stands for all keys.
     """
-    told = f"'{place}'" if place else "it"
+    told, origin, inner = f"'{place}'" if place else "it", typing.get_origin(shape), typing.get_args(shape)
+    if origin in (typing.Union, types.UnionType):
+        fit = any(misfit(value, one) is None for one in inner)
+        return None if fit else f"{told} must be {describe(shape)}, got {_short(value)}"
+    if dataclasses.is_dataclass(shape):
+        hints, required = typing.get_type_hints(shape), dataclasses.MISSING
+        fields = dataclasses.fields(shape)
+        needed = [f.name for f in fields if f.default is required and f.default_factory is required]
+        shape = {f.name if f.name in needed else f"{f.name}?": hints[f.name] for f in fields}
+    elif origin in (list, dict) and inner:
+        shape = [inner[0]] if origin is list else {...: inner[1]}
     if not isinstance(shape, (dict, list)):
         return None if fits(value, shape) else f"{told} must be {describe(shape)}, got {_short(value)}"
     if not isinstance(value, type(shape)):
         return f"{told} must be {describe(type(shape))}, got {_short(value)}"
-    if isinstance(shape, list):
-        wanted: dict[Any, Any] = dict.fromkeys(range(len(value)), shape[0])
-    else:
-        wanted = dict.fromkeys(value, shape[...]) if ... in shape else {}
-        wanted |= {
-            key: one for key, one in shape.items() if key is not ... and not (key[-1:] == "?" and key[:-1] not in value)
-        }
-    for key, one in wanted.items():
-        key = key.removesuffix("?") if isinstance(shape, dict) else key
-        if isinstance(value, dict) and key not in value:
-            return f"{told} has no '{key}'"
-        if found := misfit(value[key], one, f"{place}.{key}" if place else str(key)):
-            return found
-    return None
+    parts = [(key, one, shape[0]) for key, one in enumerate(value)] if isinstance(shape, list) else []
+    for key, one in shape.items() if isinstance(shape, dict) else ():
+        if key is ...:
+            parts += [(name, part, one) for name, part in value.items()]
+        elif (name := key.removesuffix("?")) in value:
+            parts.append((name, value[name], one))
+        elif name == key:
+            return f"{told} has no '{name}'"
+    found = (misfit(part, one, f"{place}.{key}" if place else str(key)) for key, part, one in parts)
+    return next((why for why in found if why is not None), None)
 
 
 def _short(value: Any) -> str:

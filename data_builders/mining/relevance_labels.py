@@ -74,7 +74,8 @@ def read_relevance(
 
 
 def _read(path: Path) -> pa.Table:
-    from sidtune.data_builders.tables.table_files import Findings, read_table
+    from sidtune.data_builders.tables.findings import Findings
+    from sidtune.data_builders.tables.table_files import read_table
 
     findings = Findings()
     table = read_table(path, path.name, _SCHEMA, findings, required=_SCHEMA.names)

@@ -17,15 +17,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from sidtune.core.config import build
 from sidtune.core.errors import DataError
 from sidtune.core.text import read_lines
-from sidtune.data_builders.readers.raw_files import one_file, source_folder
+from sidtune.data_builders.readers.raw_files import one_file
+from sidtune.data_builders.readers.reader import reader
 from sidtune.data_builders.tables.schema import Tables, table_from_columns
 from sidtune.data_builders.tables.splits import candidate_lists
 
@@ -35,10 +34,9 @@ class Options:
     """Options of the reader: none."""
 
 
-def read(path: str, **options: Any) -> Tables:
+@reader("amazon_search", Options, clock=False)
+def read(folder: Path, chosen: Options) -> Tables:
     """Reads the folder; see the module's docstring."""
-    build(Options, options, "reader 'amazon_search'")
-    folder = source_folder(path, "amazon_search")
     query_file = one_file(folder, "query_text.txt.gz")
     assert query_file is not None
     queries = read_lines(query_file)
@@ -97,7 +95,7 @@ def _read_qrels(path: Path | None, queries: int) -> tuple[list[str], list[str], 
     for number, line in enumerate(lines, 1):
         fields = line.split()
         user, _, query = fields[0].rpartition("_") if len(fields) == 4 else ("", "", "")
-        if not user or not query.isdecimal() or int(query) >= queries:
+        if not user or not query.isdecimal() or int(query) >= queries or fields[3] != "1":
             raise DataError(
                 f"The file {path} has in line {number} {line!r:.60}; expected 'USER_QUERY 0 ITEM 1' "
                 f"with a query number below {queries}."

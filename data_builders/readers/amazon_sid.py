@@ -29,10 +29,10 @@ from typing import Any
 
 import numpy as np
 
-from sidtune.core.config import build
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.data_builders.readers.own import users_of
-from sidtune.data_builders.readers.raw_files import one_file, read_csv, read_json_object, source_folder
+from sidtune.data_builders.readers.raw_files import one_file, read_csv, read_json_object
+from sidtune.data_builders.readers.reader import reader
 from sidtune.data_builders.readers.text_cleaning import clean_html, parse_list_text
 from sidtune.data_builders.tables.history import History
 from sidtune.data_builders.tables.schema import Tables, table_from_columns, table_from_rows
@@ -69,10 +69,9 @@ class _Row:
     title: str | None
 
 
-def read(path: str, **options: Any) -> Tables:
+@reader("amazon_sid", Options)
+def read(folder: Path, chosen: Options) -> Tables:
     """Reads the folder; see the module's docstring for times and splits."""
-    chosen = build(Options, options, "reader 'amazon_sid'")
-    folder = source_folder(path, "amazon_sid")
     counts: dict[str, int] = {}
     items = _read_items(one_file(folder, f"{chosen.category}.item.json"), counts)
     rows = [row for file in _FILES for row in _read_rows(folder, chosen.category, file)]

@@ -17,9 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sidtune.core.errors import DataError, nearest
-from sidtune.core.text import read_text
+from sidtune.core.text import parse_json, read_text
 from sidtune.data_builders.tables.columns import encode
-from sidtune.data_builders.tables.table_files import Findings, read_table
+from sidtune.data_builders.tables.findings import Findings
+from sidtune.data_builders.tables.table_files import read_table
 
 _FIELD_LIMIT = 1 << 27
 
@@ -104,6 +105,48 @@ def read_json_lines(path: Path, schema: pa.Schema, required: Sequence[str] = ())
         findings.rows(str(path), name, nulls, f"'{name}' is missing or null", "correct or remove the line")
     findings.raise_if_any()
     return table
+
+
+def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, object) of each line of a JSON-lines file, or of each place of a file that holds one list of objects."""
+    text = read_text(path)
+    if text.lstrip()[:1] == "[":
+        rows: Iterator[tuple[int, Any]] = enumerate(_parsed(path, text, "1"), 1)
+    else:
+        lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+        rows = ((number, _parsed(path, line, str(number))) for number, line in lines)
+    for number, row in rows:
+        if not isinstance(row, dict):
+            raise DataError(
+                f"The file {path} has in line {number} no object but {row!r:.60}; write one {{...}} a line."
+            )
+        yield number, row
+
+
+def _parsed(path: Path, text: str, line: str) -> Any:
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise DataError(f"The file {path} is not valid JSON in line {line} ({error}); correct or remove it.") from None
+
+
+def json_table(path: Path) -> pa.Table:
+    """A file of JSON objects as a table with the types that its values have; integers among texts become text."""
+    rows = [row for _, row in json_rows(path)]
+    columns = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [row.get(name) for row in rows]
+        kinds = {type(value) for value in values} - {type(None)}
+        if kinds == {int, str}:
+            values = [str(value) if type(value) is int else value for value in values]
+        elif kinds == {list, str}:
+            values = [[value] if isinstance(value, str) else value for value in values]
+        try:
+            columns[name] = pa.array(values)
+        except (pa.ArrowException, OverflowError):
+            # Values of several kinds fit no column of ours; as bytes they are refused by type, or nobody asks for them.
+            columns[name] = pa.array([None if value is None else json.dumps(value).encode() for value in values])
+    return pa.table(columns)
 
 
 def first_rows(column: pa.ChunkedArray) -> tuple[np.ndarray, int]:

@@ -34,8 +34,9 @@ import pyarrow.parquet as pq
 
 from sidtune.core.errors import DataError, nearest
 from sidtune.core.folders import write_json
+from sidtune.data_builders.tables.findings import Findings
 from sidtune.data_builders.tables.schema import SCHEMAS, SPLITS, Tables
-from sidtune.data_builders.tables.table_files import Findings, read_table
+from sidtune.data_builders.tables.table_files import read_table
 
 META_FILE = "meta.json"
 REQUIRED = {
@@ -44,7 +45,7 @@ REQUIRED = {
     "requests": ("request_id", "user_id", "time", "candidates"),
     "events": ("user_id", "item_id", "time", "action"),
 }
-SUFFIXES = (".parquet", ".jsonl")
+SUFFIXES = (".parquet", ".jsonl", ".csv")
 _ROW_GROUP = 100_000
 ALL = "all"
 
@@ -155,7 +156,7 @@ def read_own_folder(folder: str | Path, findings: Findings, *, written: bool) ->
         folder: the folder.
         findings: collects problems.
         written: True for a folder of `save_tables` (every file and column must be there); False for one made by hand
-            (parquet or JSON lines, only `REQUIRED` columns, `users` may be missing, requests may lack splits: key
+            (parquet, JSON lines or CSV, only `REQUIRED` columns, `users` may be missing, requests may lack splits: key
             `all`).
 
     Raises:

@@ -1,106 +1,62 @@
-"""Parquet and JSON-lines files → Arrow tables in our schemas, with every problem named instead of the first one raised.
+"""Parquet, JSON-lines and CSV files → Arrow tables in our schemas, with every problem named instead of the first one raised.
 
 Both formats are read by Arrow, column by column. Only when Arrow refuses a JSON-lines file is it read line by line,
 to say which lines are wrong and why, and to keep the rest. Types are widened where nothing is lost (int32 → int64,
-large_string → string) and never guessed: a number written as text is refused.
+large_string → string) and never guessed: a number written as text is refused. Only CSV knows nothing but text: there a
+cell is what its column wants, lists and objects are JSON, and an empty cell is null.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.json
 import pyarrow.parquet as pq
 
-from sidtune.core.errors import DataError, Problem, nearest
+from sidtune.core.errors import DataError, nearest
+from sidtune.core.text import parse_json, read_text
+from sidtune.data_builders.tables.columns import one_array
+from sidtune.data_builders.tables.findings import Findings
 
-SHOWN_PER_KIND = 5
 _BLOCK = 16 << 20
-
-
-class Findings:
-    """Collects problems; of one kind it keeps the first few rows and the count of the others.
-
-    Attributes:
-        problems: what was found.
-        told: cells whose fault is among them and whose value is therefore null: (file, column or None for all) → rows, or
-            None for every row. Nothing more is said about such a cell.
-    """
-
-    def __init__(self) -> None:
-        self.problems: list[Problem] = []
-        self.told: dict[tuple[str, str | None], list[int] | None] = {}
-
-    def table(self, where: str, column: str | None, what: str, fix: str, *, whole: bool = False) -> None:
-        """Adds one problem of a whole table or column; with `whole` none of its cells could be read."""
-        self.problems.append(Problem(where, None, column, what, fix))
-        if whole:
-            self.told[where, column and column.split(".")[0]] = None
-
-    def rows(
-        self,
-        where: str,
-        column: str | None,
-        rows: Sequence[int] | np.ndarray,
-        what: str | Callable[[int], str],
-        fix: str,
-    ) -> None:
-        """Adds one problem per row whose fault is not told yet, capped.
-
-        Args:
-            where: file or table.
-            column: column, or None.
-            rows: zero-based row numbers.
-            what: the sentence, or a function from the place in `rows` (not the row number) to the sentence.
-            fix: what to do.
-        """
-        places = self._untold(where, column, np.asarray(rows, np.int64))
-        for place in places[:SHOWN_PER_KIND].tolist():
-            text = what if isinstance(what, str) else what(place)
-            self.problems.append(Problem(where, int(rows[place]), column, text, fix))
-        if (more := len(places) - SHOWN_PER_KIND) > 0:
-            text = f"{more} more row{'s' if more > 1 else ''} with this fault"
-            self.problems.append(Problem(where, None, column, text, fix))
-
-    def _untold(self, where: str, column: str | None, rows: np.ndarray) -> np.ndarray:
-        keep = np.ones(len(rows), bool)
-        for part in (None, column and column.split(".")[0]):
-            if (told := self.told.get((where, part), [])) is None:
-                return np.empty(0, np.int64)
-            keep &= ~np.isin(rows, told)
-        return np.flatnonzero(keep)
-
-    def broken(self, where: str, column: str | None = None) -> bool:
-        """Whether cells of a file, or of one of its columns, could not be read."""
-        return any(self.told.get((where, part), []) != [] for part in (None, column))
-
-    def raise_if_any(self) -> None:
-        """Raises DataError with all problems, those of files and ids first, if there are any."""
-        if self.problems:
-            raise DataError(sorted(self.problems, key=lambda one: not (one.column or "_id").endswith("_id")))
+_FIELD_LIMIT = 1 << 27
+_INTEGER = r"^[+-]?[0-9]{1,18}$"
+_NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?$"
 
 
 def read_table(
     path: Path, where: str, schema: pa.Schema, findings: Findings, *, required: Sequence[str] = (), extra: str = "error"
 ) -> pa.Table:
-    """Reads one `.parquet` or `.jsonl` file into exactly the columns and types of a schema; what cannot be read is null.
+    """Reads one `.parquet`, `.jsonl` or `.csv` file into exactly the columns and types of a schema; what cannot be read is null.
 
     Args:
         path: the file.
         where: how problems call it.
         schema: the wanted schema.
         findings: collects problems, and which cells have one.
-        required: columns that must be present (JSON lines: in any row); other absent columns become null.
+        required: columns that must be present (not in JSON lines, where each row says); other absent columns become null.
         extra: `error` refuses JSON keys that the schema lacks, `ignore` drops them.
     """
     if not path.exists():
         findings.table(where, None, "the file is missing", "run the step that writes it", whole=True)
         return schema.empty_table()
+    if path.suffix == ".csv":
+        text = csv_table(path, where, findings)
+        columns = {name: text[name] for name in schema.names if text.column_names.count(name) == 1}
+        for name in columns:
+            columns[name] = from_text(columns[name], schema.field(name).type, where, name, findings)
+        rest = [n for n, name in enumerate(text.column_names) if name not in columns]
+        arrays = [*columns.values(), *(text.column(n) for n in rest)]
+        names = [*columns, *(text.column_names[n] for n in rest)]
+        return conform(pa.table(arrays, names=names), schema, where, findings, required=required)
     if path.suffix != ".parquet":
         return _read_jsonl(path, where, schema, findings, extra).cast(schema)
     try:
@@ -109,6 +65,57 @@ def read_table(
         fix = "write it again, it may be truncated or no parquet at all"
         findings.table(where, None, f"the file is not readable parquet ({_short(error)})", fix, whole=True)
     return schema.empty_table()
+
+
+def csv_table(path: Path, where: str, findings: Findings, delimiter: str = ",") -> pa.Table:
+    """A file of separated values with a header as columns of text; only an empty cell is null."""
+    limit = csv.field_size_limit(_FIELD_LIMIT)
+    try:
+        lines = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
+        rows = [row for row in lines if row]
+    except (csv.Error, DataError) as error:
+        what = f"the file is no CSV ({_short(error).rstrip('.')})"
+        findings.table(where, None, what, "write it as UTF-8 text with commas and double quotes", whole=True)
+        rows = []
+    finally:
+        csv.field_size_limit(limit)
+    header = rows.pop(0) if rows else []
+    wrong = [n for n, row in enumerate(rows) if len(row) != len(header)]
+    what = [f"the row has {len(rows[n])} fields, the header {len(header)}" for n in wrong]
+    findings.cells(where, None, wrong, what.__getitem__, "correct or remove the row")
+    for n in wrong:
+        rows[n] = [""] * len(header)
+    columns = zip(*rows, strict=True) if rows else ([] for _ in header)
+    return pa.table([pa.array([cell or None for cell in one], pa.string()) for one in columns], names=header)
+
+
+def from_text(column: Any, kind: pa.DataType, where: str, name: str, findings: Findings) -> pa.Array:
+    """Texts as values of a type (lists and objects are written as JSON); those that are none are problems and null."""
+    texts = one_array(column)
+    if pa.types.is_string(kind):
+        return texts
+    if pa.types.is_nested(kind):
+        values = [_value(text, kind, name) for text in texts.to_pylist()]
+        wrong = [n for n, value in enumerate(values) if value is ...]
+        made = pa.array([None if value is ... else value for value in values], kind)
+    else:
+        pattern = _INTEGER if pa.types.is_integer(kind) else _NUMBER
+        good = pc.fill_null(pc.match_substring_regex(texts, pattern), False)
+        wrong = np.flatnonzero(pc.and_not(texts.is_valid(), good).to_numpy(zero_copy_only=False))
+        made = pc.if_else(good, texts, None).cast(pa.float64() if pa.types.is_floating(kind) else pa.int64()).cast(kind)
+    expected = describe(kind) + (", written as JSON," if pa.types.is_nested(kind) else "")
+    what = [f"has {_shown(texts[int(n)].as_py())} where {expected} belongs" for n in wrong]
+    findings.cells(where, name, wrong, what.__getitem__, f"write {describe(kind)} or leave the cell empty")
+    return made
+
+
+def _value(text: str | None, kind: pa.DataType, name: str) -> Any:
+    """A nested value out of its JSON; `...` where it is none of the type."""
+    try:
+        value = None if text is None else parse_json(text)
+    except ValueError:
+        return ...
+    return ... if _mismatch(value, kind, name) else value
 
 
 def _read_jsonl(path: Path, where: str, schema: pa.Schema, findings: Findings, extra: str) -> pa.Table:
@@ -149,9 +156,7 @@ def _by_line(path: Path, where: str, schema: pa.Schema, findings: Findings, extr
                 rows.append(len(kept) - 1)
                 texts.append(f"line {number} {what}")
     for (column, fix), (rows, texts) in kinds.items():
-        findings.rows(where, column, rows, texts.__getitem__, fix)
-    for (column, _), (rows, _) in kinds.items():
-        findings.told.setdefault((where, column and column.split(".")[0]), []).extend(rows)  # type: ignore[union-attr]
+        findings.cells(where, column, rows, texts.__getitem__, fix)
     return kept
 
 

@@ -4,8 +4,8 @@
 in memory. All checks are column operations; of one kind of problem the first five rows are listed and the others
 counted, so a million bad rows are still one page.
 
-Rules: ids are unique, not null, not blank; users and items named anywhere exist; prices and dwell times are finite
-and not negative; counts are not negative and clicks do not exceed exposures; labels are 0, 1 or null; a position or
+Rules: ids are unique, not null, not blank, without control characters; users and items named anywhere exist; prices and
+dwell times are finite and not negative; counts are not negative and clicks do not exceed exposures; labels are 0, 1 or null; a position or
 an item occurs once in a request; times are integers from 0 to 100,000,000,000 (seconds; later looks like
 milliseconds) and not after the stated end (`meta.end`) or, where none is stated, not after tomorrow; actions are
 those of `ACTIONS`; an event belongs to a request of its own user and is not earlier than it; splits do not overlap in
@@ -23,15 +23,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sidtune.core.errors import DataError, Problem, nearest
-from sidtune.data_builders.tables.columns import encode, one_array, rows_of
+from sidtune.data_builders.tables.columns import encode, one_array, repeated_rows, rows_of
+from sidtune.data_builders.tables.findings import Findings
 from sidtune.data_builders.tables.history import ACTIONS
 from sidtune.data_builders.tables.schema import SPLITS, Tables
 from sidtune.data_builders.tables.splits import KINDS
 from sidtune.data_builders.tables.store import ALL, META_FILE, DataFolder, read_own_folder
-from sidtune.data_builders.tables.table_files import Findings
 
 LATEST_TIME = 100_000_000_000
 _DAY = 86_400
+_INVISIBLE = r"[\p{Cc}\x{2028}\x{2029}\x{FEFF}]"  # control characters, Unicode's line ends, a byte-order mark
 _LABELS = ("click", "like", "order")
 
 
@@ -47,7 +48,7 @@ def validate_folder(folder: str | Path) -> list[Problem]:
     findings = Findings()
     loaded = read_own_folder(folder, findings, written=(Path(folder) / META_FILE).is_file())
     validate_loaded(loaded, findings)
-    return findings.problems
+    return findings.sorted()
 
 
 def validate_loaded(loaded: DataFolder, findings: Findings) -> None:
@@ -67,7 +68,7 @@ def validate_tables(tables: Tables) -> list[Problem]:
     findings = Findings()
     folder = DataFolder(tables.items, tables.users, tables.events, {ALL: tables.requests})
     _Checks(findings, folder, users_given=True).run()
-    return findings.problems
+    return findings.sorted()
 
 
 def check_tables(tables: Tables) -> None:
@@ -276,12 +277,17 @@ class _Checks:
             return
         what, fix = f"the {thing} id is null or blank", f"name the {thing} or remove the row"
         self.bad(part, column, blank, what, fix)
+        strange = pc.fill_null(pc.match_substring_regex(values, _INVISIBLE), False)
+        told = f"the {thing} id {{!r}} holds a control character"
+        self.bad(part, column, strange, told, "remove it", values)
         if unique:
             coded = values.dictionary_encode(null_encoding="encode").indices
             codes = coded.to_numpy(zero_copy_only=False).astype(np.int64)
             # Codes are given in order of first occurrence: a row that raises no new maximum is a repetition.
             again = np.flatnonzero(codes[1:] <= np.maximum.accumulate(codes)[:-1]) + 1
             again = again[~np.isin(again, blank)]
+            if len(again) and column == "request_id" and not self.data.meta:  # a reader drops repeated rows of a log
+                again = np.setdiff1d(again, repeated_rows(table))
             self.bad(part, column, again, "the id '{}' is a duplicate", "keep one row per id", values)
 
     def _known(self, part: str, name: str, values: Any, table: str, owner: np.ndarray | None = None) -> None:
