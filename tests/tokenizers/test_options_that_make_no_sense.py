@@ -23,7 +23,7 @@ WRONG = [
         ("seed", -1), ("checkpoint_every", 0), ("device", "tpu"))),
     *(("quantizer", "rq_vae", {key: value}) for key, value in (
         ("latent_dims", 0), ("ema_decay", 1.0), ("commitment", -1.0), ("sinkhorn_levels", [3]), ("sinkhorn_epsilon", 0.0),
-        ("start", "best"), ("gradient", "none"), ("collaborative_path", "vectors.npy"))),
+        ("start", "best"), ("gradient", "none"))),
     *(("quantizer", "fsq", {"grids": grids}) for grids in ([], [[]], [[1]], [[2.5]], [[1000, 1001]], [[2]] * 27)),
     *(("quantizer", "rq_opq", {key: value}) for key, value in (
         ("head_sizes", [0]), ("tail_size", 200), ("tail_parts", 0), ("tail_parts", 24), ("balance", "even"),

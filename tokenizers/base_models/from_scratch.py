@@ -37,7 +37,9 @@ CHAT_TEMPLATE = (
 )
 _BYTES = 256
 # Fields of transformers' configs by what their names say: sizes and numbers of layers, shares, and spreads.
-_SIZE = re.compile(r"^(?!.*nextn).*(size|dim|layers?|heads?|positions|position_embeddings|n_embd|n_inner|d_model|d_ff|d_kv)$")
+_SIZE = re.compile(
+    r"^(?!.*nextn).*(size|dim|layers?|heads?|positions|position_embeddings|n_embd|n_inner|d_model|d_ff|d_kv)$"
+)
 _SHARE, _SPREAD = re.compile(r"drop"), re.compile(r"(eps|epsilon|initializer_range|initializer_factor)$")
 
 # A tiny model of each family: about a million parameters, trains on a laptop.
