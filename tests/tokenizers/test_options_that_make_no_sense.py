@@ -39,7 +39,7 @@ WRONG = [
     ("encoder", "transformers", {}),
     ("encoder", "sentence_transformers", {"model": "m", "batch_size": 0}),
     *(("encoder", "precomputed", options) for options in (
-        {}, {"path": "v.npy", "tensor": "a"}, {"path": "v.npy", "align": "ids"}, {"path": "v.npy", "ids_path": "i.txt"},
+        {}, {"path": "v.npy", "align": "ids"}, {"path": "v.npy", "ids_path": "i.txt"},
         {"path": "v.npy", "align": "rows"})),
     *(("encoder", "keyword_fusion", options) for options in (
         {"base": {"name": "precomputed", "path": "v.npy"}}, {"mining": {"head_per_type": 0}},
@@ -98,6 +98,7 @@ def test_encoders_that_cannot_be_are_one_sentence(fields):
 
 @pytest.mark.parametrize("make", [
     lambda: check_dtype("bananas"), lambda: check_dtype("int8"), lambda: check_dtype("float8_e4m3fn"), lambda: check_dtype(None),
+    lambda: made_by(ENCODERS, {"name": "precomputed", "path": "v.npy", "tensor": "a"}).fit([]),
     lambda: ThresholdConfig(q2q=1.5), lambda: RelevanceConfig(scale=0.0), lambda: RelevanceConfig(count=0),
     lambda: RelevanceConfig(band=-0.1),
 ])  # fmt: skip

@@ -43,10 +43,6 @@ class PrecomputedConfig:
     def __post_init__(self) -> None:
         if not self.path:
             raise ConfigError("The precomputed encoder needs 'path', a .npy or .safetensors file of item vectors.")
-        if self.tensor is not None and self.path.endswith(".npy"):
-            raise ConfigError(
-                f"'tensor' names a part of a .safetensors file, and {self.path} is one array; leave it out."
-            )
         if (self.align == "ids") != (self.ids_path is not None):
             raise ConfigError("The precomputed encoder needs 'ids_path' exactly when align is 'ids'.")
 
@@ -141,6 +137,8 @@ def _read_array(path: Path, tensor: str | None) -> np.ndarray:
         return tensors[tensor]
     if path.suffix != ".npy":
         raise DataError(f"Expected item vectors as a .npy or .safetensors file, got '{path}'; convert it.")
+    if tensor is not None:
+        raise ConfigError(f"'tensor' names a part of a .safetensors file, and {path} is one array; leave it out.")
     return load_array(path)
 
 
