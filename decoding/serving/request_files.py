@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 
 from sidtune.core.errors import DataError, Problem, SidtuneError, nearest
 from sidtune.core.ragged import drawn
+from sidtune.data_builders.tables.findings import SHOWN_PER_KIND
 from sidtune.data_builders.tables.history import History
 from sidtune.data_builders.tables.store import DataFolder
-from sidtune.data_builders.tables.table_files import SHOWN_PER_KIND
 from sidtune.data_builders.tasks.behaviour import prompt_for_requests
 from sidtune.data_builders.tasks.input import TaskInput
 from sidtune.decoding.retrieval.catalogue import Target
