@@ -24,6 +24,7 @@ from sidtune.data_builders.prompts.encoding import SID_TEXT
 from sidtune.data_builders.prompts.serializer import Serializer
 from sidtune.data_builders.tables.columns import encode, one_array, rows_of
 from sidtune.data_builders.tables.history import History, TimeCut, action_strength
+from sidtune.data_builders.tables.splits import training_cut
 from sidtune.data_builders.tables.store import DataFolder
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,8 @@ class TaskInput:
         serializer: renders the rows.
         max_history: longest history in turns.
         until: whole-history training reads turns strictly before this time (a number, or a `TimeCut` with one per
-            user); None reads each user up to its last train request.
+            user); None reads each user up to its last train request, whose late actions count until `cut`.
+        cut: end of the training time, which `of_split` takes from the data folder; None knows none.
         seed: of every random choice.
         context_requests: requests whose query and context past turns may show, default `requests`. For evaluation
             pass all.
@@ -104,6 +106,7 @@ class TaskInput:
     serializer: Serializer
     max_history: int = 20
     until: int | TimeCut | None = None
+    cut: TimeCut | None = None
     seed: int = 0
     context_requests: pa.Table | None = None
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -137,7 +140,9 @@ class TaskInput:
             max_history: longest history in turns, None for no limit.
             seed: of every random choice.
         """
-        shown = [table for table in data.requests.values() if table.num_rows]
+        shown = {part: table for part, table in data.requests.items() if table.num_rows}
+        every = pa.concat_tables(shown.values()) if shown else None
+        names = np.repeat([*shown], [table.num_rows for table in shown.values()])
         return cls(
             items=data.items,
             users=data.users,
@@ -146,8 +151,9 @@ class TaskInput:
             sids=sids,
             serializer=serializer,
             max_history=ALL_TURNS if max_history is None else max_history,
+            cut=None if every is None else training_cut(every, names, data.meta.get("split") or {}),
             seed=seed,
-            context_requests=pa.concat_tables(shown) if shown else None,
+            context_requests=every,
         )
 
     def rng(self, task: str) -> np.random.Generator:
