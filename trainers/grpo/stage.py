@@ -16,7 +16,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
-from sidtune.core.config import as_dict, build
+from sidtune.core.config import as_dict
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import fingerprint
 from sidtune.core.resume import work_folder
@@ -27,11 +27,11 @@ from sidtune.trainers.common.stage import Stage
 from sidtune.trainers.common.stage_model import StageModel
 from sidtune.trainers.grpo.args import grpo_config
 from sidtune.trainers.grpo.config import DebiasedGRPOConfig
-from sidtune.trainers.grpo.examples import grpo_examples, hard_requests, position_bias
+from sidtune.trainers.grpo.examples import grpo_examples, hard_requests, logged_gains
 from sidtune.trainers.grpo.options import GRPOOptions
 from sidtune.trainers.grpo.rollout_rewards import SidCatalogue
 from sidtune.trainers.grpo.trainer import DebiasedGRPOTrainer
-from sidtune.trainers.rewards.gains import GainsConfig, LeafFacts
+from sidtune.trainers.rewards.gains import LeafFacts
 
 logger = logging.getLogger(__name__)
 
@@ -101,14 +101,13 @@ class GRPOStage(Stage):
         options, sids = self.options, self.sids
         model.vocabulary.check(model.tokenizer, sids)
         self._end_token(model)  # told before the prompts are made
-        requests = self.data.requests[options.split]
+        requests = log = self.data.requests[options.split]
         if options.hard_set:
             requests = hard_requests(options.hard_set, requests)
         answer = self.args.max_completion_length + 2 if self.args.rollout == "reasoning" else 0
         examples, counts = grpo_examples(
             *(self.data, requests, sids, self.facts, self.serializer, model.tokenizer),
-            bias=position_bias(options.position_bias, self.data.requests["train"]),
-            gains=build(GainsConfig, options.gains, "gains"),
+            made=logged_gains(requests, self.facts, options, log, self.data.requests["train"]),
             max_history=self.max_history,
             max_length=self.max_length,
             split=options.split,
