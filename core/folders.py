@@ -33,14 +33,19 @@ from sidtune.core.shapes import misfit
 from sidtune.core.text import parse_json, read_text
 
 __all__ = [
-    "RUN_FILE", "check_output", "fingerprint", "inputs_of", "is_whole", "locked", "read_json", "read_record", "same_inputs",
-    "versions", "write_files", "write_folder", "write_json", "write_run", "writes",
+    "RUN_FILE", "check_output", "fingerprint", "inputs_of", "is_whole", "locked", "read_json", "read_record", "read_run",
+    "same_inputs", "versions", "write_files", "write_folder", "write_json", "write_run", "writes",
 ]  # fmt: skip
 
 T = TypeVar("T")
 STARTED_FILE = ".started.json"
 # What we keep in a tree while it is filled.
 _WORK = re.compile(r"\.(work_.+|.+\.(lock|work|shards)|.+\.partial-.+|started\.json)")
+# What every `run.json` holds, as far as it does; the last lines are newer than some folders.
+_RECORD = {
+    "step?": str, "config?": dict, "metrics?": {"stages?": [{"name": str}], "final?": str}, "versions?": dict[str, str],
+    "seconds?": float | None, "finished?": str, "inputs?": {...: {"path": str, "sha256": str}}, "files?": dict[str, int],
+}  # fmt: skip
 _PACKAGES = (
     "sidtune", "torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets", "faiss-cpu", "numpy",
 )  # fmt: skip
@@ -232,12 +237,16 @@ def _listed(folder: Path, tree: bool = False) -> dict[str, int]:
 
 
 def read_record(file: Path) -> dict[str, Any]:
-    """A JSON mapping; an empty one where there is none that can be read."""
+    """A JSON mapping, `run.json` or another one; an empty one where there is none that can be read."""
     try:
-        found = read_json(file)
-    except (DataError, OSError):
+        return read_json(file, _RECORD if file.name == RUN_FILE else dict)
+    except DataError:
         return {}
-    return found if isinstance(found, dict) else {}
+
+
+def read_run(folder: str | Path, metrics: Any = dict) -> dict[str, Any]:
+    """`run.json` of a finished step; `metrics` is the shape of its metrics. Raises DataError as `read_json` does."""
+    return read_json(Path(folder) / RUN_FILE, {**_RECORD, "step": str, "config": dict, "metrics": metrics})
 
 
 def _seal(folder: Path, step: str | None) -> None:
