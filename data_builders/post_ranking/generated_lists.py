@@ -50,13 +50,14 @@ class GeneratedLists:
 
 
 def generator_fields(
-    codes: np.ndarray, level_sizes: tuple[int, ...], scores: np.ndarray
+    codes: np.ndarray, level_sizes: tuple[int, ...], scores: np.ndarray, sources: tuple[str, ...] = ()
 ) -> dict[PostRankField, np.ndarray]:
     """The fields that only a generator has, with their matrices.
 
     Args:
         codes: (N, L) codes of the items. level_sizes: L sizes.
         scores: (R, n) log-probabilities in list order.
+        sources: fingerprints of the semantic IDs and of those they extend.
 
     Returns:
         `sid` → (N, sum of the sizes) one-hot, `generator` → (R * n, 2) log-probability and log(1 + place).
@@ -67,7 +68,7 @@ def generator_fields(
     place = np.broadcast_to(np.log1p(np.arange(scores.shape[1])), scores.shape)
     labels = ("log probability", "log place")
     return {
-        PostRankField("sid", "sid", "item", one_hot.shape[1]): one_hot,
+        PostRankField("sid", "sid", "item", one_hot.shape[1], sources=sources): one_hot,
         PostRankField("generator", "numeric", "item", 2, labels, dynamic=True): np.stack(
             [scores.ravel(), place.ravel()], axis=1
         ),

@@ -9,6 +9,7 @@ whoever puts them in a prompt does that (`sanitizer`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -83,6 +84,7 @@ def request_of(table: PostRankTable, row: int, max_history: int | None = None) -
         item_texts=item_text(batch.item_rows[0], items),
         init_scores=batch.init_score[0],
         history_texts=item_text(batch.history_rows[0], past),
+        sources=table.sources,
     )
 
 
@@ -103,7 +105,7 @@ def table_from_requests(
     Raises:
         DataError: a vector of the wrong width, or relevance of the wrong length.
     """
-    fields = tuple(PostRankField(f.name, f.kind, f.side, f.dim, f.labels, True) for f in fields)
+    fields = tuple(replace(one, dynamic=True) for one in fields)
     ids: dict[str, int] = {}
     rows, flat, past, queries = [], [], [], []
     for number, one in enumerate(requests):

@@ -234,7 +234,7 @@ class PostRankProcessor:
 
         Raises:
             ConfigError: an unknown task, or more candidates than labels. DataError: fields that do not fit the config, or unknown
-                relevance in a `main` answer.
+                relevance in a `main` answer, or semantic IDs that are not the model's.
         """
         if task not in TASKS:
             raise ConfigError(f"There is no post-ranking task '{task}': {nearest(task, TASKS)}")
@@ -244,6 +244,8 @@ class PostRankProcessor:
             requests = [presented(one, [place]) for one in requests for place in range(len(one.candidates))]
             requests = [replace(one, history=(), history_texts=()) for one in requests]
         requests = [self._shorter(one) for one in requests]
+        for sources in {tuple(one.sources.items()) for one in requests if one.sources}:
+            self.config.check_sources(dict(sources))
         if not requests:
             raise DataError("There are no post-ranking requests; give at least one.")
         arrays = self._arrays(requests)
