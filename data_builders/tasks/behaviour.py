@@ -125,26 +125,17 @@ def window(data: TaskInput, asked: pa.Table, max_history: int | None = None) -> 
 def _windowed(
     data: TaskInput,
     requests: pa.Table,
-    rows: np.ndarray,
     target: np.ndarray | None,
     max_history: int | None = None,
     asks: bool = True,
-    need_history: bool = False,
-) -> tuple[pa.Array, np.ndarray, np.ndarray, np.ndarray]:
-    """Composes windowed pieces; returns the pool's texts, offsets, codes, and which of `rows` were kept."""
+) -> tuple[pa.Array, np.ndarray, np.ndarray]:
+    """Composes windowed pieces of requests, with a target or without: the pool's texts, offsets and codes."""
     turns = data.turns
-    asked = requests.take(pa.array(rows))
-    offsets, past = window(data, asked, max_history)
-    kept = np.arange(len(rows))
-    if need_history:
-        kept = np.flatnonzero(np.diff(offsets) > 0)
-        place, offsets = taken(offsets, kept)
-        past, asked, rows = past[place], asked.take(pa.array(kept)), rows[kept]
-        target = None if target is None else target[kept]
-    head, head_texts = heads(data, one_array(asked["user_id"]))
-    query, context = one_array(asked["query"]), one_array(asked["context"])
+    offsets, past = window(data, requests, max_history)
+    head, head_texts = heads(data, one_array(requests["user_id"]))
+    query, context = one_array(requests["query"]), one_array(requests["context"])
     if not asks:
-        query, context = pa.nulls(len(rows), query.type), pa.nulls(len(rows), context.type)
+        query, context = pa.nulls(len(query), query.type), pa.nulls(len(query), context.type)
     last, last_texts = render_turns(data.serializer, query, context)
     texts, first = _pool(head_texts, turns.texts, last_texts, data.sid_texts)
     new, codes = _interleave(
@@ -154,7 +145,7 @@ def _windowed(
     codes[new[1:] - (1 if target is None else 2)] = first[2] + last
     if target is not None:
         codes[new[1:] - 1] = first[3] + target
-    return texts, new, codes, kept
+    return texts, new, codes
 
 
 def _request_examples(
@@ -162,20 +153,21 @@ def _request_examples(
 ) -> Dataset:
     found = data.positives
     chosen = np.arange(len(found.request)) if all_positives else np.flatnonzero(found.strongest)
-    chosen = data.choose(task, chosen, limit)
-    rows = found.request[chosen]
-    texts, offsets, codes, kept = _windowed(
-        data, data.requests, rows, found.item[chosen], asks=asks, need_history=need_history
-    )
-    learn = np.zeros(len(codes), bool)
-    learn[offsets[1:] - 1] = True
+    known = len(chosen)
+    if need_history:
+        offsets, _ = window(data, data.requests.take(pa.array(found.request[chosen])))
+        chosen = chosen[np.diff(offsets) > 0]
     data.count(
         task,
         requests_without_positive=data.requests.num_rows - int(found.strongest.sum()),
-        requests_without_history=len(rows) - len(kept),
+        requests_without_history=known - len(chosen),
     )
-    keys = one_array(data.requests["request_id"].take(pa.array(rows[kept])))
-    return to_dataset(task, texts, offsets, codes, learn, keys)
+    chosen = data.choose(task, chosen, limit)
+    requests = data.requests.take(pa.array(found.request[chosen]))
+    texts, offsets, codes = _windowed(data, requests, found.item[chosen], asks=asks)
+    learn = np.zeros(len(codes), bool)
+    learn[offsets[1:] - 1] = True
+    return to_dataset(task, texts, offsets, codes, learn, one_array(requests["request_id"]))
 
 
 def request_to_sid(data: TaskInput, limit: int | None = None, all_positives: bool = False) -> Dataset:
@@ -201,7 +193,7 @@ def prompt_for_requests(data: TaskInput, requests: pa.Table, max_history: int | 
         requests: any requests, in the `requests` schema.
         max_history: turns of history, default `data.max_history`.
     """
-    texts, offsets, codes, _ = _windowed(data, requests, np.arange(requests.num_rows), None, max_history)
+    texts, offsets, codes = _windowed(data, requests, None, max_history)
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), texts.take(pa.array(codes))).to_pylist()
 
 

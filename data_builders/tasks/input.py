@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +28,7 @@ from sidtune.data_builders.tables.history import History, TimeCut, action_streng
 from sidtune.data_builders.tables.splits import training_cut
 from sidtune.data_builders.tables.store import DataFolder
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _REQUESTS_AT_A_TIME = 50_000
@@ -167,6 +169,34 @@ class TaskInput:
         if limit < 0:
             raise ConfigError(f"The limit of task {task} must be 0 or more examples, got {limit}.")
         return rows[np.sort(self.rng(task).permutation(len(rows))[:limit])]
+
+    def choose_made(
+        self,
+        task: str,
+        rows: np.ndarray,
+        limit: int | None,
+        what: str,
+        make: Callable[[np.ndarray], Sequence[T | None]],
+    ) -> tuple[np.ndarray, list[T]]:
+        """As `choose`, where only rows count out of which `make` makes something.
+
+        Args:
+            what: how `counts` calls the rows out of which nothing was made.
+            make: gives what each of some rows becomes, or None.
+
+        Returns:
+            The rows that became something, at most `limit`, in their old order, and what they became.
+        """
+        few = limit is not None and 0 <= limit < len(rows)
+        order = rows[self.rng(task).permutation(len(rows))] if few else self.choose(task, rows, limit)
+        wanted, looked, done = limit if few else len(rows), 0, []
+        while looked < len(order) and len(done) < wanted:
+            part = order[looked : looked + wanted - len(done)]
+            looked += len(part)
+            done += [(row, one) for row, one in zip(part.tolist(), make(part), strict=True) if one is not None]
+        self.count(task, **{what: looked - len(done)})
+        done.sort(key=lambda pair: pair[0])
+        return np.array([row for row, _ in done], np.int64), [one for _, one in done]
 
     def count(self, task: str, **numbers: int) -> None:
         """Notes what a task left out."""
