@@ -75,6 +75,7 @@ def read(folder: Path, chosen: Options) -> Tables:
     counts: dict[str, int] = {}
     items = _read_items(one_file(folder, f"{chosen.category}.item.json"), counts)
     rows = [row for file in _FILES for row in _read_rows(folder, chosen.category, file)]
+    rows, counts["repeated_rows_dropped"] = _once(rows)
     if not any(row.file == "test" for row in rows) or all(row.file == "test" for row in rows):
         raise DataError(f"The folder {folder} must hold valid (or train) rows and test rows; a file is empty.")
     _add_unknown(items, rows, counts)
@@ -138,6 +139,26 @@ def _read_rows(folder: Path, category: str, file: str) -> list[_Row]:
         window = [str(part) for part in history]
         rows.append(_Row(row["user_id"], window, row["item_id"], file, f"{path}, line {line}", row.get("item_title")))
     return rows
+
+
+def _once(rows: list[_Row]) -> tuple[list[_Row], int]:
+    """The rows without those that can only repeat an earlier one, and how many these were.
+
+    A row may stand twice where somebody bought one thing over and over: then its window is full of it.
+    """
+    longest = max((len(row.history) for row in rows), default=0)
+    seen: set[tuple] = set()
+    last: dict[str, tuple] = {}
+    kept = []
+    for row in rows:
+        key = (row.user, *row.history, row.target)
+        full = len(row.history) == longest
+        if (key in seen and not full) or (last.get(row.user) == key and set(row.history) != {row.target}):
+            continue
+        seen.add(key)
+        last[row.user] = key
+        kept.append(row)
+    return kept, len(rows) - len(kept)
 
 
 def _add_unknown(items: dict[str, dict[str, Any]], rows: list[_Row], counts: dict[str, int]) -> None:

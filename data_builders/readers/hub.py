@@ -40,7 +40,7 @@ from sidtune.data_builders.readers.raw_files import json_table
 from sidtune.data_builders.readers.reader import reader
 from sidtune.data_builders.tables.findings import Findings
 from sidtune.data_builders.tables.schema import SCHEMAS, SPLITS, Tables
-from sidtune.data_builders.tables.store import ALL, REQUIRED, DataFolder
+from sidtune.data_builders.tables.store import ALL, META_FILE, REQUIRED, DataFolder
 from sidtune.data_builders.tables.table_files import conform, csv_table, from_text
 from sidtune.data_builders.tables.validate import validate_loaded
 
@@ -123,13 +123,15 @@ def read(path: str, chosen: Options) -> Tables:
     for name, source in sources.items():
         parts = source.splits or {ALL if name == "requests" else name: source.split}
         for part, theirs in parts.items():
-            files[part] = f"{source.path or path}, {source.name or 'default'}, {theirs}"
+            place = ", ".join(filter(None, (source.path or path, source.name, source.data_files, theirs)))
+            files[part] = f"{name} ({place})"
             tables[part] = _table(path, name, source, theirs, chosen, files[part], findings, notes)
         if source.splits:
             requests = {part: tables.pop(part, tables["requests"]) for part in SPLITS}
         elif name == "requests":
             requests = {ALL: tables.pop(ALL)}
     folder = DataFolder(tables["items"], tables["users"], tables["events"], requests, files=files)
+    findings.told[META_FILE, None] = None  # there is none, and a catalogue alone is a source too
     validate_loaded(folder, findings)
     findings.raise_if_any()
     made = complete(folder, users_given="users" in sources, requests_from_events=chosen.requests_from_events)

@@ -181,7 +181,7 @@ def _is_coded(people: pa.Table) -> bool:
 
 def _read_dat(path: Path, columns: tuple[str, ...]) -> pa.Table:
     try:
-        text = path.read_bytes().decode("latin-1").replace("\r\n", "\n")
+        text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("latin-1").replace("\r\n", "\n")
     except OSError as error:
         raise DataError(f"The file {path} cannot be read ({error.strerror or error}); check the path.") from None
     return _parse(path, text.replace("::", "\t"), list(columns))

@@ -25,7 +25,10 @@ class Findings:
         self.told: dict[tuple[str, str | None], list[int] | None] = {}
 
     def table(self, where: str, column: str | None, what: str, fix: str, *, whole: bool = False) -> None:
-        """Adds one problem of a whole table or column; with `whole` none of its cells could be read."""
+        """Adds one problem of a whole table or column; with `whole` none of its cells could be read. A file of which nothing
+        could be read has one problem."""
+        if self.told.get((where, None), []) is None:
+            return
         self.problems.append(Problem(where, None, column, what, fix))
         if whole:
             self.told[where, column and column.split(".")[0]] = None

@@ -4,12 +4,12 @@
 in memory. All checks are column operations; of one kind of problem the first five rows are listed and the others
 counted, so a million bad rows are still one page.
 
-Rules: ids are unique, not null, not blank, without control characters; users and items named anywhere exist; prices and
-dwell times are finite and not negative; counts are not negative and clicks do not exceed exposures; labels are 0, 1 or null; a position or
-an item occurs once in a request; times are integers from 0 to 100,000,000,000 (seconds; later looks like
-milliseconds) and not after the stated end (`meta.end`) or, where none is stated, not after tomorrow; actions are
-those of `ACTIONS`; an event belongs to a request of its own user and is not earlier than it; splits do not overlap in
-time and statistics end with the training time.
+Rules: ids are unique, not null, not blank, without control characters; users and items named anywhere exist; prices
+and dwell times are finite and not negative; counts are not negative and clicks do not exceed exposures; labels are 0,
+1 or null; a position or an item occurs once in a request; times are integers from 0 to 100,000,000,000 (seconds;
+later looks like milliseconds) and not after the stated end (`meta.end`) or, where none is stated, not after tomorrow;
+actions are those of `ACTIONS`; an event belongs to a request of its own user and is not earlier than it; splits do
+not overlap in time and statistics end with the training time.
 """
 
 from __future__ import annotations
