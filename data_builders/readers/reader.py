@@ -39,6 +39,7 @@ def reader(
             return replace(without_repeats(read(place, chosen)), clock=clock)
 
         functools.update_wrapper(run, read)
+        run.clock = clock  # type: ignore[attr-defined]
         del run.__wrapped__  # the signature is that of `run`
         return run
 

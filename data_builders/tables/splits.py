@@ -204,17 +204,12 @@ def apply_split(tables: Tables, kind: str | None = None, **options: Any) -> tupl
         Tables with `split_of_request`, and the `split` record of `meta.json`.
 
     Raises:
-        ConfigError: an unknown kind or impossible numbers.
-        DataError: no split is possible, such as one by time where the source has no clock, or the prescribed one leaks.
+        ConfigError: an unknown kind, impossible numbers, or a split by time where the source has no clock.
+        DataError: no split is possible, or the prescribed one leaks.
     """
     chosen = build(SplitConfig, {"kind": kind, **options}, "split")
     kind = chosen.kind or ("global_time" if tables.split_of_request is None else "source")
-    if kind == "global_time" and not tables.clock:
-        other = "leave_one_out" if tables.split_of_request is None else "source"
-        raise DataError(
-            f"The times of this source are no clock: they order the actions of one user only, so no moment splits it; use "
-            f"the split kind '{other}'."
-        )
+    check_clock(kind, tables.clock)
     need(tables.requests, "requests", ("request_id", "user_id", "time"))
     need(tables.events, "events", ("user_id", "time"))
     times = tables.requests["time"].to_numpy()
@@ -244,6 +239,15 @@ def apply_split(tables: Tables, kind: str | None = None, **options: Any) -> tupl
         made.events = made.events.set_column(place, made.events.schema.field(place), ids)
     assert_no_leak(made, split)
     return made, split
+
+
+def check_clock(kind: str | None, clock: bool) -> None:
+    """Raises ConfigError where a split needs times that compare between users and the source has none."""
+    if kind == "global_time" and not clock:
+        raise ConfigError(
+            "The times of this source are no clock, they order the actions of one user only, so no moment splits it; use the "
+            "split kind 'source' or 'leave_one_out'."
+        )
 
 
 def need(table: pa.Table, name: str, columns: tuple[str, ...]) -> None:

@@ -53,7 +53,8 @@ class Arguments:
                     f"The path {self.path} names an environment variable that is not set; set it or give --path."
                 )
         reader_options(self.reader, self.options, self.path)
-        build(splits.SplitConfig, self.split, "split")
+        kind = build(splits.SplitConfig, self.split, "split").kind
+        splits.check_clock(kind, getattr(READERS.get(self.reader), "clock", True))
 
 
 def preflight(step: Step) -> None:
