@@ -174,8 +174,7 @@ class SplitRequests:
             past = self._history.before(part["user_id"], part["time"].to_numpy())
             ids = self._history.events["item_id"].take(pa.array(past.rows)).to_pylist()
             seen = np.split(catalogue.rows(ids, "the history", rules.unknown), past.offsets[1:-1])
-        narrowings = [catalogue.narrowing(scope, one) for one in seen]
-        return prompts, [Target(rules.k, rules.num_beams, scope, narrowing) for narrowing in narrowings]
+        return prompts, [Target(rules.k, rules.num_beams, scope, one) for one in seen]
 
 
 class _File:

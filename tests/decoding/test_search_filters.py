@@ -164,7 +164,7 @@ def test_what_cannot_be_found_by_is_said(parts, retriever):
         retriever.search("x", only_items=["zzz"])
     with pytest.raises(ConfigError, match="at least 1"):
         retriever.search("x", k=0)
-    assert retriever.prompter.target(SearchRequest(exclude_items=("zzz",)), unknown="ignore").narrowing.dead.size == 0
+    assert retriever.prompter.target(SearchRequest(exclude_items=("zzz",)), unknown="ignore").exclude.size == 0
     turns = (PastTurn("zzz"), PastTurn("item03"))
     kept = retriever.prompter.pieces(SearchRequest(history=turns), unknown="ignore")
     assert kept == retriever.prompter.pieces(SearchRequest(history=turns[1:]))
