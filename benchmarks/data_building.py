@@ -31,11 +31,12 @@ import pyarrow.parquet as pq
 
 from sidtune.core.folders import write_folder, write_json
 from sidtune.data_builders.readers.own import read
+from sidtune.data_builders.tables.findings import Findings
 from sidtune.data_builders.tables.history import History, Ragged
 from sidtune.data_builders.tables.schema import SCHEMAS, table_from_columns
 from sidtune.data_builders.tables.splits import apply_split, candidate_lists, item_statistics, training_cut
 from sidtune.data_builders.tables.store import save_tables, split_names
-from sidtune.data_builders.tables.table_files import Findings, conform, read_table
+from sidtune.data_builders.tables.table_files import read_table
 
 FULL = 1_000_000
 SHOWN = 5
@@ -177,10 +178,8 @@ def loop_read(path: Path, name: str) -> pa.Table:
 def our_read(path: Path, name: str) -> pa.Table:
     findings = Findings()
     table = read_table(path, path.name, SCHEMAS[name].arrow_schema, findings)
-    made = conform(table, SCHEMAS[name].arrow_schema, path.name, findings) if table is not None else None
     findings.raise_if_any()
-    assert made is not None
-    return made
+    return table
 
 
 def timed(work: Callable[[], Any], runs: int) -> float:

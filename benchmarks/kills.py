@@ -248,12 +248,11 @@ def commands(root: Path) -> dict[str, Callable[[Path], None]]:
         "adaptation": {**_SAVING, "max_steps": 4, "per_device_train_batch_size": 4},
         "post_rank": {**_SAVING, "per_device_train_batch_size": 4},
     }  # fmt: skip
-    ranking = {"baselines": ["initial"], "variants": ["llm4pr"], "methods": ["greedy"], "save": ["llm4pr"]}
-    ranking |= {
+    ranking = {
+        "methods": ["greedy"],
         "primary": "ndcg@4",
         "seeds": [0],
         "samples": 100,
-        "cost_requests": 1,
         "metrics": {"ks": [4], "gain": "linear"},
     }
     arguments = {"num_train_epochs": 4, "per_device_train_batch_size": 48, "learning_rate": 1e-2, "warmup_steps": 2}
@@ -290,7 +289,7 @@ def commands(root: Path) -> dict[str, Callable[[Path], None]]:
 
 def load_libraries() -> None:
     """What every run would load, once; nothing is computed here, because threads do not survive a fork."""
-    import sidtune.recipes.llm4pr.systems
+    import sidtune.recipes.llm4pr.training
     import sidtune.recipes.next_item.table
     import sidtune.trainers.contrastive.trainer
     import sidtune.trainers.grpo.stage

@@ -32,7 +32,7 @@ import uvicorn
 from sidtune.data_builders.prompts.serializer import Serializer
 from sidtune.decoding.retrieval.retriever import Hit, SidRetriever
 from sidtune.decoding.retrieval.search_request import parse_request
-from sidtune.decoding.serving.http_app import SearchService, ServingOptions, make_app
+from sidtune.decoding.serving.http_app import SearchService, ServingOptions, server_config
 from sidtune.tokenizers.base_models.from_scratch import build_model, train_lm_tokenizer
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 from sidtune.tokenizers.vocabulary.extension import extend_vocabulary
@@ -101,7 +101,7 @@ class Served:
     def __init__(self, retriever: SidRetriever, max_batch: int) -> None:
         options = ServingOptions(max_batch=max_batch, max_wait_ms=4.0 if max_batch > 1 else 0.0, max_queue=1000)
         service = SearchService(lambda: retriever, options)
-        self.server = uvicorn.Server(uvicorn.Config(make_app(service), port=0, log_level="warning"))
+        self.server = uvicorn.Server(server_config(service, port=0, log_level="warning"))
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
         while not (self.server.started and service.ready):

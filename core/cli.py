@@ -18,8 +18,8 @@ import re
 import sys
 from collections.abc import Sequence
 
-from sidtune.core.config import check_alone, command, report_error
-from sidtune.core.errors import ConfigError, SidtuneError
+from sidtune.core.config import check_alone, command, one_sentence
+from sidtune.core.errors import ConfigError
 from sidtune.core.pipeline import launch_command, launch_options
 from sidtune.core.scripts import Script, find_script, scripts
 from sidtune.core.stopping import run_tied, stoppable
@@ -44,17 +44,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin slow each other down on a busy machine
     try:
-        if not words or words[0] in ("-h", "--help", "help"):
-            print(overview())
-        elif words[0] in ("-V", "--version"):
-            print(importlib.import_module("sidtune").__version__)
-        elif words[0] == "completion":
-            completion(words[1:])
-        else:
-            run_script(find_script(words[0]), words[1:])
-    except SidtuneError as error:
-        report_error(error)
-        sys.exit(2)
+        with one_sentence():
+            if not words or words[0] in ("-h", "--help", "help"):
+                print(overview())
+            elif words[0] in ("-V", "--version"):
+                print(importlib.import_module("sidtune").__version__)
+            elif words[0] == "completion":
+                completion(words[1:])
+            else:
+                run_script(find_script(words[0]), words[1:])
     except BrokenPipeError:  # `sidtune --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

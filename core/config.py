@@ -8,9 +8,10 @@ into one sentence on stderr and exit code 2, and a stop into one that says how t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
-import math
+import logging
 import os
 import sys
 import types
@@ -22,44 +23,29 @@ from typing import Any, TypeVar
 import yaml
 
 from sidtune.core.console import quiet
-from sidtune.core.errors import ConfigError, SidtuneError, nearest
+from sidtune.core.errors import ConfigError, DataError, SidtuneError, nearest, system_error
 from sidtune.core.processes import end_processes
 from sidtune.core.scripts import find_config
+from sidtune.core.shapes import as_number, describe, fits, unusable
 from sidtune.core.stopping import stoppable
+from sidtune.core.text import parse_yaml, read_text
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 ERROR_FILE_VARIABLE = "SIDTUNE_ERROR_FILE"
 MANY = 1_000_000  # more beams, places or rows at once than this are a slip of the pen, and no memory holds them
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key written twice, which plain YAML resolves silently to the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, typing.Hashable) and key in seen:
-                raise ConfigError(
-                    f"The key '{key}' stands twice (line {key_node.start_mark.line + 1}); keep one of them."
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """Reads a YAML mapping. Raises ConfigError with file and reason when it is missing, damaged or no mapping."""
-    path = Path(path)
     try:
-        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except FileNotFoundError:
-        raise ConfigError(f"The config file {path} does not exist; check the path.") from None
-    except IsADirectoryError:
-        raise ConfigError(f"The config {path} is a folder; name the YAML file in it.") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"The config file {path} is not valid YAML ({' '.join(str(error).split())}).") from None
+        value = parse_yaml(read_text(path, "config file"))
+    except DataError as error:
+        what = f"The config file {path} is not valid YAML: " if os.path.isfile(path) else ""
+        raise ConfigError(f"{what}{error}") from None
     except ConfigError as error:
-        raise ConfigError(f"The config file {path} is ambiguous: {error}") from None
+        what = "not valid YAML" if error.__cause__ else "ambiguous"
+        raise ConfigError(f"The config file {path} is {what}: {error}") from None
     if value is None:
         return {}
     if not isinstance(value, dict):
@@ -86,6 +72,8 @@ def build(cls: type[T], values: Any, where: str) -> T:
     values = renamed(cls, values, where)
     names = [f.name for f in dataclasses.fields(cls) if f.init]
     check_keys(values, names, where)
+    hints = typing.get_type_hints(cls)
+    values = {name: as_number(value, hints[name]) for name, value in values.items()}
     check_types(cls, values, where)
     missing = [name for name in names if name not in {**defaults_of(cls), **values}]
     if missing:
@@ -103,12 +91,15 @@ def defaults_of(cls: type) -> dict[str, Any]:
 
 
 def renamed(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
-    """`values` with today's names: a class may say in `RENAMED` what its options were called before."""
-    before = getattr(cls, "RENAMED", {})
+    """`values` with today's names: a class may say in `RENAMED` what its options were called before, and in `GONE` where those
+    went that it has no more; they are left out with a notice."""
+    before, gone = getattr(cls, "RENAMED", {}), getattr(cls, "GONE", {})
+    for name in gone.keys() & values:
+        logger.warning("%s: '%s' is no option here any more and is left out; %s.", where, name, gone[name])
     for old, new in before.items():
         if old in values and new in values:
             raise ConfigError(f"{where}: '{old}' is the former name of '{new}'; keep one of them.")
-    return {before.get(name, name): value for name, value in values.items()}
+    return {before.get(name, name): value for name, value in values.items() if name not in gone}
 
 
 def check_range(config: Any, least: float, *names: str, most: float = MANY) -> None:
@@ -126,59 +117,10 @@ def check_types(cls: type, values: dict[str, Any], where: str) -> None:
     hints = typing.get_type_hints(cls)
     for key, value in values.items():
         hint = hints.get(key)
-        if hint is not None and not _fits(value, hint):
-            raise ConfigError(f"{where}: '{key}' must be {_describe(hint)}, got {value!r}.")
-        if (place := _not_finite(value, str(key))) is not None:
-            raise ConfigError(f"{where}: '{place}' must be a finite number, not NaN or infinity; correct it.")
-
-
-def _not_finite(value: Any, place: str) -> str | None:
-    """Where a NaN or an infinity stands in nested values; None where there is none."""
-    if isinstance(value, float):
-        return None if math.isfinite(value) else place
-    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
-    return next((found for key, one in parts if (found := _not_finite(one, f"{place}.{key}"))), None)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return True
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, option) for option in inner)
-    if hint is type(None):
-        return value is None
-    if origin is typing.Literal:
-        return value in inner
-    if origin in (list, tuple, Sequence):
-        if not isinstance(value, (list, tuple)):
-            return False
-        return not inner or all(_fits(v, inner[0]) for v in value)
-    if origin is dict or hint is dict:
-        return isinstance(value, dict)
-    if hint is bool:
-        return isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is str:
-        return isinstance(value, (str, Path))
-    return not isinstance(hint, type) or isinstance(value, hint) or dataclasses.is_dataclass(hint)
-
-
-def _describe(hint: Any) -> str:
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_describe(option) for option in inner)
-    if origin is typing.Literal:
-        return "one of " + ", ".join(repr(option) for option in inner)
-    if hint is type(None):
-        return "null"
-    if origin is list:
-        return "a list" + (f" of {_describe(inner[0])}" if inner else "")
-    plain = {int: "an integer", float: "a number", str: "a text", bool: "true or false", dict: "a mapping"}
-    return plain.get(hint, plain.get(origin, getattr(hint, "__name__", str(hint))))
+        if hint is not None and not fits(value, hint):
+            raise ConfigError(f"{where}: '{key}' must be {describe(hint)}, got {value!r}.")
+        if (found := unusable(value, str(key))) is not None:
+            raise ConfigError(f"{where}: '{found[0]}' must be {found[1]}; correct it.")
 
 
 def place_of(values: list, key: str, where: str) -> int:
@@ -250,9 +192,11 @@ def _split_options(argv: Sequence[str]) -> tuple[str | None, dict[str, Any], lis
             config = text
         else:
             try:
-                options[key] = yaml.load(text, Loader=_UniqueKeyLoader) if text != "" else ""
-            except yaml.YAMLError:
-                options[key] = text
+                options[key] = parse_yaml(text) if text != "" else ""
+            except ConfigError as error:
+                if not isinstance(error.__cause__, yaml.YAMLError):
+                    raise ConfigError(f"The option --{key}: {error}") from None
+                options[key] = text  # a text with colons and brackets of its own
     return config, options, flags
 
 
@@ -303,7 +247,7 @@ def help_text(cls: type) -> str:
     names, defaults = [one.name for one in dataclasses.fields(cls)], defaults_of(cls)
     for name in names:
         told = f"default {'null' if defaults[name] is None else defaults[name]}" if name in defaults else "required"
-        lines.append(f"  --{name:<{max(map(len, names))}}  {_describe(hints[name])}; {told}")
+        lines.append(f"  --{name:<{max(map(len, names))}}  {describe(hints[name])}; {told}")
     return "\n".join(lines)
 
 
@@ -327,15 +271,26 @@ def command(main: Callable[[T], Any], cls: type[T], argv: Sequence[str] | None =
     because `accelerate launch` replaces the exit code of its child. A process of several leaves its group at the end.
     """
     quiet()
-    with stoppable():
-        try:
-            if getattr(sys.modules["__main__"], "LAUNCH", None) == "alone":
-                check_alone()
-            main(parse(cls, argv))
-            end_processes()
-        except SidtuneError as error:
-            report_error(error)
-            sys.exit(2)
+    with stoppable(), one_sentence():
+        if getattr(sys.modules["__main__"], "LAUNCH", None) == "alone":
+            check_alone()
+        main(parse(cls, argv))
+        end_processes()
+
+
+@contextlib.contextmanager
+def one_sentence() -> Iterator[None]:
+    """Ends the process with exit code 2 and one sentence where the block meets an error of the input or of the system."""
+    try:
+        yield
+    except BrokenPipeError:  # whoever read the output has seen enough
+        raise
+    except Exception as error:
+        told = error if isinstance(error, SidtuneError) else system_error(error)
+        if told is None:
+            raise
+        report_error(told)
+        sys.exit(2)
 
 
 def check_alone() -> None:
@@ -348,4 +303,5 @@ def report_error(error: SidtuneError) -> None:
     """Writes the sentence of `error` to stderr and to the runner's error file, if there is one."""
     print(f"error: {error}", file=sys.stderr, flush=True)
     if path := os.environ.get(ERROR_FILE_VARIABLE):
-        Path(path).write_text(str(error), encoding="utf-8")
+        with contextlib.suppress(OSError):
+            Path(path).write_text(str(error), encoding="utf-8")

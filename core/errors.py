@@ -7,6 +7,8 @@ sidtune itself. `nearest` builds the "did you mean" part that all messages about
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -65,6 +67,33 @@ class DataError(SidtuneError):
             lines.append(f"  ... and {len(self.problems) - shown} more.")
         noun = "problem" if len(self.problems) == 1 else "problems"
         super().__init__(f"The data has {len(self.problems)} {noun}:\n" + "\n".join(lines))
+
+
+# How torch says that a file could not be written, and `Path` and `open` that a path is none.
+_OF_SYSTEM = re.compile(r"No space left on device|inline_container|PytorchStreamWriter|Symlink loop|embedded null byte")
+
+
+def system_error(error: BaseException) -> SidtuneError | None:
+    """An error of the operating system as one sentence, whatever library was in between; None for any other error."""
+    while error.__cause__ is not None and not isinstance(error, OSError):
+        error = error.__cause__
+    text = " ".join(str(error).split())
+    number = re.search(r"\(os error (\d+)\)", text)  # libraries in Rust
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return SidtuneError(
+            f"There is not enough memory ({text[:160] or 'the system gave none'}); lower batch sizes or limits."
+        )
+    if isinstance(error, OSError) and error.errno:
+        reason = f"{error.filename}: {os.strerror(error.errno)}" if error.filename else os.strerror(error.errno)
+    elif number:
+        reason = os.strerror(int(number.group(1)))
+    elif isinstance(error, OSError) or (isinstance(error, (RuntimeError, ValueError)) and _OF_SYSTEM.search(text)):
+        reason = text[:300]
+    else:
+        return None
+    return SidtuneError(
+        f"The system refused what was asked of it ({reason}); check path, permissions and free space, then run again."
+    )
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -29,16 +29,23 @@ from sidtune.core.config import as_dict
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.inputs import RUN_FILE, fingerprint, inputs_of, same_inputs
 from sidtune.core.locks import locked
+from sidtune.core.shapes import misfit
+from sidtune.core.text import parse_json, read_text
 
 __all__ = [
-    "RUN_FILE", "check_output", "fingerprint", "inputs_of", "is_whole", "locked", "read_json", "read_record", "same_inputs",
-    "versions", "write_files", "write_folder", "write_json", "write_run", "writes",
+    "RUN_FILE", "check_output", "fingerprint", "inputs_of", "is_whole", "locked", "read_json", "read_record", "read_run",
+    "same_inputs", "versions", "write_files", "write_folder", "write_json", "write_run", "writes",
 ]  # fmt: skip
 
 T = TypeVar("T")
 STARTED_FILE = ".started.json"
 # What we keep in a tree while it is filled.
 _WORK = re.compile(r"\.(work_.+|.+\.(lock|work|shards)|.+\.partial-.+|started\.json)")
+# What every `run.json` holds, as far as it does; the last lines are newer than some folders.
+_RECORD = {
+    "step?": str, "config?": dict, "metrics?": {"stages?": [{"name": str}], "final?": str}, "versions?": dict[str, str],
+    "seconds?": float | None, "finished?": str, "inputs?": {...: {"path": str, "sha256": str}}, "files?": dict[str, int],
+}  # fmt: skip
 _PACKAGES = (
     "sidtune", "torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets", "faiss-cpu", "numpy",
 )  # fmt: skip
@@ -230,12 +237,16 @@ def _listed(folder: Path, tree: bool = False) -> dict[str, int]:
 
 
 def read_record(file: Path) -> dict[str, Any]:
-    """A JSON mapping; an empty one where there is none that can be read."""
+    """A JSON mapping, `run.json` or another one; an empty one where there is none that can be read."""
     try:
-        found = read_json(file)
-    except (DataError, OSError):
+        return read_json(file, _RECORD if file.name == RUN_FILE else dict)
+    except DataError:
         return {}
-    return found if isinstance(found, dict) else {}
+
+
+def read_run(folder: str | Path, metrics: Any = dict) -> dict[str, Any]:
+    """`run.json` of a finished step; `metrics` is the shape of its metrics. Raises DataError as `read_json` does."""
+    return read_json(Path(folder) / RUN_FILE, {**_RECORD, "step": str, "config": dict, "metrics": metrics})
 
 
 def _seal(folder: Path, step: str | None) -> None:
@@ -269,15 +280,17 @@ def write_json(path: str | Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
-def read_json(path: str | Path) -> Any:
-    """Reads a JSON file; a missing or damaged one is a DataError that names it."""
-    path = Path(path)
+def read_json(path: str | Path, shape: Any = None) -> Any:
+    """Reads a JSON file; one that is missing, damaged, or not of `shape` (see `core/shapes.misfit`) is a DataError."""
+    if not os.path.lexists(path):
+        raise DataError(f"The file {path} does not exist; run the step that writes it first.")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"The file {path} does not exist; run the step that writes it first.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        value = parse_json(read_text(path))
+    except ValueError as error:
         raise DataError(f"The file {path} is not readable JSON in UTF-8 ({error}); write it again.") from None
+    if shape is not None and (why := misfit(value, shape)) is not None:
+        raise DataError(f"The file {path} is not as it was written, because {why}; write it again.")
+    return value
 
 
 def versions() -> dict[str, str]:

@@ -18,7 +18,7 @@ from typing import Any
 from sidtune.core.errors import DataError
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
-_FILES = ["*.json", "*.safetensors", "*.parquet"]
+_FILES = ["*.json", "*.safetensors", "*.parquet", "*.model", "*.txt", "*.jinja"]
 
 
 def _endpoint(endpoint: str | None) -> str | None:
@@ -93,7 +93,8 @@ def resolve_folder(
 ) -> Path:
     """The local folder behind a path or a hub repository id.
 
-    A local folder always wins. Otherwise only JSON, safetensors and parquet files of the repository are fetched.
+    A local folder always wins. Otherwise only JSON, safetensors and parquet files are fetched, and
+    what tokenizers save.
 
     Args:
         folder_or_repo: local folder, or repository id `user/name`.

@@ -202,8 +202,9 @@ def is_done(step: Step) -> bool:
     if not is_whole(step.folder):
         return False
     record = read_json(step.folder / RUN_FILE)
-    old = renamed(type(step.config), record.get("config", {}), str(step.folder / RUN_FILE))
-    old = {key: value for key, value in old.items() if key not in ("output_dir", *step.inputs)}
+    left_out = ("output_dir", *step.inputs, *getattr(type(step.config), "GONE", ()))
+    old = {key: value for key, value in record.get("config", {}).items() if key not in left_out}
+    old = renamed(type(step.config), old, str(step.folder / RUN_FILE))
     defaults = defaults_of(type(step.config))
     if {**defaults, **old} != {**defaults, **step.record()}:
         return False

@@ -48,9 +48,14 @@ def owners(offsets: np.ndarray) -> np.ndarray:
 
 def taken(offsets: np.ndarray, lists: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Chosen lists, in their order, also several times: the places of their elements, and the offsets of the new ragged array."""
-    lengths = offsets[lists + 1] - offsets[lists]
-    new = offsets_of(lengths)
-    return np.repeat(offsets[lists] - new[:-1], lengths) + np.arange(new[-1]), new
+    new, places = stretches(offsets[lists], offsets[lists + 1])
+    return places, new
+
+
+def stretches(starts: np.ndarray, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets of the stretches [start, stop) as a ragged array, and the places that stand in them, end to end."""
+    offsets = offsets_of(stops - starts)
+    return offsets, np.repeat(starts - offsets[:-1], stops - starts) + np.arange(offsets[-1])
 
 
 def side_by_side(

@@ -1,4 +1,4 @@
-"""Readers by name. A reader is one file with a dataclass `Options`, `read(path, **options) -> Tables`, and one line here."""
+"""Readers by name. A reader is one file with a dataclass `Options`, a `read` under `@reader`, and one line here."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ READERS = Registry(
     {
         "sidtune": "sidtune.data_builders.readers.own:read",
         "hub": "sidtune.data_builders.readers.hub:read",
+        "amazon_2023": "sidtune.data_builders.readers.amazon_2023:read",
         "amazon_sid": "sidtune.data_builders.readers.amazon_sid:read",
         "letter": "sidtune.data_builders.readers.letter:read",
         "kuaisearch": "sidtune.data_builders.readers.kuaisearch:read",

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from sidtune.core.errors import DataError
+from sidtune.core.ragged import stretches
 from sidtune.decoding.items import BeamOutput, LeafItems, rank_items
 from sidtune.decoding.trie import SidTrie
 
@@ -140,12 +142,6 @@ def _among(keys: Tensor, wanted: Tensor) -> Tensor:
     return keys[place] == wanted
 
 
-def _in_sorted(values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    if not len(values):
-        return np.zeros(len(wanted), dtype=bool)
-    return values[np.searchsorted(values, wanted).clip(max=len(values) - 1)] == wanted
-
-
 def _none() -> np.ndarray:
     return np.zeros(0, dtype=np.int64)
 
@@ -191,7 +187,7 @@ class ItemFilter:
     Attributes:
         items: leaf → item rows of the catalogue.
         exclude: per request, item rows it must not get, or None.
-        only: per request, the only item rows it may get, or None for all of them.
+        only: per request, the only item rows it may get, or None for all of them. Requests may share one array.
     """
 
     items: LeafItems
@@ -199,62 +195,53 @@ class ItemFilter:
     only: Sequence[np.ndarray | None] | None = None
 
     def leaves(self, trie: SidTrie) -> RequestFilter | None:
-        """The same filter in leaves: a leaf is allowed while one of its items is. None when nothing is filtered."""
-        if self.exclude is None and self.only is None:
+        """The same filter in leaves: a leaf is allowed while one of its items is. None when `rank` alone does it."""
+        if all(only is None and not len(dead) for dead, only, _ in self._parts):
             return None
-        leaf_of, size = self._leaf_of(), np.diff(self.items.offsets)
-        requests = len(self.exclude if self.exclude is not None else self.only)  # type: ignore[arg-type]
-        exclude: list[np.ndarray] = []
-        only: list[np.ndarray | None] = []
-        known: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
-        for request in range(requests):
-            limit = self._limit(request, leaf_of, known)
-            dropped = self._of(self.exclude, request)
-            rows = _none() if dropped is None else np.unique(dropped)
-            if limit is not None:
-                rows = rows[_in_sorted(limit[0], rows)]
-            leaf, count = np.unique(leaf_of[rows], return_counts=True)
-            held = size[leaf] if limit is None else limit[2][np.searchsorted(limit[1], leaf)]
-            exclude.append(leaf[count == held])
-            only.append(None if limit is None else limit[1])
-        return RequestFilter(trie, exclude, only)
+        return RequestFilter(trie, [dead for dead, _, _ in self._parts], [only for _, only, _ in self._parts])
 
-    def _limit(self, request: int, leaf_of: np.ndarray, known: dict[int, Any]) -> tuple[np.ndarray, ...] | None:
-        """Of a request with an `only` list: its sorted rows, their leaves, and how many of the rows each leaf holds."""
-        rows = self._of(self.only, request)
-        if rows is None:
-            return None
-        key = id(self.only[request])  # type: ignore[index]
-        if key not in known:
-            rows = np.unique(rows)
-            known[key] = rows, *np.unique(leaf_of[rows], return_counts=True)
-        return known[key]
-
-    def rank(self, beam: BeamOutput, k: int, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    def rank(self, beam: BeamOutput, k: int) -> tuple[np.ndarray, np.ndarray]:
         """`rank_items` of a search that ran with this filter: items that are not allowed are left out of their leaf."""
-        return rank_items(beam, self.items, k, exclude=self._filled(self.exclude), only=self.only, **options)
+        return rank_items(beam, self.items, k, exclude=[hidden for _, _, hidden in self._parts])
 
     def part(self, rows: Sequence[int]) -> ItemFilter:
         """The filter of some of the requests."""
         pick = lambda lists: None if lists is None else [lists[row] for row in rows]  # noqa: E731
-        return ItemFilter(self.items, pick(self.exclude), pick(self.only))
+        chosen = ItemFilter(self.items, pick(self.exclude), pick(self.only))
+        chosen.__dict__["_parts"] = pick(self._parts)
+        return chosen
 
-    def _leaf_of(self) -> np.ndarray:
-        leaf_of = np.empty(len(self.items.rows), dtype=np.int64)
-        leaf_of[self.items.rows] = np.repeat(np.arange(len(self.items.offsets) - 1), np.diff(self.items.offsets))
-        return leaf_of
+    @cached_property
+    def _parts(self) -> list[tuple[np.ndarray, np.ndarray | None, np.ndarray]]:
+        """Per request: leaves it must not get, the only ones it may get or None, and rows to leave out of the others."""
+        leaf_of, offsets = self.items.leaf_of, self.items.offsets
+        limits: dict[int, tuple[np.ndarray, ...]] = {}
+        found = []
+        for request in range(len(self.exclude or self.only or ())):
+            rows = self._rows(self.exclude, request)
+            leaves, others = None, _none()
+            if (wanted := self._rows(self.only, request)) is not None:
+                key = id(self.only[request])  # type: ignore[index]
+                if key not in limits:
+                    only, count = np.unique(leaf_of[wanted], return_counts=True)
+                    inside = self.items.rows[stretches(offsets[only], offsets[only + 1])[1]]
+                    limits[key] = only, np.setdiff1d(inside, wanted), count
+                leaves, others, held = limits[key]
+                rows = None if rows is None else rows[np.isin(rows, wanted)]
+            rows = _none() if rows is None else rows
+            leaf, count = np.unique(leaf_of[rows], return_counts=True)
+            most = offsets[leaf + 1] - offsets[leaf] if leaves is None else held[np.searchsorted(leaves, leaf)]
+            found.append((leaf[count == most], leaves, np.concatenate([others, rows])))
+        return found
 
-    def _of(self, lists: Sequence[np.ndarray | None] | None, request: int) -> np.ndarray | None:
-        rows = None if lists is None else lists[request]
-        if rows is None:
+    def _rows(self, lists: Sequence[np.ndarray | None] | None, request: int) -> np.ndarray | None:
+        """The distinct rows of a list that can be found at all; None where the request has none."""
+        if lists is None or lists[request] is None:
             return None
-        rows = np.asarray(rows, dtype=np.int64)
-        if rows.size and (rows.min() < 0 or rows.max() >= len(self.items.rows)):
+        rows = np.unique(np.asarray(lists[request], dtype=np.int64))
+        if rows.size and (rows[0] < 0 or rows[-1] >= len(self.items.rows)):
             raise DataError(
-                f"The filter of request {request} names item rows from {rows.min()} to {rows.max()}, but the catalogue "
+                f"The filter of request {request} names item rows from {rows[0]} to {rows[-1]}, but the catalogue "
                 f"has rows 0 to {len(self.items.rows) - 1}; pass rows of this catalogue."
             )
-        return rows
-
-    def _filled(self, lists: Sequence[np.ndarray | None] | None) -> list[np.ndarray] | None:
-        return None if lists is None else [_none() if rows is None else rows for rows in lists]
+        return rows[self.items.leaf_of[rows] >= 0]

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.core.ragged import Ragged
+from sidtune.core.ragged import Ragged, owners
 
 if TYPE_CHECKING:
     from sidtune.tokenizers.sids.semantic_ids import SemanticIds
@@ -52,15 +53,20 @@ class LeafItems(Ragged):
         _, offsets, rows = sids.paths()
         return cls(np.asarray(offsets, dtype=np.int64), np.asarray(rows, dtype=np.int64))
 
+    @cached_property
+    def leaf_of(self) -> np.ndarray:
+        """(N,) int64 leaf of each item row; -1 for what stands behind the last leaf, out of reach."""
+        found = np.full(len(self.rows), -1, dtype=np.int64)
+        found[self.rows[: self.offsets[-1]]] = owners(self.offsets)
+        return found
+
 
 def rank_items(
     beam: BeamOutput,
     sids: SemanticIds | LeafItems,
     k: int,
     *,
-    max_items_per_leaf: int | None = None,
     exclude: Any = None,
-    only: Sequence[Any] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k best items of every request.
 
@@ -68,40 +74,31 @@ def rank_items(
         beam: leaves (B, K) and scores; the leaves of a row must be distinct, -1 is skipped.
         sids: the catalogue whose trie was searched, or its `LeafItems`.
         k: items per request, at least 1.
-        max_items_per_leaf: keep only that many items of a leaf, counted after exclusion. Default: all.
         exclude: item rows that request b must not get: an object with `offsets (B + 1,)` and `rows`, or B sequences of
             rows. They are taken out before anything is counted.
-        only: the only item rows that request b may get: B sequences of rows, None where all are allowed.
 
     Returns:
         rows: (B, k) int64 item rows, best first, distinct, -1 where the beams hold fewer items.
         scores: (B, k) float32, the score of the item's leaf, -inf where the row is -1.
 
     Raises:
-        ConfigError: k or max_items_per_leaf below 1. DataError: leaves or exclusions that do not fit.
+        ConfigError: k below 1. DataError: leaves or exclusions that do not fit.
     """
-    if k < 1 or (max_items_per_leaf is not None and max_items_per_leaf < 1):
-        raise ConfigError(f"k and max_items_per_leaf must be at least 1, got {k} and {max_items_per_leaf}; raise them.")
+    if k < 1:
+        raise ConfigError(f"k must be at least 1, got {k}; raise it.")
     items = sids if isinstance(sids, LeafItems) else LeafItems.from_semantic_ids(sids)
     leaves, scores = _sorted_beams(beam, len(items.offsets) - 1)
     requests = len(leaves)
     hidden_request, hidden_row = _excluded(exclude, requests)
-    hidden_count = np.bincount(hidden_request, minlength=requests)
-    kept_request, kept_row, limited = _only(only, requests)
-    # How many of a leaf's items an `only` list takes out is not known, so all of its items are looked at.
-    hidden_count = np.where(limited, len(items.rows), hidden_count)
-    takes = _takes(leaves, items.offsets, k, max_items_per_leaf, hidden_count)
+    takes = _takes(leaves, items.offsets, k, np.bincount(hidden_request, minlength=requests))
     place = _ragged_arange(takes.ravel())
     slot = np.repeat(np.arange(takes.size), takes.ravel())
     request = slot // leaves.shape[1]
     row = items.rows[items.offsets[leaves.ravel()[slot]] + place]
-    keep = ~_is_pair_in(request, row, hidden_request, hidden_row, len(items.rows))
-    if limited.any():
-        keep &= ~limited[request] | _is_pair_in(request, row, kept_request, kept_row, len(items.rows))
+    # The pairs (request, row) of what is hidden, as one number each.
+    hidden = (hidden_request * len(items.rows) + hidden_row)[(hidden_row >= 0) & (hidden_row < len(items.rows))]
+    keep = ~np.isin(request * len(items.rows) + row, hidden)
     request, row, slot = request[keep], row[keep], slot[keep]
-    if max_items_per_leaf is not None:
-        keep = _ragged_arange(np.bincount(slot, minlength=takes.size)) < max_items_per_leaf
-        request, row, slot = request[keep], row[keep], slot[keep]
     rank = _ragged_arange(np.bincount(request, minlength=requests))
     keep = rank < k
     out_rows = np.full((requests, k), -1, dtype=np.int64)
@@ -146,33 +143,16 @@ def _excluded(exclude: Any, requests: int) -> tuple[np.ndarray, np.ndarray]:
     return np.repeat(np.arange(requests), lengths), rows
 
 
-def _only(only: Sequence[Any] | None, requests: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Flat (request, item row) pairs that are allowed, and (B,) whether a request is limited to its pairs at all."""
-    if only is None:
-        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), np.zeros(requests, dtype=bool)
-    limited = np.array([rows is not None for rows in only], dtype=bool)
-    pairs = _excluded([() if rows is None else rows for rows in only], requests)
-    return *pairs, limited
-
-
-def _takes(leaves: np.ndarray, offsets: np.ndarray, k: int, cap: int | None, hidden_count: np.ndarray) -> np.ndarray:
+def _takes(leaves: np.ndarray, offsets: np.ndarray, k: int, hidden_count: np.ndarray) -> np.ndarray:
     """How many items of each leaf (B, K) can matter; bounds the work when a leaf holds much of the catalogue."""
     safe = np.maximum(leaves, 0)
     held = np.where(leaves >= 0, offsets[safe + 1] - offsets[safe], 0)
-    most = min(k, cap) if cap is not None else k
-    before = np.minimum(held, most).cumsum(axis=1) - np.minimum(held, most)
+    before = np.minimum(held, k).cumsum(axis=1) - np.minimum(held, k)
     # Each exclusion removes one item, so this many in front fill the list whatever is excluded.
-    needed = before < k + hidden_count[:, None]
-    return np.minimum(held, most + hidden_count[:, None]) * needed
+    return np.minimum(held, k + hidden_count[:, None]) * (before < k + hidden_count[:, None])
 
 
 def _ragged_arange(lengths: np.ndarray) -> np.ndarray:
     """0 .. n-1 for each n of `lengths`, one after another."""
     ends = lengths.cumsum()
     return np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - lengths, lengths)
-
-
-def _is_pair_in(a: np.ndarray, b: np.ndarray, in_a: np.ndarray, in_b: np.ndarray, size: int) -> np.ndarray:
-    """Whether each pair (a, b) is among the pairs (in_a, in_b); `0 <= b < size`."""
-    known = (in_b >= 0) & (in_b < size)
-    return np.isin(a * size + b, in_a[known] * size + in_b[known])

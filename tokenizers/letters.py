@@ -14,6 +14,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from sidtune.core.config import MANY
 from sidtune.core.errors import ConfigError, DataError
 
 LETTERS = string.ascii_lowercase
@@ -21,10 +22,12 @@ _TOKEN = re.compile(r"<([a-z])_(0|[1-9][0-9]*)>")
 
 
 def check_sizes(level_sizes: Sequence[int]) -> tuple[int, ...]:
-    """Level sizes as integers. Raises ConfigError unless they are 1 to 26 positive integers."""
+    """Level sizes as integers. Raises ConfigError unless they are 1 to 26 positive integers of at most `MANY` each."""
     sizes = tuple(int(k) if isinstance(k, (int, np.integer)) and not isinstance(k, bool) else 0 for k in level_sizes)
-    if not sizes or min(sizes) < 1:
-        raise ConfigError(f"level_sizes must be one positive integer per level, got {list(level_sizes)}.")
+    if not sizes or min(sizes) < 1 or max(sizes) > MANY:
+        raise ConfigError(
+            f"level_sizes must be one positive integer per level, at most {MANY:,}, got {list(level_sizes)}."
+        )
     if len(sizes) > len(LETTERS):
         raise ConfigError(f"Semantic IDs have at most {len(LETTERS)} levels, one letter each, got {len(sizes)}.")
     return sizes

@@ -74,22 +74,19 @@ def read_relevance(
 
 
 def _read(path: Path) -> pa.Table:
-    from sidtune.data_builders.tables.table_files import Findings, conform, read_table
+    from sidtune.data_builders.tables.findings import Findings
+    from sidtune.data_builders.tables.table_files import read_table
 
-    if not path.is_file():
-        raise DataError(f"The relevance file {path} does not exist; check the path.")
     findings = Findings()
-    table = read_table(path, path.name, _SCHEMA, findings)
-    made = None if table is None else conform(table, _SCHEMA, path.name, findings, required=_SCHEMA.names)
+    table = read_table(path, path.name, _SCHEMA, findings, required=_SCHEMA.names)
     findings.raise_if_any()
-    if made is None or not made.num_rows:
+    if not table.num_rows:
         raise DataError(f"The relevance file {path} holds no rows; give it the columns query, item_id and score.")
     for name in _SCHEMA.names:
-        if made[name].null_count:
-            raise DataError(
-                f"{path}: the column '{name}' has {made[name].null_count} empty values; fill or remove them."
-            )
-    return made
+        nulls = np.flatnonzero(table[name].is_null().to_numpy())
+        findings.rows(path.name, name, nulls, "the value is missing or null", "fill it or remove the row")
+    findings.raise_if_any()
+    return table
 
 
 def knows_relevance(meta: dict[str, Any]) -> bool:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sidtune.core.errors import DataError
-from sidtune.data_builders.post_ranking.schema import REQUEST_SCHEMA, PostRankField, PostRankTable
+from sidtune.data_builders.post_ranking.schema import PostRankField, PostRankTable, request_table
 from sidtune.data_builders.post_ranking.text_hashing import hashed_bag
 from sidtune.data_builders.shop_world.catalogue import item_table
 from sidtune.data_builders.shop_world.world import ShopWorld
@@ -50,13 +50,14 @@ class GeneratedLists:
 
 
 def generator_fields(
-    codes: np.ndarray, level_sizes: tuple[int, ...], scores: np.ndarray
+    codes: np.ndarray, level_sizes: tuple[int, ...], scores: np.ndarray, sources: tuple[str, ...] = ()
 ) -> dict[PostRankField, np.ndarray]:
     """The fields that only a generator has, with their matrices.
 
     Args:
         codes: (N, L) codes of the items. level_sizes: L sizes.
         scores: (R, n) log-probabilities in list order.
+        sources: fingerprints of the semantic IDs and of those they extend.
 
     Returns:
         `sid` → (N, sum of the sizes) one-hot, `generator` → (R * n, 2) log-probability and log(1 + place).
@@ -67,7 +68,7 @@ def generator_fields(
     place = np.broadcast_to(np.log1p(np.arange(scores.shape[1])), scores.shape)
     labels = ("log probability", "log place")
     return {
-        PostRankField("sid", "sid", "item", one_hot.shape[1]): one_hot,
+        PostRankField("sid", "sid", "item", one_hot.shape[1], sources=sources): one_hot,
         PostRankField("generator", "numeric", "item", 2, labels, dynamic=True): np.stack(
             [scores.ravel(), place.ravel()], axis=1
         ),
@@ -134,8 +135,12 @@ def logged_table(
         matrices[f"{one.scopes[0]}/{one.name}"] = matrix
         if one.dynamic:
             matrices[f"history/{one.name}"] = np.full((len(past_items), one.dim), np.nan)
+    query = requests["query"]
+    rows = pa.array(np.arange(len(lists.items)), mask=pc.is_null(query).to_numpy(zero_copy_only=False))
+    users = _rows(requests["user_id"], data.users["user_id"])
+    listed, before = (lists.items, lists.scores, relevance), (past.offsets, past_items)
     return PostRankTable(
-        _request_table(data, lists, relevance, past.offsets, past_items),
+        request_table(requests["request_id"], lists.splits, query, rows, users, listed, before),
         items["item_id"].to_pylist(),
         data.users["user_id"].to_pylist(),
         tuple(fields),
@@ -144,29 +149,6 @@ def logged_table(
         notes=[
             "An item is relevant when the log holds a click, like or order of it for the request, else 0, shown or not."
         ],
-    )
-
-
-def _request_table(
-    data: DataFolder, lists: GeneratedLists, relevance: np.ndarray, offsets: np.ndarray, past: np.ndarray
-) -> pa.Table:
-    count, n = lists.items.shape
-    kind = REQUEST_SCHEMA.field("candidates").type
-    labels = pa.array(relevance.ravel(), pa.float32(), mask=np.isnan(relevance.ravel()))
-    flat = [pa.array(lists.items.ravel(), pa.int64()), pa.array(lists.scores.ravel(), pa.float32()), labels]
-    listed = pa.StructArray.from_arrays(flat, fields=list(kind.value_type))
-    query = lists.requests["query"]
-    return pa.table(
-        [
-            lists.requests["request_id"].combine_chunks(),
-            pa.array(lists.splits, pa.string()),
-            query.combine_chunks(),
-            pa.array(np.arange(count), mask=pc.is_null(query).to_numpy(zero_copy_only=False)),
-            pa.array(_rows(lists.requests["user_id"], data.users["user_id"]), pa.int64()),
-            pa.ListArray.from_arrays(pa.array(np.arange(count + 1) * n, pa.int32()), listed),
-            pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(past, pa.int64())),
-        ],
-        schema=REQUEST_SCHEMA,
     )
 
 

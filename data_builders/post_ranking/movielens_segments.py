@@ -21,13 +21,14 @@ user gave a history item; missing for candidates).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.data_builders.post_ranking.schema import REQUEST_SCHEMA, PostRankField, PostRankTable
+from sidtune.core.ragged import owners, stretches
+from sidtune.data_builders.post_ranking.schema import PostRankField, PostRankTable, request_table
 from sidtune.data_builders.post_ranking.upstream_ranker import PastMeans, fit_item_factors, fold_in
 from sidtune.data_builders.readers.movielens import AGES, Ratings
 
@@ -83,17 +84,6 @@ class SegmentConfig:
 
 
 @dataclass(frozen=True)
-class _Ordered:
-    """Ratings by (user, time, file order) with what the past says of each."""
-
-    user: np.ndarray
-    item: np.ndarray
-    rating: np.ndarray
-    time: np.ndarray
-    first_of_user: np.ndarray  # (n,) where the rating's user begins
-
-
-@dataclass(frozen=True)
 class _Segments:
     """Segments as stretches of the ordered ratings, `past` = end of what is strictly earlier."""
 
@@ -115,61 +105,62 @@ def movielens_segments(ratings: Ratings, config: SegmentConfig | None = None) ->
         DataError: no segment begins after the cut.
     """
     config = config or SegmentConfig()
-    log = _ordered(ratings)
+    order = np.lexsort((np.arange(len(ratings.time)), ratings.time, ratings.user))
+    log = replace(
+        ratings,
+        user=ratings.user[order],
+        item=ratings.item[order],
+        rating=ratings.rating[order].astype(np.float64),
+        time=ratings.time[order],
+    )
     cut = np.sort(log.time)[min(int(config.upstream_share * len(log.time)), len(log.time) - 1)]
     segments = _segments(log, config, cut)
     movies = PastMeans(log.item, log.rating, log.time, config.shrink)
     residual = log.rating - movies.before(log.item, log.time)[0]
-    old = log.time < cut
-    factors = fit_item_factors(
-        log.user[old], log.item[old], residual[old], len(ratings.user_ids), len(ratings.item_ids),
-        config.width, config.seed,
-    )  # fmt: skip
-    features = np.concatenate([np.ones((len(log.item), 1)), factors.vectors[log.item]], axis=1)
+    old, sizes = log.time < cut, (len(ratings.user_ids), len(ratings.item_ids))
+    vectors, known = fit_item_factors(log.user[old], log.item[old], residual[old], *sizes, config.width, config.seed)
+    features = np.concatenate([np.ones((len(log.item), 1)), vectors[log.item]], axis=1)
     person = fold_in(features, residual, segments.first, segments.past, config.ridge)
 
     at = segments.start[:, None] + np.arange(config.size)
     item, rating = log.item[at], log.rating[at]
-    times = np.repeat(segments.time, config.size)
-    mean, count = movies.before(item.ravel(), times)
+    mean, count = movies.before(item.ravel(), np.repeat(segments.time, config.size))
     score = mean.reshape(item.shape) + np.einsum("rd,rnd->rn", person, features[at])
     order = np.lexsort((item, -score), axis=-1)
     item, rating, score = (np.take_along_axis(one, order, axis=1) for one in (item, rating, score))
-    past_at, history_at = _history(segments, config.history)
-    matrices = _static(ratings, factors.vectors, factors.known)
+    offsets, history_at = stretches(np.maximum(segments.first, segments.past - config.history), segments.past)
+    fields, matrices = _categories(ratings)
     candidate = [np.take_along_axis(one.reshape(item.shape), order, axis=1).ravel() for one in (mean, np.log1p(count))]
-    matrices["candidate/past"] = np.stack([*candidate, score.ravel()], axis=1)
-    matrices |= _past_fields(log, segments, movies, features, person, past_at, history_at)
-    matrices["candidate/stars"] = np.full((item.size, 5), np.nan)
-    matrices["query"] = _unit(np.random.default_rng([config.seed, 1]), len(PSEUDO_QUERIES), config.d_q)
-    requests = _requests(ratings, segments, item, score, rating, log.item[history_at], past_at, config)
-    known = [title is not None for title in ratings.titles]
+    phrases = np.random.default_rng([config.seed, 1]).standard_normal((len(PSEUDO_QUERIES), config.d_q))
+    matrices |= {
+        "item/vector": np.where(known[:, None], vectors, np.nan),
+        "candidate/past": np.stack([*candidate, score.ravel()], axis=1),
+        "candidate/stars": np.full((item.size, 5), np.nan),
+        "query": phrases / np.linalg.norm(phrases, axis=1, keepdims=True),
+        **_past_fields(log, segments, movies, features, person, offsets, history_at),
+    }
+    queries = np.random.default_rng([config.seed, 0]).integers(0, len(PSEUDO_QUERIES), len(item))
+    place = (segments.start - segments.first) // config.size
+    names = [f"{ratings.user_ids[user]}-{n}" for user, n in zip(segments.user.tolist(), place.tolist(), strict=True)]
+    phrase = pa.array(PSEUDO_QUERIES).take(pa.array(queries))
+    splits, past = _splits(segments.user, config), (offsets, log.item[history_at])
+    titled = any(title is not None for title in ratings.titles)
     return PostRankTable(
-        requests, ratings.item_ids, ratings.user_ids, _fields(ratings, config.width),
+        request_table(names, splits, phrase, queries, segments.user, (item, score, rating), past),
+        ratings.item_ids,
+        ratings.user_ids,
+        _fields(fields, config.width),
         {key: np.ascontiguousarray(value, dtype=np.float32) for key, value in matrices.items()},
-        [[("title", title)] if title else [] for title in ratings.titles] if any(known) else [],
+        [[("title", title)] if title else [] for title in ratings.titles] if titled else [],
         notes=[f"Segments begin at or after the time {int(cut)}; the upstream ranker saw ratings before it only."],
-    )  # fmt: skip
-
-
-def _ordered(ratings: Ratings) -> _Ordered:
-    order = np.lexsort((np.arange(len(ratings.time)), ratings.time, ratings.user))
-    user = ratings.user[order]
-    return _Ordered(
-        user,
-        ratings.item[order],
-        ratings.rating[order].astype(np.float64),
-        ratings.time[order],
-        np.searchsorted(user, user, side="left"),
     )
 
 
-def _segments(log: _Ordered, config: SegmentConfig, cut: int) -> _Segments:
+def _segments(log: Ratings, config: SegmentConfig, cut: int) -> _Segments:
     """Whole segments from each user's first rating on, kept where they begin at or after the cut."""
-    n = len(log.user)
-    place = np.arange(n) - log.first_of_user
-    end_of_user = np.searchsorted(log.user, log.user, side="right")
-    whole = (place % config.size == 0) & (np.arange(n) + config.size <= end_of_user)
+    at = np.arange(len(log.user))
+    first, end = (np.searchsorted(log.user, log.user, side=side) for side in ("left", "right"))
+    whole = ((at - first) % config.size == 0) & (at + config.size <= end)
     start = np.flatnonzero(whole & (log.time >= cut))
     if not len(start):
         raise DataError(
@@ -180,20 +171,12 @@ def _segments(log: _Ordered, config: SegmentConfig, cut: int) -> _Segments:
     times, ranks = np.unique(log.time, return_inverse=True)
     key = log.user * (len(times) + 1) + ranks
     past = np.searchsorted(key, user * (len(times) + 1) + np.searchsorted(times, time), side="left")
-    return _Segments(start, user, time, log.first_of_user[start], past)
-
-
-def _history(segments: _Segments, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(R,) lengths and the flat rows of each segment's latest earlier ratings, oldest first."""
-    first = np.maximum(segments.first, segments.past - length)
-    sizes = segments.past - first
-    begin = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-    return sizes, np.repeat(first - begin, sizes) + np.arange(int(sizes.sum()))
+    return _Segments(start, user, time, first[start], past)
 
 
 def _past_fields(
-    log: _Ordered, segments: _Segments, movies: PastMeans, features: np.ndarray, person: np.ndarray,
-    sizes: np.ndarray, history_at: np.ndarray,
+    log: Ratings, segments: _Segments, movies: PastMeans, features: np.ndarray, person: np.ndarray,
+    offsets: np.ndarray, history_at: np.ndarray,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Fields of the user and of the history as they are when the segment begins."""
     running = np.concatenate([[0.0], np.cumsum(log.rating)])
@@ -201,7 +184,7 @@ def _past_fields(
     total = running[segments.past] - running[segments.first]
     mean = np.divide(total, count, out=np.full(len(count), np.nan), where=count > 0)
     vector = np.where(count[:, None] > 0, person, np.nan)
-    owner = np.repeat(np.arange(len(sizes)), sizes)
+    owner = owners(offsets)
     items = log.item[history_at]
     seen, times = movies.before(items, segments.time[owner]), np.einsum("rd,rd->r", person[owner], features[history_at])
     return {
@@ -212,64 +195,36 @@ def _past_fields(
     }
 
 
-def _static(ratings: Ratings, vectors: np.ndarray, known: np.ndarray) -> dict[str, np.ndarray]:
-    ages, decades = [_age_band(age) for age in ratings.ages], [_decade(year) for year in ratings.years]
-    return {
-        "user/age": _one_hot([[age] if age else [] for age in ages], _values(ages)),
-        "user/gender": _one_hot([[one] if one else [] for one in ratings.genders], _values(ratings.genders)),
-        "user/occupation": _one_hot(
-            [[one] if one else [] for one in ratings.occupations], _values(ratings.occupations)
-        ),
-        "item/vector": np.where(known[:, None], vectors, np.nan),
-        "item/genres": _one_hot(ratings.genres, _genres(ratings)),
-        "item/decade": _one_hot([[one] if one else [] for one in decades], _values(decades)),
-    }
+def _categories(ratings: Ratings) -> tuple[list[PostRankField], dict[str, np.ndarray]]:
+    """Categorical fields that stay as they are, with their matrices."""
+    columns: list[tuple[str, str, list[list[str]]]] = [
+        ("user", name, [[one] if one else [] for one in values])
+        for name, values in (
+            ("age", [_age_band(age) for age in ratings.ages]),
+            ("gender", ratings.genders),
+            ("occupation", ratings.occupations),
+        )
+    ]
+    decades = [[] if year is None else [f"{year // 10 * 10}s"] for year in ratings.years]
+    columns += [("item", "genres", ratings.genres), ("item", "decade", decades)]
+    fields, matrices = [], {}
+    for side, name, rows in columns:
+        values = sorted({value for row in rows for value in row if value}) or ["unknown"]
+        fields.append(PostRankField(name, "categorical", side, len(values), tuple(values)))
+        matrices[f"{side}/{name}"] = _one_hot(rows, values)
+    return fields, matrices
 
 
-def _fields(ratings: Ratings, width: int) -> tuple[PostRankField, ...]:
-    def categorical(name: str, side: str, values: Sequence[str]) -> PostRankField:
-        return PostRankField(name, "categorical", side, len(values), tuple(values))
-
+def _fields(categories: list[PostRankField], width: int) -> tuple[PostRankField, ...]:
     item_past = ("mean rating", "log ratings", "ranking score")
     return (
         PostRankField("vector", "id_embedding", "user", width + 1, dynamic=True),
-        categorical("age", "user", _values([_age_band(age) for age in ratings.ages])),
-        categorical("gender", "user", _values(ratings.genders)),
-        categorical("occupation", "user", _values(ratings.occupations)),
+        *categories[:3],
         PostRankField("past", "numeric", "user", 2, ("mean rating", "log ratings"), dynamic=True),
         PostRankField("vector", "id_embedding", "item", width),
-        categorical("genres", "item", _genres(ratings)),
-        categorical("decade", "item", _values([_decade(year) for year in ratings.years])),
+        *categories[3:],
         PostRankField("past", "numeric", "item", 3, item_past, dynamic=True),
         PostRankField("stars", "categorical", "item", 5, ("1", "2", "3", "4", "5"), dynamic=True),
-    )
-
-
-def _requests(
-    ratings: Ratings, segments: _Segments, item: np.ndarray, score: np.ndarray, rating: np.ndarray,
-    past_items: np.ndarray, sizes: np.ndarray, config: SegmentConfig,
-) -> pa.Table:  # fmt: skip
-    count, size = item.shape
-    queries = np.random.default_rng([config.seed, 0]).integers(0, len(PSEUDO_QUERIES), count)
-    place = (segments.start - segments.first) // size
-    users = pa.array(ratings.user_ids, pa.string()).take(pa.array(segments.user)).to_pylist()
-    kind = REQUEST_SCHEMA.field("candidates").type
-    listed = pa.StructArray.from_arrays(
-        [pa.array(item.ravel()), pa.array(score.ravel(), pa.float32()), pa.array(rating.ravel(), pa.float32())],
-        fields=list(kind.value_type),
-    )
-    offsets = np.concatenate([[0], np.cumsum(sizes)])
-    return pa.table(
-        [
-            pa.array([f"{user}-{number}" for user, number in zip(users, place.tolist(), strict=True)]),
-            pa.array(_splits(segments.user, config)),
-            pa.array(PSEUDO_QUERIES).take(pa.array(queries)),
-            pa.array(queries),
-            pa.array(segments.user),
-            pa.ListArray.from_arrays(pa.array(np.arange(count + 1) * size, pa.int32()), listed),
-            pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(past_items)),
-        ],
-        schema=REQUEST_SCHEMA,
     )
 
 
@@ -291,18 +246,6 @@ def _age_band(age: str | None) -> str | None:
     return list(AGES.values())[int(np.searchsorted(_AGE_FROM, int(age), side="right"))]
 
 
-def _decade(year: int | None) -> str | None:
-    return None if year is None else f"{year // 10 * 10}s"
-
-
-def _values(column: Sequence[str | None]) -> list[str]:
-    return sorted({value for value in column if value}) or ["unknown"]
-
-
-def _genres(ratings: Ratings) -> list[str]:
-    return _values([genre for genres in ratings.genres for genre in genres])
-
-
 def _one_hot(rows: Sequence[Sequence[str]], values: Sequence[str]) -> np.ndarray:
     """(rows, values) 0/1; a row without any value is NaN (missing)."""
     number = {value: column for column, value in enumerate(values)}
@@ -312,8 +255,3 @@ def _one_hot(rows: Sequence[Sequence[str]], values: Sequence[str]) -> np.ndarray
         if not chosen:
             out[row] = np.nan
     return out
-
-
-def _unit(rng: np.random.Generator, rows: int, width: int) -> np.ndarray:
-    vectors = rng.standard_normal((rows, width))
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -7,7 +7,7 @@ The files are those of BEIR and TREC; nothing is downloaded. Plain text or `.gz`
 * qrels: tab-separated `query passage score`, with or without BEIR's header, or TREC (`query 0 passage score`).
 
 The paper re-ranks BM25's top 100 with Sentence-BERT vectors; here the run is whatever the file holds, and vectors are
-given or hashed words. A passage that nobody judged counts as 0, as BEIR's own evaluation does, or stays unknown.
+hashed words. A passage that nobody judged counts as 0, as BEIR's own evaluation does, or stays unknown.
 With the passage vector as its only field the adapter's attention has nothing to choose from; the run's score is
 therefore a field of its own.
 """
@@ -15,7 +15,6 @@ therefore a field of its own.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,9 +23,9 @@ import numpy as np
 import pyarrow as pa
 
 from sidtune.core.errors import ConfigError, DataError
+from sidtune.core.text import read_lines
 from sidtune.data_builders.post_ranking.schema import REQUEST_SCHEMA, PostRankField, PostRankTable
 from sidtune.data_builders.post_ranking.text_hashing import hashed_bag
-from sidtune.data_builders.readers.raw_files import read_lines
 
 
 @dataclass(frozen=True)
@@ -60,16 +59,8 @@ class PassageFiles:
             )
 
 
-def passage_lists(
-    files: PassageFiles,
-    query_vectors: Mapping[str, Any] | None = None,
-    passage_vectors: Mapping[str, Any] | None = None,
-) -> PostRankTable:
+def passage_lists(files: PassageFiles) -> PostRankTable:
     """Builds the table: one request per query that the run names, in order of its first line.
-
-    Args:
-        files: see `PassageFiles`.
-        query_vectors, passage_vectors: id → vector; default hashed words of the texts.
 
     Raises:
         DataError: a file is missing or damaged, or names an id that the others lack.
@@ -105,16 +96,14 @@ def passage_lists(
         ],
         schema=REQUEST_SCHEMA,
     )
-    query_matrix = _vectors(list(run), [queries[query][1] for query in run], query_vectors, files.width, "query")
-    words = [" ".join(passages[passage]) for passage in rows]
-    matrix = _vectors(list(rows), words, passage_vectors, files.width, "passage")
+    asked = [queries[query][1] for query in run]
     fields = (
-        PostRankField("passage", "text_vector", "item", matrix.shape[1]),
+        PostRankField("passage", "text_vector", "item", files.width),
         PostRankField("ranking", "numeric", "item", 1, ("ranking score",), dynamic=True),
     )
     matrices = {
-        "query": query_matrix,
-        "item/passage": matrix,
+        "query": hashed_bag(asked, files.width),
+        "item/passage": hashed_bag([" ".join(passages[passage]) for passage in rows], files.width),
         "candidate/ranking": np.array(scores, np.float32)[:, None],
         "history/ranking": np.zeros((0, 1), np.float32),
     }
@@ -210,15 +199,3 @@ def _check_ids(files: PassageFiles, run: dict[str, Any], queries: dict[str, Any]
                 f"The run {files.run} names the {what} '{missing[0]}' (and {len(missing) - 1} more), which {path} "
                 "lacks; give the files that belong together."
             )
-
-
-def _vectors(ids: list[str], texts: list[str], given: Mapping[str, Any] | None, width: int, what: str) -> np.ndarray:
-    if given is None:
-        return hashed_bag(texts, width)
-    missing = [name for name in ids if name not in given]
-    if missing:
-        raise DataError(f"There is no vector for the {what} '{missing[0]}' (and {len(missing) - 1} more); encode all.")
-    try:
-        return np.stack([np.asarray(given[name], dtype=np.float32) for name in ids])
-    except ValueError as error:
-        raise DataError(f"The {what} vectors differ in shape ({error}); encode all with one model.") from None

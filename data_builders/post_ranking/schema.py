@@ -53,6 +53,33 @@ REQUEST_SCHEMA = pa.schema(
 )
 
 
+def request_table(
+    ids: Any,
+    splits: Any,
+    queries: Any,
+    query_rows: Any,
+    user_rows: Any,
+    candidates: tuple[np.ndarray, np.ndarray, np.ndarray],
+    history: tuple[np.ndarray, np.ndarray],
+) -> pa.Table:
+    """R requests as columns of `REQUEST_SCHEMA`.
+
+    Args:
+        ids, splits, queries, query_rows, user_rows: (R,) columns, Arrow arrays or what makes them.
+        candidates: item rows, scores and relevances, (R, n) each; NaN = unknown.
+        history: (R + 1,) offsets, and the item rows end to end.
+    """
+    items, scores, relevance = candidates
+    kind = REQUEST_SCHEMA.field("candidates").type.value_type
+    labels = pa.array(relevance.ravel(), pa.float32(), mask=np.isnan(relevance.ravel()))
+    flat = [pa.array(items.ravel(), pa.int64()), pa.array(scores.ravel(), pa.float32()), labels]
+    listed = pa.StructArray.from_arrays(flat, fields=list(kind))
+    places = pa.array(np.arange(len(items) + 1) * items.shape[1], pa.int32())
+    past = pa.ListArray.from_arrays(pa.array(history[0], pa.int32()), pa.array(history[1], pa.int64()))
+    columns = [ids, splits, queries, query_rows, user_rows, pa.ListArray.from_arrays(places, listed), past]
+    return pa.table(columns, schema=REQUEST_SCHEMA)
+
+
 @dataclass(frozen=True)
 class PostRankField:
     """One feature field.
@@ -65,6 +92,7 @@ class PostRankField:
         labels: names of the columns (`dim` many: the values of a categorical field, the statistics of a numeric one),
             or empty. Fields with labels can be written out as text.
         dynamic: stored per request instead of per user or item.
+        sources: fingerprints of the semantic IDs that it holds and of those they extend; empty for other values.
 
     Raises:
         ConfigError: an unknown kind or side, or labels that do not fit.
@@ -76,6 +104,7 @@ class PostRankField:
     dim: int
     labels: tuple[str, ...] = ()
     dynamic: bool = False
+    sources: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for what, value, known in (("kind", self.kind, KINDS), ("side", self.side, SIDES)):
@@ -115,6 +144,7 @@ class PostRankRequest:
         user_text, item_texts: (name, value) pairs of what can be said in words, for the user and for each candidate.
         init_scores: (n,) float32 scores of the ranking stage, NaN = unknown.
         history_texts: as `item_texts`, for the history.
+        sources: `"{side}/{field}"` → `PostRankField.sources`, where known.
     """
 
     request_id: str
@@ -129,6 +159,7 @@ class PostRankRequest:
     item_texts: Sequence[Sequence[tuple[str, str]]] = ()
     init_scores: np.ndarray | None = None
     history_texts: Sequence[Sequence[tuple[str, str]]] = ()
+    sources: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -239,6 +270,11 @@ class PostRankTable:
     def fields_of(self, side: str) -> tuple[PostRankField, ...]:
         """The fields of one side, in order."""
         return tuple(one for one in self.fields if one.side == side)
+
+    @property
+    def sources(self) -> dict[str, tuple[str, ...]]:
+        """`"{side}/{field}"` → fingerprints, of the fields that hold semantic IDs."""
+        return {f"{one.side}/{one.name}": one.sources for one in self.fields if one.sources}
 
     def rows_of(self, split: str) -> np.ndarray:
         """(n,) rows of the requests of a split, in order."""

@@ -21,7 +21,8 @@ import numpy as np
 import pyarrow as pa
 
 from sidtune.core.errors import ConfigError, DataError, nearest
-from sidtune.data_builders.post_ranking.schema import REQUEST_SCHEMA, PostRankField, PostRankTable
+from sidtune.core.ragged import owners, stretches
+from sidtune.data_builders.post_ranking.schema import PostRankField, PostRankTable, request_table
 from sidtune.data_builders.post_ranking.text_hashing import hashed_bag
 from sidtune.data_builders.shop_world import words
 from sidtune.data_builders.shop_world.catalogue import item_table, price_bucket
@@ -70,8 +71,8 @@ def session_table(
     if query_vectors is None:
         query_vectors = hashed_bag(texts.to_pylist(), _D_Q)
     past = _PastClicks(world)
-    history_items, sizes = past.items(sessions.rows, history)
-    owner = np.repeat(np.arange(count), sizes)
+    history_items, offsets = past.items(sessions.rows, history)
+    owner = owners(offsets)
     fields, matrices = _static(world)
     counted = ("log clicks", "log exposures", "click rate")
     fields.append(PostRankField("past", "numeric", "item", 3, counted, dynamic=True))
@@ -84,8 +85,11 @@ def session_table(
             matrices[f"history/{one.name}"] = np.full((len(history_items), one.dim), np.nan)
     matrices["query"] = query_vectors
     titles = item_table(world.config, world.catalogue)["title"].to_pylist()
+    asked = [world.request_ids[sessions.rows].tolist(), list(splits), texts.cast(pa.string()), np.arange(count)]
+    listed = (sessions.items, scores, _relevance(sessions, label, seed))
+    users = world.requests.user[sessions.rows]
     return PostRankTable(
-        _requests(sessions, splits, scores, _relevance(sessions, label, seed), texts, history_items, sizes),
+        request_table(*asked, users, listed, (offsets, history_items)),
         world.item_ids.tolist(),
         user_ids(world.config).tolist(),
         tuple(fields),
@@ -102,33 +106,6 @@ def _relevance(sessions: ShopSessions, label: str, seed: int) -> np.ndarray:
     if label == "clicks":
         return sessions.sample(sessions.incoming, seed).astype(np.float64)
     return np.full(sessions.items.shape, np.nan)
-
-
-def _requests(
-    sessions: ShopSessions, splits: Sequence[str], scores: np.ndarray, relevance: np.ndarray, texts: pa.Array,
-    history_items: np.ndarray, sizes: np.ndarray,
-) -> pa.Table:  # fmt: skip
-    world, (count, n) = sessions.world, sessions.items.shape
-    kind = REQUEST_SCHEMA.field("candidates").type
-    labels = pa.array(relevance.ravel(), pa.float32(), mask=np.isnan(relevance.ravel()))
-    listed = pa.StructArray.from_arrays(
-        [pa.array(sessions.items.ravel(), pa.int64()), pa.array(scores.ravel(), pa.float32()), labels],
-        fields=list(kind.value_type),
-    )
-    return pa.table(
-        [
-            pa.array(world.request_ids[sessions.rows], pa.string()),
-            pa.array(list(splits), pa.string()),
-            texts.cast(pa.string()),
-            pa.array(np.arange(count)),
-            pa.array(world.requests.user[sessions.rows], pa.int64()),
-            pa.ListArray.from_arrays(pa.array(np.arange(count + 1) * n, pa.int32()), listed),
-            pa.ListArray.from_arrays(
-                pa.array(np.concatenate([[0], np.cumsum(sizes)]), pa.int32()), pa.array(history_items, pa.int64())
-            ),
-        ],
-        schema=REQUEST_SCHEMA,
-    )
 
 
 class _PastClicks:
@@ -150,14 +127,12 @@ class _PastClicks:
         self._shown = np.sort(world.log.item.ravel().astype(np.int64) * self._step + rows)
 
     def items(self, rows: np.ndarray, latest: int) -> tuple[np.ndarray, np.ndarray]:
-        """Flat item rows of each request's user's latest earlier clicks, oldest first, and how many each has."""
+        """Flat item rows of each request's user's latest earlier clicks, oldest first, and their offsets."""
         user = self.world.requests.user[rows]
         first = np.searchsorted(self._user_key, user * self._step, side="left")
         end = np.searchsorted(self._user_key, user * self._step + self.begin[rows], side="left")
-        first = np.maximum(first, end - latest)
-        sizes = end - first
-        begin = np.concatenate([[0], np.cumsum(sizes)[:-1]]) if len(sizes) else sizes
-        return self._user_item[np.repeat(first - begin, sizes) + np.arange(int(sizes.sum()))], sizes
+        offsets, places = stretches(np.maximum(first, end - latest), end)
+        return self._user_item[places], offsets
 
     def counts(self, rows: np.ndarray, items: np.ndarray) -> np.ndarray:
         """(n, 3) log clicks, log exposures and smoothed click rate of each item before each request."""

@@ -54,7 +54,10 @@ def load_post_rank(folder: str | Path) -> PostRankTable:
     folder = Path(folder)
     try:
         known = json.loads((folder / "fields.json").read_text(encoding="utf-8"))
-        fields = tuple(PostRankField(**{**one, "labels": tuple(one["labels"])}) for one in known["fields"])
+        fields = tuple(
+            PostRankField(**{k: tuple(v) if isinstance(v, list) else v for k, v in one.items()})
+            for one in known["fields"]
+        )
         matrices = {key: np.load(_file(folder, key), "r", allow_pickle=False) for key in known["matrices"]}
         requests = pq.read_table(folder / "requests.parquet")
         sides = [pq.read_table(folder / f"{name}.parquet") for name in ("items", "users")]

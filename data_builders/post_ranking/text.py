@@ -9,6 +9,7 @@ whoever puts them in a prompt does that (`sanitizer`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -19,16 +20,8 @@ from sidtune.data_builders.post_ranking.schema import REQUEST_SCHEMA, PostRankFi
 Pairs = list[tuple[str, str]]
 
 
-def field_texts(
-    fields: Sequence[PostRankField], values: Mapping[str, np.ndarray | None], decimals: int = 1
-) -> list[tuple[str, str]]:
-    """(name, value) pairs of one user or item, in the order of the fields.
-
-    Args:
-        fields: the fields of that side.
-        values: field → (dim,) array, or None for a missing field.
-        decimals: digits after the point of numbers.
-    """
+def field_texts(fields: Sequence[PostRankField], values: Mapping[str, np.ndarray | None]) -> Pairs:
+    """(name, value) pairs of one user or item, in the order of the fields; `values`: field → (dim,) array or None."""
     pairs: Pairs = []
     for one in fields:
         value = values.get(one.name)
@@ -38,38 +31,25 @@ def field_texts(
             chosen = [label for label, part in zip(one.labels, value, strict=True) if part > 0.5]
             pairs += [(one.name, ", ".join(chosen))] if chosen else []
         elif one.kind == "numeric":
-            pairs += [(label, f"{float(part):.{decimals}f}") for label, part in zip(one.labels, value, strict=True)]
+            pairs += [(label, f"{float(part):.1f}") for label, part in zip(one.labels, value, strict=True)]
     return pairs
 
 
-def render_pairs(pairs: Sequence[tuple[str, str]]) -> str:
-    """`name: value; name: value` — one line, the same everywhere."""
-    return "; ".join(f"{name}: {value}" for name, value in pairs)
+def render_request(request: PostRankRequest) -> str:
+    """A request in words, without any vector: query, user, history and candidates by number, one line each."""
 
+    def said(pairs: Sequence[tuple[str, str]]) -> str:
+        return "; ".join(f"{name}: {value}" for name, value in pairs)
 
-def render_request(request: PostRankRequest, labels: Sequence[str] | None = None) -> str:
-    """A request in words, without any vector: query, user, history and candidates, one line each.
-
-    Args:
-        request: with its texts set.
-        labels: name of each candidate; default capital letters (so at most 26 candidates without `labels`).
-
-    Raises:
-        DataError: fewer labels than candidates.
-    """
-    count = len(request.item_ids)
-    names = list(labels) if labels is not None else [chr(65 + place) for place in range(min(count, 26))]
-    if len(names) < count:
-        raise DataError(f"The request '{request.request_id}' has {count} candidates but only {len(names)} labels.")
     lines = [f"Query: {request.query}"] if request.query else []
     if request.user_text:
-        lines.append(f"User: {render_pairs(request.user_text)}")
-    lines += [f"History: {render_pairs(pairs)}" for pairs in request.history_texts if pairs]
-    lines += [f"{names[n]}: {render_pairs(pairs)}" for n, pairs in enumerate(request.item_texts)]
+        lines.append(f"User: {said(request.user_text)}")
+    lines += [f"History: {said(pairs)}" for pairs in request.history_texts if pairs]
+    lines += [f"{n}: {said(pairs)}" for n, pairs in enumerate(request.item_texts)]
     return "\n".join(lines)
 
 
-def request_of(table: PostRankTable, row: int, max_history: int | None = None, decimals: int = 1) -> PostRankRequest:
+def request_of(table: PostRankTable, row: int, max_history: int | None = None) -> PostRankRequest:
     """One row of a table as a request of its own, texts included. Raises DataError on a row out of range."""
     batch = table.batch([row], max_history)
     user_row = int(table.user_rows[row])
@@ -85,7 +65,7 @@ def request_of(table: PostRankTable, row: int, max_history: int | None = None, d
     def item_text(rows: np.ndarray, values: list[dict]) -> list[Pairs]:
         extra = table.item_texts
         return [
-            [*(extra[item] if len(extra) else ()), *field_texts(item_fields, one, decimals)]
+            [*(extra[item] if len(extra) else ()), *field_texts(item_fields, one)]
             for item, one in zip(rows.tolist(), values, strict=True)
         ]
 
@@ -100,10 +80,11 @@ def request_of(table: PostRankTable, row: int, max_history: int | None = None, d
         item_ids=[table.item_ids[item] for item in batch.item_rows[0]],
         relevance=batch.relevance[0],
         history=past,
-        user_text=[*extra, *field_texts(table.fields_of("user"), user, decimals)],
+        user_text=[*extra, *field_texts(table.fields_of("user"), user)],
         item_texts=item_text(batch.item_rows[0], items),
         init_scores=batch.init_score[0],
         history_texts=item_text(batch.history_rows[0], past),
+        sources=table.sources,
     )
 
 
@@ -124,7 +105,7 @@ def table_from_requests(
     Raises:
         DataError: a vector of the wrong width, or relevance of the wrong length.
     """
-    fields = tuple(PostRankField(f.name, f.kind, f.side, f.dim, f.labels, True) for f in fields)
+    fields = tuple(replace(one, dynamic=True) for one in fields)
     ids: dict[str, int] = {}
     rows, flat, past, queries = [], [], [], []
     for number, one in enumerate(requests):

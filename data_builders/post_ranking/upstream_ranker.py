@@ -14,8 +14,6 @@ so far plus the inner product. All means are shrunk towards the mean of everythi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 GLOBAL_PRIOR = 3.5  # the mean rating before any rating is known
@@ -53,28 +51,18 @@ class PastMeans:
         return (total + self.shrink * overall) / (count + self.shrink), count
 
 
-@dataclass(frozen=True)
-class ItemFactors:
-    """Item vectors of the upstream ranker.
-
-    Attributes:
-        vectors: (I, k) float64, zeros for an item without a rating before the cut.
-        known: (I,) bool, False for those items.
-    """
-
-    vectors: np.ndarray
-    known: np.ndarray
-
-
 def fit_item_factors(
     user: np.ndarray, item: np.ndarray, residual: np.ndarray, users: int, items: int, width: int, seed: int = 0
-) -> ItemFactors:
+) -> tuple[np.ndarray, np.ndarray]:
     """Item vectors from the ratings before the cut: right singular vectors of the residuals, times root singular value.
 
     Args:
         user, item, residual: (n,) the ratings before the cut.
         users, items: numbers of rows. width: k; a smaller rank is filled up with zeros.
         seed: start vector of the solver; signs are fixed, so equal data gives equal vectors.
+
+    Returns:
+        (I, k) float64 vectors, zeros for an item without a rating before the cut; and (I,) bool, False for those items.
     """
     from scipy.sparse import csr_matrix
     from scipy.sparse.linalg import svds
@@ -84,7 +72,7 @@ def fit_item_factors(
     known[item] = True
     rank = min(width, min(len(np.unique(user)), len(np.unique(item))) - 1)
     if rank < 1 or not np.any(residual):
-        return ItemFactors(vectors, known)
+        return vectors, known
     matrix = csr_matrix((residual.astype(np.float64), (user, item)), shape=(users, items))
     start = np.random.default_rng(seed).standard_normal(min(matrix.shape))
     _, values, right = svds(matrix, k=rank, v0=start)
@@ -93,7 +81,7 @@ def fit_item_factors(
     signs = np.sign(right[np.arange(rank), np.abs(right).argmax(axis=1)])
     vectors[:, :rank] = (right * np.where(signs == 0, 1.0, signs)[:, None]).T
     vectors[~known] = 0.0
-    return ItemFactors(vectors, known)
+    return vectors, known
 
 
 def fold_in(

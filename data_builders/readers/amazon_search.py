@@ -17,14 +17,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from sidtune.core.config import build
 from sidtune.core.errors import DataError
-from sidtune.data_builders.readers.raw_files import one_file, read_lines, source_folder
+from sidtune.core.text import read_lines
+from sidtune.data_builders.readers.raw_files import one_file
+from sidtune.data_builders.readers.reader import reader
 from sidtune.data_builders.tables.schema import Tables, table_from_columns
 from sidtune.data_builders.tables.splits import candidate_lists
 
@@ -34,31 +34,22 @@ class Options:
     """Options of the reader: none."""
 
 
-@dataclass
-class _Lines:
-    """Relevance lines as parallel lists: key `USER_QUERY`, item, and the file they stand in."""
-
-    keys: list[str]
-    items: list[str]
-    repeated: int
-
-
-def read(path: str, **options: Any) -> Tables:
+@reader("amazon_search", Options, clock=False)
+def read(folder: Path, chosen: Options) -> Tables:
     """Reads the folder; see the module's docstring."""
-    build(Options, options, "reader 'amazon_search'")
-    folder = source_folder(path, "amazon_search")
     query_file = one_file(folder, "query_text.txt.gz")
     assert query_file is not None
     queries = read_lines(query_file)
-    train, test = (_read_qrels(one_file(folder, f"{part}.qrels.gz"), len(queries)) for part in ("train", "test"))
-    keys, request_of_line = _number(train.keys, test.keys)
-    first_test = len(_number(train.keys, [])[0])
-    if int(request_of_line[: len(train.keys)].max(initial=-1)) != first_test - 1 or len(keys) == first_test:
+    parts = [_read_qrels(one_file(folder, f"{part}.qrels.gz"), len(queries)) for part in ("train", "test")]
+    (train, sold, repeated), (test, wanted, again) = parts
+    keys, request_of_line = _number(train, test)
+    first_test = len(set(train))
+    if not first_test or len(keys) == first_test:
         raise DataError(f"The folder {folder} has no train or no test lines; copy or download it again.")
-    if request_of_line[len(train.keys) :].min() < first_test:
+    if request_of_line[len(train) :].min() < first_test:
         raise DataError(f"The folder {folder} has a user and query both in train and in test; copy it again.")
     users, query_numbers = zip(*(key.rsplit("_", 1) for key in keys), strict=True)
-    items = train.items + test.items
+    items = sold + wanted
     order = np.argsort(request_of_line, kind="stable")
     offsets = np.concatenate([[0], np.cumsum(np.bincount(request_of_line, minlength=len(keys)))])
     flat = pa.array(items, pa.string()).take(pa.array(order))
@@ -77,7 +68,7 @@ def read(path: str, **options: Any) -> Tables:
     catalogue, people = sorted(set(items)), sorted(set(users))
     counts = {
         "lines": len(items),
-        "duplicate_lines_dropped": train.repeated + test.repeated,
+        "duplicate_lines_dropped": repeated + again,
         "items_without_title": len(catalogue),
     }
     return Tables(
@@ -96,14 +87,15 @@ def read(path: str, **options: Any) -> Tables:
     )
 
 
-def _read_qrels(path: Path | None, queries: int) -> _Lines:
+def _read_qrels(path: Path | None, queries: int) -> tuple[list[str], list[str], int]:
+    """Keys `USER_QUERY` and items of the distinct lines, and how many lines were repeated."""
     assert path is not None
     keys, items, seen = [], [], set()
     lines = read_lines(path)
     for number, line in enumerate(lines, 1):
         fields = line.split()
         user, _, query = fields[0].rpartition("_") if len(fields) == 4 else ("", "", "")
-        if not user or not query.isdecimal() or int(query) >= queries:
+        if not user or not query.isdecimal() or int(query) >= queries or fields[3] != "1":
             raise DataError(
                 f"The file {path} has in line {number} {line!r:.60}; expected 'USER_QUERY 0 ITEM 1' "
                 f"with a query number below {queries}."
@@ -113,7 +105,7 @@ def _read_qrels(path: Path | None, queries: int) -> _Lines:
             seen.add(pair)
             keys.append(fields[0])
             items.append(fields[2])
-    return _Lines(keys, items, len(lines) - len(keys))
+    return keys, items, len(lines) - len(keys)
 
 
 def _number(*groups: list[str]) -> tuple[list[str], np.ndarray]:

@@ -29,10 +29,10 @@ from typing import Any
 
 import numpy as np
 
-from sidtune.core.config import build
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.data_builders.readers.own import users_of
-from sidtune.data_builders.readers.raw_files import one_file, read_csv, read_json_object, source_folder
+from sidtune.data_builders.readers.raw_files import one_file, read_csv, read_json_object
+from sidtune.data_builders.readers.reader import reader
 from sidtune.data_builders.readers.text_cleaning import clean_html, parse_list_text
 from sidtune.data_builders.tables.history import History
 from sidtune.data_builders.tables.schema import Tables, table_from_columns, table_from_rows
@@ -69,13 +69,13 @@ class _Row:
     title: str | None
 
 
-def read(path: str, **options: Any) -> Tables:
+@reader("amazon_sid", Options)
+def read(folder: Path, chosen: Options) -> Tables:
     """Reads the folder; see the module's docstring for times and splits."""
-    chosen = build(Options, options, "reader 'amazon_sid'")
-    folder = source_folder(path, "amazon_sid")
     counts: dict[str, int] = {}
     items = _read_items(one_file(folder, f"{chosen.category}.item.json"), counts)
     rows = [row for file in _FILES for row in _read_rows(folder, chosen.category, file)]
+    rows, counts["repeated_rows_dropped"] = _once(rows)
     if not any(row.file == "test" for row in rows) or all(row.file == "test" for row in rows):
         raise DataError(f"The folder {folder} must hold valid (or train) rows and test rows; a file is empty.")
     _add_unknown(items, rows, counts)
@@ -139,6 +139,26 @@ def _read_rows(folder: Path, category: str, file: str) -> list[_Row]:
         window = [str(part) for part in history]
         rows.append(_Row(row["user_id"], window, row["item_id"], file, f"{path}, line {line}", row.get("item_title")))
     return rows
+
+
+def _once(rows: list[_Row]) -> tuple[list[_Row], int]:
+    """The rows without those that can only repeat an earlier one, and how many these were.
+
+    A row may stand twice where somebody bought one thing over and over: then its window is full of it.
+    """
+    longest = max((len(row.history) for row in rows), default=0)
+    seen: set[tuple] = set()
+    last: dict[str, tuple] = {}
+    kept = []
+    for row in rows:
+        key = (row.user, *row.history, row.target)
+        full = len(row.history) == longest
+        if (key in seen and not full) or (last.get(row.user) == key and set(row.history) != {row.target}):
+            continue
+        seen.add(key)
+        last[row.user] = key
+        kept.append(row)
+    return kept, len(rows) - len(kept)
 
 
 def _add_unknown(items: dict[str, dict[str, Any]], rows: list[_Row], counts: dict[str, int]) -> None:

@@ -25,9 +25,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sidtune.core.config import build
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.data_builders.readers.raw_files import first_rows, lists_of, read_lines, source_folder
+from sidtune.core.text import read_lines
+from sidtune.data_builders.readers.raw_files import first_rows, lists_of
+from sidtune.data_builders.readers.reader import reader
 from sidtune.data_builders.tables.history import FOREVER
 from sidtune.data_builders.tables.schema import Tables, table_from_columns
 from sidtune.data_builders.tables.splits import candidate_lists, leave_one_out
@@ -64,10 +65,9 @@ class _Log:
     time: np.ndarray
 
 
-def read(path: str, **options: Any) -> Tables:
+@reader("jdsearch", Options, clock=False)
+def read(folder: Path, chosen: Options) -> Tables:
     """Reads the folder; see the module's docstring."""
-    chosen = build(Options, options, "reader 'jdsearch'")
-    folder = source_folder(path, "jdsearch")
     counts: dict[str, int] = {}
     lines = _read_behaviour(_find(folder, ("*behavior*.txt", "release_data*.txt")))
     log, test_times = _steps(lines)

@@ -3,7 +3,8 @@ function).
 
 * A `recall` line is a request: what was shown (in order), clicked and bought. `rank` lines of the same user, session
   and time are the same request seen item by item: they add the entrance to its context and prices to items. Rank
-  lines without a recall line make a request of their own, positions in the order of the lines.
+  lines without a recall line make a request of their own, positions in the order of the lines. Feedback that is null
+  in the source is unknown, not absent: its labels are null.
 * Events are the clicks and orders of the requests, at the request's time, tied to it. The lists of recent clicks and
   orders in `rank` have no times: those of a user's first request become events one second apart just before it, the
   last of the list latest (assumed); later lists repeat what the log holds already and are skipped, counted.
@@ -23,9 +24,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sidtune.core.config import build
 from sidtune.core.errors import DataError, nearest
-from sidtune.data_builders.readers.raw_files import first_rows, lists_of, pairs_of, read_json_lines, source_folder
+from sidtune.data_builders.readers.raw_files import first_rows, lists_of, pairs_of, read_json_lines
+from sidtune.data_builders.readers.reader import reader
 from sidtune.data_builders.readers.text_cleaning import clean_html
 from sidtune.data_builders.tables.columns import among
 from sidtune.data_builders.tables.schema import Tables, table_from_columns
@@ -71,7 +72,7 @@ class Options:
 
 @dataclass
 class _Shown:
-    """Requests, and what they showed, end to end (item ids still numbers)."""
+    """Requests, and what they showed, end to end (item ids still numbers; feedback 0, 1, or -1 for unknown)."""
 
     keys: pa.Table  # request_id, user_id, time_index, query, split
     owner: np.ndarray
@@ -80,10 +81,9 @@ class _Shown:
     order: np.ndarray
 
 
-def read(path: str, **options: Any) -> Tables:
+@reader("kuaisearch", Options)
+def read(folder: Path, chosen: Options) -> Tables:
     """Reads the folder; see the module's docstring."""
-    chosen = build(Options, options, "reader 'kuaisearch'")
-    folder = source_folder(path, "kuaisearch")
     counts: dict[str, int] = {}
     recall = _read(folder, "recall", _RECALL, ("user_id", "session_id", "time_index", "impressed_item_ids"))
     rank = _read(folder, "rank", _RANK, ("user_id", "session_id", "time_index", "target_item_id"))
@@ -150,9 +150,10 @@ def _requests(recall: pa.Table, rank: pa.Table, counts: dict[str, int]) -> _Show
     for name, flag in (("clicked_item_ids", "is_clicked"), ("purchased_item_ids", "is_purchased")):
         chosen = recall[name].combine_chunks()
         pairs = np.stack([pc.list_parent_indices(chosen).to_numpy(), chosen.flatten().to_numpy()], axis=1)
-        own = pc.equal(alone[flag], 1).fill_null(False).to_numpy()
+        own = pc.fill_null(pc.equal(alone[flag], 1).cast(pa.int8()), -1).to_numpy()
         mine = np.stack([owner[: len(owner) - len(own)], item[: len(owner) - len(own)]], axis=1)
-        labels.append(np.concatenate([among(mine, pairs), own]))
+        known = chosen.is_valid().to_numpy(zero_copy_only=False)[mine[:, 0]]
+        labels.append(np.concatenate([np.where(known, among(mine, pairs), -1), own]).astype(np.int8))
         counts[f"{name.split('_')[0]}_items_not_shown"] = int((~among(pairs, mine)).sum())
     order = np.argsort(keys["time_index"].to_numpy(), kind="stable")
     new_place = np.empty(len(order), np.int64)
@@ -173,8 +174,8 @@ def _request_table(shown: _Shown, rank: pa.Table) -> pa.Table:
     parts = {
         "item_id": pa.array(shown.item).cast(_TEXT),
         "position": np.arange(len(shown.owner)) - np.repeat(offsets[:-1], lengths),
-        "click": shown.click.astype(np.int8),
-        "order": shown.order.astype(np.int8),
+        "click": pa.array(shown.click, mask=shown.click < 0),
+        "order": pa.array(shown.order, mask=shown.order < 0),
     }
     place = pc.index_in(keys["request_id"], value_set=_key_of(rank))
     entrance = rank["search_entrance"].combine_chunks().take(place.combine_chunks())
@@ -199,7 +200,7 @@ def _events(shown: _Shown, rank: pa.Table, counts: dict[str, int]) -> pa.Table:
     keys = shown.keys
     parts = []
     for action, hit in (("click", shown.click), ("order", shown.order)):
-        rows = np.flatnonzero(hit)
+        rows = np.flatnonzero(hit == 1)
         owner = keys.select(["request_id", "user_id", "time_index", "query"]).take(shown.owner[rows])
         parts.append(_event_rows(owner, shown.item[rows], owner["time_index"], action, owner["request_id"]))
     heads = rank.append_column("request_id", _key_of(rank))

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from sidtune.core.config import build
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.data_builders.readers.raw_files import one_file, read_json_object, source_folder
+from sidtune.data_builders.readers.raw_files import one_file, read_json_object
+from sidtune.data_builders.readers.reader import reader
 from sidtune.data_builders.tables.schema import Tables, table_from_columns
 from sidtune.data_builders.tables.splits import leave_one_out, next_item_requests, tie_events
 
@@ -46,10 +46,9 @@ class Options:
             raise ConfigError(f"reader 'letter': action must be click, like or order, got '{self.action}'.")
 
 
-def read(path: str, **options: Any) -> Tables:
+@reader("letter", Options, clock=False)
+def read(folder: Path, chosen: Options) -> Tables:
     """Reads the folder; see the module's docstring."""
-    chosen = build(Options, options, "reader 'letter'")
-    folder = source_folder(path, "letter")
     users, items, lengths = _read_sequences(one_file(folder, f"{chosen.category}.inter.json"))
     index = one_file(folder, f"{chosen.category}.index.json", needed=False)
     catalogue = _catalogue(items, index)

@@ -14,16 +14,16 @@ import io
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
-from sidtune.core.config import build
 from sidtune.core.errors import ConfigError, DataError, nearest
-from sidtune.data_builders.readers.raw_files import one_file, pairs_of, read_text, source_folder
+from sidtune.core.text import read_text
+from sidtune.data_builders.readers.raw_files import one_file, pairs_of, source_folder
+from sidtune.data_builders.readers.reader import reader
 from sidtune.data_builders.tables.columns import encode
 from sidtune.data_builders.tables.schema import SCHEMAS, Tables, table_from_columns
 from sidtune.data_builders.tables.splits import next_item_requests, tie_events
@@ -86,10 +86,10 @@ class Ratings:
     counts: dict[str, int]
 
 
-def read(path: str, **options: Any) -> Tables:
+@reader("movielens", Options)
+def read(folder: Path, chosen: Options) -> Tables:
     """Reads the folder into the suite's tables; see the module's docstring."""
-    chosen = build(Options, options, "reader 'movielens'")
-    found = read_ratings(path, chosen.layout)
+    found = read_ratings(folder, chosen.layout)
     users, items = pa.array(found.user_ids, pa.string()), pa.array(found.item_ids, pa.string())
     order = np.argsort(found.time, kind="stable")
     liked = pa.array(found.rating[order] >= chosen.like_from)
@@ -181,7 +181,7 @@ def _is_coded(people: pa.Table) -> bool:
 
 def _read_dat(path: Path, columns: tuple[str, ...]) -> pa.Table:
     try:
-        text = path.read_bytes().decode("latin-1").replace("\r\n", "\n")
+        text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("latin-1").replace("\r\n", "\n")
     except OSError as error:
         raise DataError(f"The file {path} cannot be read ({error.strerror or error}); check the path.") from None
     return _parse(path, text.replace("::", "\t"), list(columns))

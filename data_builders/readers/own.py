@@ -1,7 +1,7 @@
-"""Reader `sidtune`: a folder in our own schema, as parquet or JSON lines.
+"""Reader `sidtune`: a folder in our own schema, as parquet, JSON lines or CSV.
 
 The folder holds `items`, `events`, maybe `users` and `requests` (one file, or `requests/{train,valid,test}`), each
-`.parquet` or `.jsonl`. Absent optional columns become null; absent users are derived from the log; absent requests
+`.parquet`, `.jsonl` or `.csv`. Absent optional columns become null; absent users are derived from the log; absent requests
 are made out of the events (each click, like or order with a past becomes a recommendation request). Types are never
 guessed: a number written as text is refused. Everything is read column by column.
 """
@@ -9,16 +9,16 @@ guessed: a number written as text is refused. Everything is read column by colum
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sidtune.core.config import build
+from sidtune.data_builders.readers.reader import reader, without_repeats
+from sidtune.data_builders.tables.findings import Findings
 from sidtune.data_builders.tables.schema import SPLITS, Tables, table_from_columns
 from sidtune.data_builders.tables.splits import need, next_item_requests, tie_events
-from sidtune.data_builders.tables.store import ALL, SUFFIXES, DataFolder, read_own_folder
-from sidtune.data_builders.tables.table_files import Findings
+from sidtune.data_builders.tables.store import ALL, DataFolder, read_own_folder
 from sidtune.data_builders.tables.validate import validate_loaded
 
 
@@ -33,40 +33,37 @@ class Options:
     requests_from_events: bool = True
 
 
-def read(path: str, **options: Any) -> Tables:
+@reader("sidtune", Options)
+def read(folder: Path, chosen: Options) -> Tables:
     """Reads a folder in our schema."""
-    chosen = build(Options, options, "reader 'sidtune'")
     findings = Findings()
-    folder = read_own_folder(path, findings, written=False)
-    validate_loaded(folder, findings)
+    loaded = read_own_folder(folder, findings, written=False)
+    validate_loaded(loaded, findings)
     findings.raise_if_any()
-    assert folder.path is not None
-    has_users = any((folder.path / f"users{suffix}").is_file() for suffix in SUFFIXES)
-    return complete(folder, users_given=has_users, requests_from_events=chosen.requests_from_events)
+    return complete(loaded, users_given="users" in loaded.files, requests_from_events=chosen.requests_from_events)
 
 
 def complete(folder: DataFolder, *, users_given: bool, requests_from_events: bool) -> Tables:
     """Fills in what a source in our schema left out: users, requests, and the order of the splits."""
-    counts, notes = {}, []
     names: list[str] | None = None
     if ALL in folder.requests:
         requests = folder.requests[ALL]
     else:
         requests = pa.concat_tables([folder.requests[part] for part in SPLITS])
         names = [part for part in SPLITS for _ in range(folder.requests[part].num_rows)]
-    users = folder.users
+    made = without_repeats(Tables(folder.items, folder.users, requests, folder.events, names))
     if not users_given:
-        users = users_of(requests, folder.events)
-        counts["users_made_from_the_log"] = users.num_rows
-    events = folder.events
-    if not requests.num_rows and requests_from_events and events.num_rows:
-        need(events, "events", ("user_id", "time", "action"))
-        requests, rows = next_item_requests(events)
-        names = None
-        counts["requests_made_from_events"] = requests.num_rows
-        notes.append("The source has no requests: each click, like or order with a past became a request for its item.")
-        events = tie_events(events, rows, requests["request_id"])
-    return Tables(folder.items, users, requests, events, names, counts, notes)
+        made.users = users_of(made.requests, made.events)
+        made.counts["users_made_from_the_log"] = made.users.num_rows
+    if not made.requests.num_rows and requests_from_events and made.events.num_rows:
+        need(made.events, "events", ("user_id", "time", "action"))
+        made.requests, rows = next_item_requests(made.events)
+        made.events = tie_events(made.events, rows, made.requests["request_id"])
+        made.split_of_request = None
+        made.counts["requests_made_from_events"] = made.requests.num_rows
+        note = "The source has no requests: each click, like or order with a past became a request for its item."
+        made.notes.append(note)
+    return made
 
 
 def users_of(*logs: pa.Table) -> pa.Table:

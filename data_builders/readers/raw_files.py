@@ -6,10 +6,8 @@ Shared by the readers: encoding, truncated gzip, broken JSON, missing columns an
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import json
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sidtune.core.errors import DataError, nearest
+from sidtune.core.text import parse_json, read_text
 from sidtune.data_builders.tables.columns import encode
-from sidtune.data_builders.tables.table_files import Findings, read_table
+from sidtune.data_builders.tables.findings import Findings
+from sidtune.data_builders.tables.table_files import read_table
 
 _FIELD_LIMIT = 1 << 27
 
@@ -45,34 +45,6 @@ def one_file(folder: Path, pattern: str, *, needed: bool = True) -> Path | None:
         present = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
         raise DataError(f"The folder {folder} has no file {pattern} (it holds {present}); check the path.")
     return found[0] if found else None
-
-
-def read_text(path: Path) -> str:
-    """Reads a UTF-8 file, unpacking `.gz`; a byte-order mark is dropped and line ends become a plain newline."""
-    try:
-        raw = path.read_bytes()
-        if path.suffix == ".gz":
-            raw = gzip.decompress(raw)
-    except FileNotFoundError:
-        raise DataError(f"The file {path} does not exist; check the path.") from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"The file {path} is no complete gzip file ({error}); copy or download it again.") from None
-    except OSError as error:
-        raise DataError(f"The file {path} cannot be read ({error.strerror or error}); check the path.") from None
-    try:
-        return raw.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        byte = raw[error.start]
-        raise DataError(
-            f"The file {path} is not UTF-8 text: line {line} has the byte 0x{byte:02x}; convert it."
-        ) from None
-
-
-def read_lines(path: Path) -> list[str]:
-    """Lines of a text file, split at newlines only (other separators such as \\x18 are content); no empty last line."""
-    lines = read_text(path).split("\n")
-    return lines[:-1] if lines and not lines[-1] else lines
 
 
 def read_json_object(path: Path) -> tuple[dict[str, Any], int]:
@@ -128,13 +100,53 @@ def read_json_lines(path: Path, schema: pa.Schema, required: Sequence[str] = ())
     """
     findings = Findings()
     table = read_table(path, str(path), schema, findings, extra="ignore")
-    findings.raise_if_any()
-    assert table is not None
     for name in required:
         nulls = pc.indices_nonzero(table[name].is_null()).to_numpy()
         findings.rows(str(path), name, nulls, f"'{name}' is missing or null", "correct or remove the line")
     findings.raise_if_any()
     return table
+
+
+def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, object) of each line of a JSON-lines file, or of each place of a file that holds one list of objects."""
+    text = read_text(path)
+    if text.lstrip()[:1] == "[":
+        rows: Iterator[tuple[int, Any]] = enumerate(_parsed(path, text, "1"), 1)
+    else:
+        lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+        rows = ((number, _parsed(path, line, str(number))) for number, line in lines)
+    for number, row in rows:
+        if not isinstance(row, dict):
+            raise DataError(
+                f"The file {path} has in line {number} no object but {row!r:.60}; write one {{...}} a line."
+            )
+        yield number, row
+
+
+def _parsed(path: Path, text: str, line: str) -> Any:
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise DataError(f"The file {path} is not valid JSON in line {line} ({error}); correct or remove it.") from None
+
+
+def json_table(path: Path) -> pa.Table:
+    """A file of JSON objects as a table with the types that its values have; integers among texts become text."""
+    rows = [row for _, row in json_rows(path)]
+    columns = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [row.get(name) for row in rows]
+        kinds = {type(value) for value in values} - {type(None)}
+        if kinds == {int, str}:
+            values = [str(value) if type(value) is int else value for value in values]
+        elif kinds == {list, str}:
+            values = [[value] if isinstance(value, str) else value for value in values]
+        try:
+            columns[name] = pa.array(values)
+        except (pa.ArrowException, OverflowError):
+            # Values of several kinds fit no column of ours; as bytes they are refused by type, or nobody asks for them.
+            columns[name] = pa.array([None if value is None else json.dumps(value).encode() for value in values])
+    return pa.table(columns)
 
 
 def first_rows(column: pa.ChunkedArray) -> tuple[np.ndarray, int]:

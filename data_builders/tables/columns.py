@@ -33,3 +33,18 @@ def among(pairs: np.ndarray, known: np.ndarray) -> np.ndarray:
     """(P,) which of the integer pairs (P, 2) stand in `known` (K, 2)."""
     codes = np.unique(np.concatenate([pairs, known]), axis=0, return_inverse=True)[1].ravel()
     return np.isin(codes[: len(pairs)], codes[len(pairs) :])
+
+
+def repeated_rows(table: pa.Table) -> np.ndarray:
+    """Places of the rows that equal an earlier row in every column, nulls alike."""
+    flat = [field.name for field in table.schema if not pa.types.is_nested(field.type)]
+    place = table.select(flat).append_column("", pa.array(np.arange(table.num_rows)))
+    first = place.group_by(flat, use_threads=False).aggregate([("", "min")])["_min"].to_numpy()
+    again = np.setdiff1d(np.arange(table.num_rows), first) if len(first) < table.num_rows else np.empty(0, np.int64)
+    if not len(again) or len(flat) == table.num_columns:
+        return again
+    # Lists are compared row by row, where all else repeats.
+    key = table[flat[0]]
+    rows = np.flatnonzero(pc.is_in(key, value_set=one_array(key.take(again))).to_numpy(zero_copy_only=False))
+    texts = [repr(row) for row in table.take(rows).to_pylist()]
+    return rows[np.setdiff1d(np.arange(len(rows)), np.unique(texts, return_index=True)[1])]

@@ -83,6 +83,7 @@ class Tables:
             only when its source prescribes the split.
         counts: what the reader did to dirty input, by name (for example `duplicate_items_dropped`).
         notes: facts about the source a user must know, in full sentences.
+        clock: whether times of different users compare; otherwise they order the actions of one user only.
     """
 
     items: pa.Table
@@ -92,6 +93,7 @@ class Tables:
     split_of_request: list[str] | None = None
     counts: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    clock: bool = True
 
 
 def table_from_rows(name: str, rows: list[dict[str, Any]]) -> pa.Table:

@@ -1,10 +1,13 @@
 """Splits by time, what training may see, and item counts taken from the past only.
 
-* `global_time`: one moment separates train from valid and valid from test, for everybody. The default.
+* `global_time`: one moment separates train from valid and valid from test, for everybody. Needs times that compare
+  between users.
 * `leave_one_out`: the last request of each user is test, the one before valid (the protocol of SASRec, TIGER and
   LETTER). Only to reproduce published numbers: a training request of one user may be later than a test request of
   another.
 * `source`: the split that the source prescribes.
+
+The default is `source` where there is one, else `global_time`.
 
 Every bound is exclusive: a request is train when `time < train_until`. What training may read is therefore "events
 strictly before the cut", one number for a global split and one per user otherwise (`TimeCut`). `assert_no_leak`
@@ -28,7 +31,12 @@ from sidtune.data_builders.tables.history import FOREVER, TimeCut, action_streng
 from sidtune.data_builders.tables.schema import SCHEMAS, Tables, table_from_columns, typed
 from sidtune.data_builders.tables.store import split_names
 
-KINDS = ("global_time", "leave_one_out", "source")
+KINDS = {
+    "global_time": "two moments for all users",
+    "leave_one_out": "the last two requests of each user",
+    "source": "as the source prescribes",
+}
+_SHARES_AND_MOMENTS = {"valid_share", "test_share", "train_until", "valid_until"}
 
 
 @dataclass
@@ -36,14 +44,15 @@ class SplitConfig:
     """Options of `apply_split`, checked when they are made.
 
     Attributes:
-        kind: `global_time`, `leave_one_out` or `source` (the reader must have set `split_of_request`).
+        kind: `global_time`, `leave_one_out` or `source` (the reader must have set `split_of_request`); null is `global_time`
+            with any of the next four, `leave_one_out` with `min_rows`, else the default of the source.
         valid_share, test_share: shares of the requests, from the end; requests of one moment stay together, so the
             shares are met up to ties. A valid_share of 0 makes no valid split.
         train_until, valid_until: explicit moments instead (both, or train_until alone: then nothing is valid).
         min_rows: of `leave_one_out`: fewest requests of a user that is split, at least 2.
     """
 
-    kind: str = "global_time"
+    kind: str | None = None
     valid_share: float = 0.1
     test_share: float = 0.1
     train_until: int | None = None
@@ -51,8 +60,14 @@ class SplitConfig:
     min_rows: int = 2
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
+        belongs = {"leave_one_out": {"min_rows"}, "global_time": _SHARES_AND_MOMENTS}
+        given = {one.name for one in dataclasses.fields(self) if getattr(self, one.name) != one.default} - {"kind"}
+        if self.kind is None:
+            self.kind = next((kind for kind, own in belongs.items() if given & own), None)
+        elif self.kind not in KINDS:
             raise ConfigError(f"There is no split named '{self.kind}': {nearest(self.kind, KINDS)}")
+        if self.kind and (strange := sorted(given - belongs.get(self.kind, set()))):
+            raise ConfigError(f"The split '{self.kind}' takes no '{strange[0]}'; leave it out or choose another kind.")
         first, second, valid, test = self.train_until, self.valid_until, self.valid_share, self.test_share
         if first is None and second is not None:
             raise ConfigError("A split with valid_until needs train_until too; set both.")
@@ -175,8 +190,11 @@ def candidate_lists(parts: dict[str, Any], offsets: np.ndarray) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), structs).cast(kind)
 
 
-def apply_split(tables: Tables, kind: str = "global_time", **options: Any) -> tuple[Tables, dict[str, Any]]:
+def apply_split(tables: Tables, kind: str | None = None, **options: Any) -> tuple[Tables, dict[str, Any]]:
     """Gives every request its split and proves that training cannot see the future.
+
+    An action that came after the cut of training, on a request before it, stays in the log without its request: training
+    neither learns it nor reads it.
 
     Args:
         tables: from a reader or a simulator.
@@ -186,10 +204,12 @@ def apply_split(tables: Tables, kind: str = "global_time", **options: Any) -> tu
         Tables with `split_of_request`, and the `split` record of `meta.json`.
 
     Raises:
-        ConfigError: an unknown kind or impossible numbers.
+        ConfigError: an unknown kind, impossible numbers, or a split by time where the source has no clock.
         DataError: no split is possible, or the prescribed one leaks.
     """
     chosen = build(SplitConfig, {"kind": kind, **options}, "split")
+    kind = chosen.kind or ("global_time" if tables.split_of_request is None else "source")
+    check_clock(kind, tables.clock)
     need(tables.requests, "requests", ("request_id", "user_id", "time"))
     need(tables.events, "events", ("user_id", "time"))
     times = tables.requests["time"].to_numpy()
@@ -211,8 +231,23 @@ def apply_split(tables: Tables, kind: str = "global_time", **options: Any) -> tu
         names = split_names(tables)
         split = {"kind": kind, **_bounds_of(times, names)}
     made = dataclasses.replace(tables, requests=requests, split_of_request=names.tolist(), counts=counts)
+    late = _of_train(made, names) & _after(made.events, training_cut(requests, names, split))
+    if late.any():
+        counts["events_after_the_cut_untied_from_train_requests"] = int(late.sum())
+        place = made.events.schema.get_field_index("request_id")
+        ids = pc.if_else(pa.array(late), pa.scalar(None, pa.string()), made.events["request_id"])
+        made.events = made.events.set_column(place, made.events.schema.field(place), ids)
     assert_no_leak(made, split)
     return made, split
+
+
+def check_clock(kind: str | None, clock: bool) -> None:
+    """Raises ConfigError where a split needs times that compare between users and the source has none."""
+    if kind == "global_time" and not clock:
+        raise ConfigError(
+            "The times of this source are no clock, they order the actions of one user only, so no moment splits it; use the "
+            "split kind 'source' or 'leave_one_out'."
+        )
 
 
 def need(table: pa.Table, name: str, columns: tuple[str, ...]) -> None:
@@ -273,16 +308,31 @@ def assert_no_leak(tables: Tables, split: dict[str, Any]) -> None:
     test = requests["time"].to_numpy()[names == "test"]
     if split.get("valid_until") is not None and len(test) and test.min() < split["valid_until"]:
         raise DataError(f"The split leaks: a test request lies at {int(test.min())}, before {split['valid_until']}.")
-    held_out = requests["request_id"].filter(pa.array(names != "train"))
-    tied = pc.is_in(tables.events["request_id"], value_set=held_out.combine_chunks()).to_numpy()
-    tied &= tables.events["request_id"].is_valid().to_numpy()
-    early = tied & (tables.events["time"].to_numpy() < cut.of(tables.events["user_id"]))
-    if early.any():
-        row = int(np.flatnonzero(early)[0])
-        raise DataError(
-            f"The split leaks: {int(early.sum())} events of held-out requests lie in the training time, the first is "
-            f"row {row} of events; an event must not be earlier than the request it belongs to."
-        )
+    after = _after(tables.events, cut)
+    tied = pc.is_valid(tables.events["request_id"]).to_numpy() & ~_of_train(tables, names)
+    known = rows_of(tables.events["request_id"], requests["request_id"]) >= 0
+    early, late = tied & known & ~after, _of_train(tables, names) & after
+    for wrong, what in (
+        (early, "events of held-out requests lie in the training time"),
+        (late, "events of train requests lie after the training time"),
+    ):
+        if wrong.any():
+            row = int(np.flatnonzero(wrong)[0])
+            raise DataError(
+                f"The split leaks: {int(wrong.sum())} {what}, the first is row {row} of events; correct its time or its "
+                "request_id."
+            )
+
+
+def _of_train(tables: Tables, names: np.ndarray) -> np.ndarray:
+    """(events,) whether each event is tied to a train request."""
+    train = tables.requests["request_id"].filter(pa.array(names == "train"))
+    return rows_of(tables.events["request_id"], train) >= 0
+
+
+def _after(events: pa.Table, cut: TimeCut) -> np.ndarray:
+    """(events,) whether each event is at or after the end of training."""
+    return events["time"].to_numpy() >= cut.of(events["user_id"])
 
 
 def item_statistics(

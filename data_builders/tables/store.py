@@ -34,8 +34,9 @@ import pyarrow.parquet as pq
 
 from sidtune.core.errors import DataError, nearest
 from sidtune.core.folders import write_json
+from sidtune.data_builders.tables.findings import Findings
 from sidtune.data_builders.tables.schema import SCHEMAS, SPLITS, Tables
-from sidtune.data_builders.tables.table_files import Findings, conform, read_table
+from sidtune.data_builders.tables.table_files import read_table
 
 META_FILE = "meta.json"
 REQUIRED = {
@@ -44,7 +45,7 @@ REQUIRED = {
     "requests": ("request_id", "user_id", "time", "candidates"),
     "events": ("user_id", "item_id", "time", "action"),
 }
-SUFFIXES = (".parquet", ".jsonl")
+SUFFIXES = (".parquet", ".jsonl", ".csv")
 _ROW_GROUP = 100_000
 ALL = "all"
 
@@ -58,6 +59,7 @@ class DataFolder:
         requests: split name → Arrow table (`train`, `valid`, `test`; a split may have no rows).
         meta: see the module's docstring.
         path: where it was loaded from.
+        files: table or split of the requests → name of its file, for those that have one.
     """
 
     items: pa.Table
@@ -66,6 +68,7 @@ class DataFolder:
     requests: dict[str, pa.Table]
     meta: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
+    files: dict[str, str] = field(default_factory=dict)
 
 
 def save_tables(tables: Tables, folder: str | Path, split: dict[str, Any], meta: dict[str, Any]) -> None:
@@ -147,13 +150,13 @@ def load_folder(folder: str | Path) -> DataFolder:
 
 
 def read_own_folder(folder: str | Path, findings: Findings, *, written: bool) -> DataFolder:
-    """Reads a folder in our schema, collecting problems; a table that could not be read is left empty.
+    """Reads a folder in our schema, collecting problems; what could not be read is null.
 
     Args:
         folder: the folder.
         findings: collects problems.
         written: True for a folder of `save_tables` (every file and column must be there); False for one made by hand
-            (parquet or JSON lines, only `REQUIRED` columns, `users` may be missing, requests may lack splits: key
+            (parquet, JSON lines or CSV, only `REQUIRED` columns, `users` may be missing, requests may lack splits: key
             `all`).
 
     Raises:
@@ -162,76 +165,58 @@ def read_own_folder(folder: str | Path, findings: Findings, *, written: bool) ->
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"The data folder {folder} does not exist or is a file; check the path.")
-    tables = {}
-    for name in ("items", "users", "events"):
-        path = _find(folder, name, findings, needed=written or name == "items")
-        tables[name] = _read(path, path.name, name, findings, written) if path else _empty(name)
-    requests = _read_requests(folder, findings, written)
-    return DataFolder(**tables, requests=requests, meta=read_meta(folder, findings, needed=written), path=folder)
+    places = {name: (name, folder / name, written or name == "items") for name in ("items", "users", "events")}
+    if (folder / "requests").is_dir():
+        for path in sorted((folder / "requests").iterdir()):
+            if path.suffix in SUFFIXES and path.stem not in SPLITS:
+                what = f"'{path.stem}' is no split ({nearest(path.stem, SPLITS)})"
+                findings.table(f"requests/{path.name}", None, what, "name the files train, valid and test")
+        places |= {part: ("requests", folder / "requests" / part, written) for part in SPLITS}
+    else:
+        places[ALL] = ("requests", folder / "requests", written)
+    files, tables = {}, {}
+    for part, (name, place, needed) in places.items():
+        schema = SCHEMAS[name].arrow_schema
+        path = _find(folder, place, findings, needed)
+        tables[part] = schema.empty_table()
+        if path is not None:
+            files[part] = path.relative_to(folder).as_posix()
+            required = schema.names if written and path.suffix == ".parquet" else REQUIRED[name]
+            tables[part] = read_table(path, files[part], schema, findings, required=required)
+        elif needed:
+            files[part] = place.relative_to(folder).as_posix() + SUFFIXES[0]
+    three = [tables.pop(name) for name in ("items", "users", "events")]
+    return DataFolder(*three, tables, read_meta(folder, findings, needed=written), folder, files)
 
 
-def _find(folder: Path, name: str, findings: Findings, *, needed: bool) -> Path | None:
-    found = [folder / f"{name}{suffix}" for suffix in SUFFIXES if (folder / f"{name}{suffix}").is_file()]
+def _find(folder: Path, place: Path, findings: Findings, needed: bool) -> Path | None:
+    found = [path for suffix in SUFFIXES if (path := place.parent / f"{place.name}{suffix}").is_file()]
     if len(found) > 1:
         findings.table(found[1].name, None, f"the table also stands in {found[0].name}", "keep one of the two files")
     if not found and needed:
-        findings.table(
-            f"{name}.parquet", None, f"the file is missing in {folder}", f"add {name}.parquet or {name}.jsonl"
-        )
+        where = place.relative_to(folder).as_posix() + SUFFIXES[0]
+        there = ", ".join(sorted(path.name for path in place.parent.iterdir())[:6]) or "nothing"
+        what = f"the file is missing in {place.parent}, which holds {there}"
+        fix = f"add {' or '.join(place.name + suffix for suffix in SUFFIXES)}"
+        findings.table(where, None, what, fix, whole=True)
     return found[0] if found else None
-
-
-def _read_requests(folder: Path, findings: Findings, written: bool) -> dict[str, pa.Table]:
-    inner = folder / "requests"
-    if not inner.is_dir():
-        path = _find(folder, "requests", findings, needed=False)
-        if written:
-            fix = "write one file for each of train, valid and test"
-            findings.table("requests", None, f"the folder requests/ is missing in {folder}", fix)
-        return {ALL: _read(path, path.name, "requests", findings, written) if path else _empty("requests")}
-    for path in sorted(inner.iterdir()):
-        if path.suffix in SUFFIXES and path.stem not in SPLITS:
-            fix = "name the files train, valid and test"
-            findings.table(
-                f"requests/{path.name}", None, f"'{path.stem}' is no split ({nearest(path.stem, SPLITS)})", fix
-            )
-    made = {}
-    for part in SPLITS:
-        path = _find(inner, part, findings, needed=written)
-        made[part] = _read(path, f"requests/{path.name}", "requests", findings, written) if path else _empty("requests")
-    return made
-
-
-def _read(path: Path, where: str, name: str, findings: Findings, written: bool) -> pa.Table:
-    schema = SCHEMAS[name].arrow_schema
-    table = read_table(path, where, schema, findings)
-    if table is None:
-        return _empty(name)
-    required = schema.names if written and path.suffix == ".parquet" else REQUIRED[name]
-    made = conform(table, schema, where, findings, required=required)
-    return _empty(name) if made is None else made
-
-
-def _empty(name: str) -> pa.Table:
-    return SCHEMAS[name].arrow_schema.empty_table()
 
 
 def read_meta(folder: Path, findings: Findings, *, needed: bool) -> dict[str, Any]:
     """Reads `meta.json`, collecting problems; {} when it is absent or damaged."""
-    path = folder / META_FILE
-    if not path.is_file():
-        if needed:
-            findings.table(META_FILE, None, f"the file is missing in {folder}", "build the data folder again")
+    path, what = folder / META_FILE, "the file holds no JSON object"
+    if not path.is_file() and not needed:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        findings.table(META_FILE, None, f"the file is not readable JSON ({error})", "build the data folder again")
-        return {}
-    if not isinstance(value, dict):
-        findings.table(META_FILE, None, "the file holds no JSON object", "build the data folder again")
-        return {}
-    return value
+        if isinstance(value, dict):
+            return value
+    except FileNotFoundError:
+        what = f"the file is missing in {folder}"
+    except (ValueError, RecursionError) as error:
+        what = f"the file is not readable JSON ({error})"
+    findings.table(META_FILE, None, what, "build the data folder again", whole=True)
+    return {}
 
 
 def _card(names: np.ndarray) -> str:

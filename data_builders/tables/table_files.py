@@ -1,114 +1,127 @@
-"""Parquet and JSON-lines files → Arrow tables in our schemas, with every problem named instead of the first one raised.
+"""Parquet, JSON-lines and CSV files → Arrow tables in our schemas, with every problem named instead of the first one raised.
 
-Both formats are read by Arrow, column by column. Only when Arrow refuses a JSON-lines file is it walked line by line,
-to say which lines are wrong and why. Types are widened where nothing is lost (int32 → int64, large_string → string)
-and never guessed: a number written as text is refused.
+Both formats are read by Arrow, column by column. Only when Arrow refuses a JSON-lines file is it read line by line,
+to say which lines are wrong and why, and to keep the rest. Types are widened where nothing is lost (int32 → int64,
+large_string → string) and never guessed: a number written as text is refused. Only CSV knows nothing but text: there a
+cell is what its column wants, lists and objects are JSON, and an empty cell is null.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.json
 import pyarrow.parquet as pq
 
-from sidtune.core.errors import DataError, Problem, nearest
+from sidtune.core.errors import DataError, nearest
+from sidtune.core.text import parse_json, read_text
+from sidtune.data_builders.tables.columns import one_array
+from sidtune.data_builders.tables.findings import Findings
 
-SHOWN_PER_KIND = 5
 _BLOCK = 16 << 20
-
-
-class Findings:
-    """Collects problems; of one kind it keeps the first few rows and the count of the others."""
-
-    def __init__(self) -> None:
-        self.problems: list[Problem] = []
-
-    def table(self, where: str, column: str | None, what: str, fix: str) -> None:
-        """Adds one problem of a whole table or column."""
-        self.problems.append(Problem(where, None, column, what, fix))
-
-    def rows(
-        self,
-        where: str,
-        column: str | None,
-        rows: Sequence[int] | np.ndarray,
-        what: str | Callable[[int], str],
-        fix: str,
-    ) -> None:
-        """Adds one problem per row, capped.
-
-        Args:
-            where: file or table.
-            column: column, or None.
-            rows: zero-based row numbers.
-            what: the sentence, or a function from the place in `rows` (not the row number) to the sentence.
-            fix: what to do.
-        """
-        for place in range(min(len(rows), SHOWN_PER_KIND)):
-            text = what if isinstance(what, str) else what(place)
-            self.problems.append(Problem(where, int(rows[place]), column, text, fix))
-        if len(rows) > SHOWN_PER_KIND:
-            more = len(rows) - SHOWN_PER_KIND
-            self.problems.append(
-                Problem(where, None, column, f"{more} more row{'s' if more > 1 else ''} with this fault", fix)
-            )
-
-    def raise_if_any(self) -> None:
-        """Raises DataError with all problems, if there are any."""
-        if self.problems:
-            raise DataError(self.problems)
+_FIELD_LIMIT = 1 << 27
+_INTEGER = r"^[+-]?[0-9]{1,18}$"
+_NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?$"
 
 
 def read_table(
-    path: Path, where: str, schema: pa.Schema, findings: Findings, *, extra: str = "error"
-) -> pa.Table | None:
-    """Reads one `.parquet` or `.jsonl` file; None when it could not be read (the reason is in `findings`).
+    path: Path, where: str, schema: pa.Schema, findings: Findings, *, required: Sequence[str] = (), extra: str = "error"
+) -> pa.Table:
+    """Reads one `.parquet`, `.jsonl` or `.csv` file into exactly the columns and types of a schema; what cannot be read is null.
 
     Args:
         path: the file.
         where: how problems call it.
-        schema: what JSON lines are read as; columns absent from the file become null.
-        findings: collects problems.
+        schema: the wanted schema.
+        findings: collects problems, and which cells have one.
+        required: columns that must be present (not in JSON lines, where each row says); other absent columns become null.
         extra: `error` refuses JSON keys that the schema lacks, `ignore` drops them.
     """
-    if path.suffix == ".parquet":
-        return _read_parquet(path, where, findings)
-    return _read_jsonl(path, where, schema, findings, extra)
-
-
-def _read_parquet(path: Path, where: str, findings: Findings) -> pa.Table | None:
-    fix = "write it again, it may be truncated or no parquet at all"
-    try:
-        table = pq.ParquetFile(path).read()
-    except FileNotFoundError:
-        findings.table(where, None, "the file is missing", "run the step that writes it")
-        return None
-    except (pa.ArrowException, OSError) as error:
-        findings.table(where, None, f"the file is not readable parquet ({_short(error)})", fix)
-        return None
-    for name in table.column_names:
-        try:
-            for column in (c for c, n in zip(table.columns, table.column_names, strict=True) if n == name):
-                column.validate(full=True)
-        except pa.ArrowException as error:
-            findings.table(where, name, f"the column is damaged ({_short(error)})", "write it again as UTF-8 text")
-            return None
-    return table
-
-
-def _read_jsonl(path: Path, where: str, schema: pa.Schema, findings: Findings, extra: str) -> pa.Table | None:
     if not path.exists():
-        findings.table(where, None, "the file is missing", "run the step that writes it")
-        return None
-    if path.stat().st_size == 0:
+        findings.table(where, None, "the file is missing", "run the step that writes it", whole=True)
         return schema.empty_table()
+    if path.suffix == ".csv":
+        text = csv_table(path, where, findings)
+        columns = {name: text[name] for name in schema.names if text.column_names.count(name) == 1}
+        for name in columns:
+            columns[name] = from_text(columns[name], schema.field(name).type, where, name, findings)
+        rest = [n for n, name in enumerate(text.column_names) if name not in columns]
+        arrays = [*columns.values(), *(text.column(n) for n in rest)]
+        names = [*columns, *(text.column_names[n] for n in rest)]
+        return conform(pa.table(arrays, names=names), schema, where, findings, required=required)
+    if path.suffix != ".parquet":
+        return _read_jsonl(path, where, schema, findings, extra).cast(schema)
+    try:
+        return conform(pq.ParquetFile(path).read(), schema, where, findings, required=required)
+    except (pa.ArrowException, OSError) as error:
+        fix = "write it again, it may be truncated or no parquet at all"
+        findings.table(where, None, f"the file is not readable parquet ({_short(error)})", fix, whole=True)
+    return schema.empty_table()
+
+
+def csv_table(path: Path, where: str, findings: Findings, delimiter: str = ",") -> pa.Table:
+    """A file of separated values with a header as columns of text; only an empty cell is null."""
+    limit = csv.field_size_limit(_FIELD_LIMIT)
+    try:
+        lines = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
+        rows = [row for row in lines if row]
+    except (csv.Error, DataError) as error:
+        what = f"the file is no CSV ({_short(error).rstrip('.')})"
+        findings.table(where, None, what, "write it as UTF-8 text with commas and double quotes", whole=True)
+        rows = []
+    finally:
+        csv.field_size_limit(limit)
+    header = rows.pop(0) if rows else []
+    wrong = [n for n, row in enumerate(rows) if len(row) != len(header)]
+    what = [f"the row has {len(rows[n])} fields, the header {len(header)}" for n in wrong]
+    findings.cells(where, None, wrong, what.__getitem__, "correct or remove the row")
+    for n in wrong:
+        rows[n] = [""] * len(header)
+    columns = zip(*rows, strict=True) if rows else ([] for _ in header)
+    return pa.table([pa.array([cell or None for cell in one], pa.string()) for one in columns], names=header)
+
+
+def from_text(column: Any, kind: pa.DataType, where: str, name: str, findings: Findings) -> pa.Array:
+    """Texts as values of a type (lists and objects are written as JSON); those that are none are problems and null."""
+    texts = one_array(column)
+    if pa.types.is_string(kind):
+        return texts
+    if pa.types.is_nested(kind):
+        values = [_value(text, kind, name) for text in texts.to_pylist()]
+        wrong = [n for n, value in enumerate(values) if value is ...]
+        made = pa.array([None if value is ... else value for value in values], kind)
+    else:
+        pattern = _INTEGER if pa.types.is_integer(kind) else _NUMBER
+        good = pc.fill_null(pc.match_substring_regex(texts, pattern), False)
+        wrong = np.flatnonzero(pc.and_not(texts.is_valid(), good).to_numpy(zero_copy_only=False))
+        made = pc.if_else(good, texts, None).cast(pa.float64() if pa.types.is_floating(kind) else pa.int64()).cast(kind)
+    expected = describe(kind) + (", written as JSON," if pa.types.is_nested(kind) else "")
+    what = [f"has {_shown(texts[int(n)].as_py())} where {expected} belongs" for n in wrong]
+    findings.cells(where, name, wrong, what.__getitem__, f"write {describe(kind)} or leave the cell empty")
+    return made
+
+
+def _value(text: str | None, kind: pa.DataType, name: str) -> Any:
+    """A nested value out of its JSON; `...` where it is none of the type."""
+    try:
+        value = None if text is None else parse_json(text)
+    except ValueError:
+        return ...
+    return ... if _mismatch(value, kind, name) else value
+
+
+def _read_jsonl(path: Path, where: str, schema: pa.Schema, findings: Findings, extra: str) -> pa.Table:
     plain = schema.remove_metadata()
+    if path.stat().st_size == 0:
+        return plain.empty_table()
     options = pyarrow.json.ParseOptions(explicit_schema=plain, unexpected_field_behavior=extra)
     for block in (_BLOCK, 1 << 30):
         try:
@@ -121,77 +134,63 @@ def _read_jsonl(path: Path, where: str, schema: pa.Schema, findings: Findings, e
         except (pa.ArrowException, OSError) as error:
             if "straddling" in str(error) and block == _BLOCK:
                 continue
-            before = len(findings.problems)
-            _explain_jsonl(path, where, plain, findings, extra)
+            before, rows = len(findings.problems), _by_line(path, where, plain, findings, extra)
             if len(findings.problems) == before:
-                findings.table(
-                    where, None, f"the file is not readable as JSON lines ({_short(error)})", "write it again"
-                )
-            return None
-    return None
+                what = f"the file is not readable as JSON lines ({_short(error)})"
+                findings.table(where, None, what, "write it again", whole=True)
+            return pa.Table.from_pylist(rows, schema=plain)
+    return plain.empty_table()
 
 
-class _Lines:
-    """Problems of the lines of one file, grouped by kind."""
-
-    def __init__(self) -> None:
-        self.kinds: dict[tuple[str | None, str], tuple[list[int], list[str]]] = {}
-
-    def add(self, row: int, column: str | None, what: str, fix: str) -> None:
-        rows, texts = self.kinds.setdefault((column, fix), ([], []))
-        rows.append(row)
-        if len(texts) < SHOWN_PER_KIND:
-            texts.append(what)
-
-
-def _explain_jsonl(path: Path, where: str, schema: pa.Schema, findings: Findings, extra: str) -> None:
-    """Walks a refused file line by line and names what is wrong in each (JSON, encoding, keys, types)."""
-    found = _Lines()
-    row = -1
+def _by_line(path: Path, where: str, schema: pa.Schema, findings: Findings, extra: str) -> list[dict[str, Any]]:
+    """Reads a refused file line by line: names what is wrong (JSON, encoding, keys, types), and keeps what is right."""
+    kinds: dict[tuple[str | None, str], tuple[list[int], list[str]]] = {}
+    kept: list[dict[str, Any]] = []
     with path.open("rb") as stream:
         for number, raw in enumerate(stream, 1):
             if not raw.strip():
                 continue
-            row += 1
-            try:
-                value = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"), object_pairs_hook=_unique)
-            except UnicodeDecodeError as error:
-                what = f"line {number} is not UTF-8 text (byte 0x{raw[error.start]:02x} at place {error.start + 1})"
-                found.add(row, None, what, "convert the file to UTF-8")
-                continue
-            except (json.JSONDecodeError, _DoubleKey, RecursionError) as error:
-                found.add(row, None, f"line {number} is not valid JSON ({_short(error)})", "correct or remove the line")
-                continue
-            _explain_line(value, number, row, schema, found, extra)
-    for (column, fix), (rows, texts) in found.kinds.items():
-        findings.rows(where, column, rows, texts.__getitem__, fix)
+            kept.append({})
+            for column, what, fix in _faults(raw, number, schema, extra, kept[-1]):
+                rows, texts = kinds.setdefault((column, fix), ([], []))
+                rows.append(len(kept) - 1)
+                texts.append(f"line {number} {what}")
+    for (column, fix), (rows, texts) in kinds.items():
+        findings.cells(where, column, rows, texts.__getitem__, fix)
+    return kept
 
 
-def _explain_line(value: Any, number: int, row: int, schema: pa.Schema, found: _Lines, extra: str) -> None:
+def _faults(
+    raw: bytes, number: int, schema: pa.Schema, extra: str, kept: dict[str, Any]
+) -> Iterator[tuple[str | None, str, str]]:
+    """(column, what, fix) of each fault of a line; its right values are put into `kept`."""
+    try:
+        value = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"), object_pairs_hook=_unique)
+    except UnicodeDecodeError as error:
+        what = f"is not UTF-8 text (byte 0x{raw[error.start]:02x} at place {error.start + 1})"
+        yield None, what, "convert the file to UTF-8"
+        return
+    except (ValueError, RecursionError) as error:
+        yield None, f"is not valid JSON ({_short(error)})", "correct or remove the line"
+        return
     if not isinstance(value, dict):
-        found.add(row, None, f"line {number} is not an object but {_shown(value)}", "write one {...} a line")
+        yield None, f"is not an object but {_shown(value)}", "write one {...} a line"
         return
     for key, content in value.items():
         if key not in schema.names:
             if extra == "error":
-                what = f"line {number} has the unknown key '{key}' ({nearest(key, schema.names)})"
-                found.add(row, key, what, "rename or remove the key")
-            continue
-        wrong = _mismatch(content, schema.field(key).type, key)
-        if wrong is not None:
-            column, what, fix = wrong
-            found.add(row, column, f"line {number} {what}", fix)
-
-
-class _DoubleKey(ValueError):
-    pass
+                yield key, f"has the unknown key '{key}' ({nearest(key, schema.names)})", "rename or remove the key"
+        elif wrong := _mismatch(content, schema.field(key).type, key):
+            yield wrong
+        else:
+            kept[key] = content
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise _DoubleKey(f"the key '{next(key for key in keys if keys.count(key) > 1)}' stands twice")
+        raise ValueError(f"the key '{next(key for key in keys if keys.count(key) > 1)}' stands twice")
     return made
 
 
@@ -239,15 +238,9 @@ def describe(kind: pa.DataType) -> str:
 
 
 def conform(
-    table: pa.Table,
-    schema: pa.Schema,
-    where: str,
-    findings: Findings,
-    *,
-    required: Sequence[str] = (),
-    extra: str = "error",
-) -> pa.Table | None:
-    """Brings a table to exactly the columns and types of a schema, losslessly.
+    table: pa.Table, schema: pa.Schema, where: str, findings: Findings, *, required: Sequence[str] = ()
+) -> pa.Table:
+    """Brings a table to exactly the columns and types of a schema, losslessly; a column that does not fit becomes null.
 
     Args:
         table: any Arrow table.
@@ -255,105 +248,70 @@ def conform(
         where: how problems call the table.
         findings: collects problems.
         required: columns that must be present; other absent columns become null.
-        extra: `error` refuses columns that the schema lacks, `ignore` drops them.
-
-    Returns:
-        The table, or None when a problem was found (it is in `findings`).
     """
-    before = len(findings.problems)
     names = table.column_names
     for name in sorted({n for n in names if names.count(n) > 1}):
-        findings.table(where, name, f"the column stands {names.count(name)} times", "keep one of them")
+        findings.table(where, name, f"the column stands {names.count(name)} times", "keep one of them", whole=True)
     for name in required:
         if name not in names:
             kind = describe(schema.field(name).type)
-            findings.table(where, name, "the column is missing", f"add it ({kind})")
+            findings.table(where, name, "the column is missing", f"add it ({kind})", whole=True)
     for name in names:
-        if name not in schema.names and extra == "error":
+        if name not in schema.names:
             what = f"the column is not part of the schema ({nearest(name, schema.names)})"
             findings.table(where, name, what, "rename or remove it")
     columns = []
     for field in schema:
+        columns.append(pa.nulls(table.num_rows, field.type))
         if names.count(field.name) != 1:
-            columns.append(pa.nulls(table.num_rows, field.type))
+            continue
+        column = table.column(field.name)
+        try:
+            column.validate(full=True)
+        except pa.ArrowException as error:
+            what = f"the column is damaged ({_short(error)})"
+            findings.table(where, field.name, what, "write it again as UTF-8 text", whole=True)
             continue
         try:
-            column = table.column(field.name)
-            chunks = [_fit(chunk, field.type, field.name) for chunk in column.chunks]
-            columns.append(pa.chunked_array(chunks, field.type))
-        except _Misfit as misfit:
-            findings.table(where, misfit.path, misfit.what, misfit.fix)
-    return None if len(findings.problems) > before else pa.Table.from_arrays(columns, schema=schema)
+            if misfit := _misfit(column.type, field.type, field.name):
+                findings.table(where, *misfit, whole=True)
+            else:
+                columns[-1] = column.cast(field.type)
+        except pa.ArrowException as error:
+            what = f"a value does not fit {field.type} ({_short(error)})"
+            findings.table(where, field.name, what, "correct the value", whole=True)
+    return pa.Table.from_arrays(columns, schema=schema)
 
 
-class _Misfit(Exception):
-    def __init__(self, path: str, what: str, fix: str) -> None:
-        super().__init__(what)
-        self.path, self.what, self.fix = path, what, fix
-
-
-def _fit(array: pa.Array, wanted: pa.DataType, path: str) -> pa.Array:
-    """Casts one array losslessly, or raises _Misfit."""
-    have = array.type
-    if have == wanted:
-        return array
-    if pa.types.is_null(have):
-        return pa.nulls(len(array), wanted)
+def _misfit(have: pa.DataType, wanted: pa.DataType, path: str) -> tuple[str, str, str] | None:
+    """Why a cast to a type would lose or change something: (path, what is wrong, what to do); None where it does not."""
+    if have == wanted or pa.types.is_null(have):
+        return None
     if pa.types.is_dictionary(have):
-        return _fit(array.dictionary_decode(), wanted, path)
-    if pa.types.is_list(wanted) and _is_list(have):
-        values = _fit(array.values if pa.types.is_list(have) else _as_list(array).values, wanted.value_type, path)
-        offsets = (array if pa.types.is_list(have) else _as_list(array)).offsets.to_numpy(zero_copy_only=False)
-        made = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values, mask=_mask(array))
-        return made.cast(wanted)
+        return _misfit(have.value_type, wanted, path)
+    if pa.types.is_list(wanted) and any(f(have) for f in _LISTS):
+        return _misfit(have.value_type, wanted.value_type, path)
     if pa.types.is_struct(wanted) and pa.types.is_struct(have):
-        return _fit_struct(array, wanted, path)
-    if not _widens(have, wanted):
-        raise _Misfit(path, f"the type is {have}, expected {describe(wanted)}", f"write the column as {wanted}")
-    try:
-        return array.cast(wanted)
-    except pa.ArrowException as error:
-        raise _Misfit(path, f"a value does not fit {wanted} ({_short(error)})", "correct the value") from None
+        known = {field.name: field.type for field in wanted}
+        for field in have:
+            inner = f"{path}.{field.name}"
+            if field.name not in known:
+                return inner, f"the field is not part of the schema ({nearest(field.name, known)})", "rename it"
+            if wrong := _misfit(field.type, known[field.name], inner):
+                return wrong
+        return None
+    fits = any(test(wanted) and any(f(have) for f in from_) for test, from_ in _WIDENS)
+    return None if fits else (path, f"the type is {have}, expected {describe(wanted)}", f"write the column as {wanted}")
 
 
-def _fit_struct(array: pa.Array, wanted: pa.DataType, path: str) -> pa.Array:
-    names = [field.name for field in array.type]
-    known = [field.name for field in wanted]
-    for name in names:
-        if name not in known:
-            raise _Misfit(
-                f"{path}.{name}", f"the field is not part of the schema ({nearest(name, known)})", "rename it"
-            )
-    parts = [
-        _fit(array.field(field.name), field.type, f"{path}.{field.name}")
-        if field.name in names
-        else pa.nulls(len(array), field.type)
-        for field in wanted
-    ]
-    return pa.StructArray.from_arrays(parts, fields=list(wanted), mask=_mask(array))
-
-
-def _mask(array: pa.Array) -> pa.Array | None:
-    return array.is_null() if array.null_count else None
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-
-
-def _as_list(array: pa.Array) -> pa.Array:
-    return array.cast(pa.list_(array.type.value_type))
-
-
-def _widens(have: pa.DataType, wanted: pa.DataType) -> bool:
-    """Whether a cast keeps the meaning: text to text, integer or bool to integer, number to float."""
-    if pa.types.is_string(wanted):
-        return pa.types.is_large_string(have) or str(have) == "string_view"
-    if pa.types.is_integer(wanted):
-        return pa.types.is_integer(have) or pa.types.is_boolean(have)
-    if pa.types.is_floating(wanted):
-        return pa.types.is_integer(have) or pa.types.is_floating(have) or pa.types.is_decimal(have)
-    return False
+_t = pa.types
+_LISTS = (_t.is_list, _t.is_large_list, _t.is_fixed_size_list)
+# Casts that keep the meaning: text to text, integer or bool to integer, number to float.
+_WIDENS = (
+    (_t.is_string, (_t.is_large_string, _t.is_string_view)),
+    (_t.is_integer, (_t.is_integer, _t.is_boolean)),
+    (_t.is_floating, (_t.is_integer, _t.is_floating, _t.is_decimal)),
+)
 
 
 def _shown(value: Any) -> str:

@@ -131,13 +131,16 @@ def _category(data: TaskInput, row: Row) -> str:
 
 def _item_examples(data: TaskInput, task: str, limit: int | None, make: Maker) -> Dataset:
     known = rows_of(data.items["item_id"], data.sid_ids) >= 0
-    rows = data.choose(task, np.flatnonzero(known), limit)
-    table = data.items.select(["item_id", *ITEM_FIELDS]).take(pa.array(rows))
-    made = [(row["item_id"], make(row)) for batch in table.to_batches(10_000) for row in batch.to_pylist()]
-    done = [(key, *pair) for key, pair in made if pair is not None]
-    data.count(task, items_without_sid=int((~known).sum()), items_without_text=len(made) - len(done))
-    keys = pa.array([key for key, *_ in done], pa.string())
-    return pieces_dataset(task, [[*prompt, answer] for _, prompt, answer in done], keys)
+    table = data.items.select(["item_id", *ITEM_FIELDS])
+
+    def made(rows: np.ndarray) -> list[tuple[list[str], str] | None]:
+        batches = table.take(pa.array(rows)).to_batches(10_000)
+        return [make(row) for batch in batches for row in batch.to_pylist()]
+
+    rows, pairs = data.choose_made(task, np.flatnonzero(known), limit, "items_without_text", made)
+    data.count(task, items_without_sid=int((~known).sum()))
+    keys = one_array(data.items["item_id"].take(pa.array(rows)))
+    return pieces_dataset(task, [[*prompt, answer] for prompt, answer in pairs], keys)
 
 
 def _query_examples(
@@ -147,29 +150,24 @@ def _query_examples(
     request, item = found.request[found.strongest], found.item[found.strongest]
     queries = one_array(data.requests["query"].take(pa.array(request)))
     asked = np.flatnonzero(queries.is_valid().to_numpy(zero_copy_only=False))
-    chosen = data.choose(task, asked, limit)
-    request, item, queries = request[chosen], item[chosen], queries.take(pa.array(chosen))
     row_of_item = rows_of(data.sid_ids, data.items["item_id"])
-    # Items repeat: each is read and each (query, item) rendered once.
-    distinct, place = np.unique(item, return_inverse=True)
-    columns = ["item_id", *ITEM_FIELDS]
-    known = data.items.select(columns).take(pa.array(np.maximum(row_of_item[distinct], 0))).to_pylist()
-    ids = data.sid_ids.take(pa.array(distinct)).to_pylist()
-    rows = [row if row_of_item[d] >= 0 else {"item_id": i} for row, d, i in zip(known, distinct, ids, strict=True)]
+    items = data.items.select(["item_id", *ITEM_FIELDS])
     cache: dict[tuple[str, int], tuple[list[str], str] | None] = {}
-    examples, kept = [], []
-    for number, (query, which) in enumerate(zip(queries.to_pylist(), place.reshape(-1).tolist(), strict=True)):
-        if (query, which) not in cache:
-            empty = not data.serializer.field(query, "query")
-            cache[query, which] = None if empty else make(query, rows[which])
-        pair = cache[query, which]
-        if pair is not None:
-            examples.append([*pair[0], pair[1]])
-            kept.append(number)
-    data.count(
-        task,
-        requests_without_query=int(found.strongest.sum()) - len(asked),
-        requests_without_text=len(chosen) - len(kept),
-    )
-    keys = one_array(data.requests["request_id"].take(pa.array(request[kept] if kept else [], pa.int64())))
-    return pieces_dataset(task, examples, keys)
+
+    def made(places: np.ndarray) -> list[tuple[list[str], str] | None]:
+        # Items repeat: each is read and each (query, item) rendered once.
+        distinct, which = np.unique(item[places], return_inverse=True)
+        known = items.take(pa.array(np.maximum(row_of_item[distinct], 0))).to_pylist()
+        ids = data.sid_ids.take(pa.array(distinct)).to_pylist()
+        rows = [row if row_of_item[d] >= 0 else {"item_id": i} for row, d, i in zip(known, distinct, ids, strict=True)]
+        pairs = list(zip(queries.take(pa.array(places)).to_pylist(), which.reshape(-1).tolist(), strict=True))
+        for query, n in dict.fromkeys(pairs):
+            if (query, distinct[n]) not in cache:
+                empty = not data.serializer.field(query, "query")
+                cache[query, distinct[n]] = None if empty else make(query, rows[n])
+        return [cache[query, distinct[n]] for query, n in pairs]
+
+    chosen, pairs = data.choose_made(task, asked, limit, "requests_without_text", made)
+    data.count(task, requests_without_query=int(found.strongest.sum()) - len(asked))
+    keys = one_array(data.requests["request_id"].take(pa.array(request[chosen])))
+    return pieces_dataset(task, [[*prompt, answer] for prompt, answer in pairs], keys)

@@ -3,9 +3,9 @@
 *Windowed* (`request_to_sid`, `history_to_sid`): one example per request, its history cut to the last `max_history`
 turns. *Whole history* (`whole_history`): one example per user, which learns the semantic ID of every request on the
 way, so a user with n requests costs n turns, not n copies of a history. Both put the same pieces in the same order,
-therefore the loss on a target is the same wherever the window covers its past. A turn is learned only if every turn
-before it is older than its request: further items of the same request are context, and so is whatever happened
-between a request and a late action on it.
+therefore the loss on a target is the same wherever the window covers its past. A turn is learned in the pass only if every
+turn before it is older than its request. Others (purchases of one second, a late action) get an example of their own, with
+what lay before the request; further items of one request are context only.
 
 Differs from the papers (TIGER, LC-Rec, OneSearch), which copy the history for each target. Our choice.
 """
@@ -21,7 +21,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.core.ragged import offsets_of, owners, taken
+from sidtune.core.ragged import Ragged, offsets_of, owners, taken
 from sidtune.data_builders.prompts.encoding import encoder_of
 from sidtune.data_builders.tables.columns import one_array, rows_of
 from sidtune.data_builders.tasks.input import TaskInput, Turns, heads, render_turns
@@ -31,9 +31,10 @@ _PIECES_AT_A_TIME = 2_000_000
 
 @dataclass(frozen=True)
 class _Sequences:
-    """The turns of users in order: `offsets` (U+1,) and `head` (U,) per user; `text`, `sid`, `learn` (T,) per turn.
+    """The turns of users in order: `offsets` (U+1,) and `head` (U,) per user; `text`, `sid`, `learn`, `apart` (T,) per turn.
 
-    `head`, `text` and `sid` are entries of `texts`.
+    `head`, `text` and `sid` are entries of `texts`. `learn` says which turns are learned in the pass; `apart` is, for those
+    learned by themselves, the place of the first turn that is not older than the request, else -1.
     """
 
     users: pa.Array
@@ -43,6 +44,7 @@ class _Sequences:
     text: np.ndarray
     sid: np.ndarray
     learn: np.ndarray
+    apart: np.ndarray
 
 
 def _pool(*kinds: list[str]) -> tuple[pa.Array, list[int]]:
@@ -123,26 +125,17 @@ def window(data: TaskInput, asked: pa.Table, max_history: int | None = None) -> 
 def _windowed(
     data: TaskInput,
     requests: pa.Table,
-    rows: np.ndarray,
     target: np.ndarray | None,
     max_history: int | None = None,
     asks: bool = True,
-    need_history: bool = False,
-) -> tuple[pa.Array, np.ndarray, np.ndarray, np.ndarray]:
-    """Composes windowed pieces; returns the pool's texts, offsets, codes, and which of `rows` were kept."""
+) -> tuple[pa.Array, np.ndarray, np.ndarray]:
+    """Composes windowed pieces of requests, with a target or without: the pool's texts, offsets and codes."""
     turns = data.turns
-    asked = requests.take(pa.array(rows))
-    offsets, past = window(data, asked, max_history)
-    kept = np.arange(len(rows))
-    if need_history:
-        kept = np.flatnonzero(np.diff(offsets) > 0)
-        place, offsets = taken(offsets, kept)
-        past, asked, rows = past[place], asked.take(pa.array(kept)), rows[kept]
-        target = None if target is None else target[kept]
-    head, head_texts = heads(data, one_array(asked["user_id"]))
-    query, context = one_array(asked["query"]), one_array(asked["context"])
+    offsets, past = window(data, requests, max_history)
+    head, head_texts = heads(data, one_array(requests["user_id"]))
+    query, context = one_array(requests["query"]), one_array(requests["context"])
     if not asks:
-        query, context = pa.nulls(len(rows), query.type), pa.nulls(len(rows), context.type)
+        query, context = pa.nulls(len(query), query.type), pa.nulls(len(query), context.type)
     last, last_texts = render_turns(data.serializer, query, context)
     texts, first = _pool(head_texts, turns.texts, last_texts, data.sid_texts)
     new, codes = _interleave(
@@ -152,7 +145,7 @@ def _windowed(
     codes[new[1:] - (1 if target is None else 2)] = first[2] + last
     if target is not None:
         codes[new[1:] - 1] = first[3] + target
-    return texts, new, codes, kept
+    return texts, new, codes
 
 
 def _request_examples(
@@ -160,20 +153,21 @@ def _request_examples(
 ) -> Dataset:
     found = data.positives
     chosen = np.arange(len(found.request)) if all_positives else np.flatnonzero(found.strongest)
-    chosen = data.choose(task, chosen, limit)
-    rows = found.request[chosen]
-    texts, offsets, codes, kept = _windowed(
-        data, data.requests, rows, found.item[chosen], asks=asks, need_history=need_history
-    )
-    learn = np.zeros(len(codes), bool)
-    learn[offsets[1:] - 1] = True
+    known = len(chosen)
+    if need_history:
+        offsets, _ = window(data, data.requests.take(pa.array(found.request[chosen])))
+        chosen = chosen[np.diff(offsets) > 0]
     data.count(
         task,
         requests_without_positive=data.requests.num_rows - int(found.strongest.sum()),
-        requests_without_history=len(rows) - len(kept),
+        requests_without_history=known - len(chosen),
     )
-    keys = one_array(data.requests["request_id"].take(pa.array(rows[kept])))
-    return to_dataset(task, texts, offsets, codes, learn, keys)
+    chosen = data.choose(task, chosen, limit)
+    requests = data.requests.take(pa.array(found.request[chosen]))
+    texts, offsets, codes = _windowed(data, requests, found.item[chosen], asks=asks)
+    learn = np.zeros(len(codes), bool)
+    learn[offsets[1:] - 1] = True
+    return to_dataset(task, texts, offsets, codes, learn, one_array(requests["request_id"]))
 
 
 def request_to_sid(data: TaskInput, limit: int | None = None, all_positives: bool = False) -> Dataset:
@@ -199,7 +193,7 @@ def prompt_for_requests(data: TaskInput, requests: pa.Table, max_history: int | 
         requests: any requests, in the `requests` schema.
         max_history: turns of history, default `data.max_history`.
     """
-    texts, offsets, codes, _ = _windowed(data, requests, np.arange(requests.num_rows), None, max_history)
+    texts, offsets, codes = _windowed(data, requests, None, max_history)
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), texts.take(pa.array(codes))).to_pylist()
 
 
@@ -216,7 +210,7 @@ def _cut(data: TaskInput, users: pa.Array) -> np.ndarray:
     late = data.turns.trains & (data.turns.request >= 0)
     place = rows_of(data.turns.events["user_id"], users)[late]
     np.maximum.at(cut, place, data.turns.events["time"].to_numpy()[late] + 1)
-    return cut
+    return cut if data.cut is None else np.minimum(cut, data.cut.of(users))
 
 
 def _chunks(
@@ -259,10 +253,11 @@ def whole_history(
 ) -> Dataset:
     """One pass over each user: head and all turns up to `data.until`, learning every SID that is a fair target.
 
-    The key of an example is the user id, a slash, and the number of its first turn in the user's history.
+    The key of an example is the user id, a slash, and the number of its first turn in the user's history; of a turn that is
+    learned by itself, a plus sign and its number follow.
 
     Args:
-        limit: at most so many users, drawn at random.
+        limit: at most so many users, drawn at random among those that have something to learn.
         max_turns: longest example; longer users are cut into chunks, and every target is learned in exactly one.
         overlap: turns at the start of a chunk that repeat the end of the one before, as context only; at most a quarter
             of a chunk that `max_tokens` cut short.
@@ -288,62 +283,88 @@ def whole_history(
         size = encoder.lengths[codes]
         cost, room = size[sequences.text] + size[sequences.sid], max_tokens - 1 - size[sequences.head]
     chunks, too_long = _chunks(sequences.offsets, cost, room, max_turns, overlap)
-    return _whole_examples(data, sequences, chunks, too_long)
+    return _whole_examples(data, sequences, chunks, too_long, _alone(sequences, cost, room, max_turns))
 
 
 def _sequences(data: TaskInput, limit: int | None) -> _Sequences:
     turns = data.turns
     users = one_array(turns.events["user_id"]).unique()
-    users = users.take(pa.array(data.choose("whole_history", np.arange(len(users)), limit)))
     found = turns.history.before(users, _cut(data, users), None)
+    learn, apart = _targets(turns, found.rows, found.offsets)
+    if limit is not None:
+        targets = np.add.reduceat(np.append(learn | (apart >= 0), False), found.offsets[:-1]) * (found.lengths > 0)
+        chosen = data.choose("whole_history", np.flatnonzero(targets), limit)
+        place, offsets = taken(found.offsets, chosen)
+        shift = np.repeat(offsets[:-1] - found.offsets[chosen], np.diff(offsets))
+        learn, apart = learn[place], np.where(apart[place] >= 0, apart[place] + shift, -1)
+        users, found = users.take(pa.array(chosen)), Ragged(offsets, found.rows[place])
     head, head_texts = heads(data, users)
     texts, first = _pool(head_texts, turns.texts, data.sid_texts)
-    return _Sequences(
-        users,
-        found.offsets,
-        texts,
-        first[0] + head,
-        first[1] + turns.text[found.rows],
-        first[2] + turns.item[found.rows],
-        _fair(turns, found.rows, found.offsets),
-    )
+    text, sid = first[1] + turns.text[found.rows], first[2] + turns.item[found.rows]
+    return _Sequences(users, found.offsets, texts, first[0] + head, text, sid, learn, apart)
 
 
-def _fair(turns: Turns, rows: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """(T,) whether each turn of the users' sequences may be learned, see the top of the file."""
-    time = turns.events["time"].to_numpy()[rows]
-    before = np.concatenate([[np.iinfo(np.int64).min], time[:-1]]) if len(time) else time
-    before[offsets[:-1][np.diff(offsets) > 0]] = np.iinfo(np.int64).min
-    asked = turns.asked[rows]
-    return turns.trains[rows] & (before < asked) & (asked <= time)
+def _targets(turns: Turns, rows: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`learn` and `apart` of `_Sequences`, see the top of the file."""
+    time, asked, owner = turns.events["time"].to_numpy()[rows], turns.asked[rows], owners(offsets)
+    moments, rank = np.unique(time, return_inverse=True)
+    step = len(moments) + 1
+    # The first turn of the same user that is not older than the request.
+    since = np.searchsorted(owner * step + rank.reshape(-1), owner * step + np.searchsorted(moments, asked))
+    allowed = turns.trains[rows] & (asked <= time)
+    learn = allowed & (since == np.arange(len(rows)))
+    request = turns.request[rows]
+    _, first = np.unique(np.where(request >= 0, request, -1 - np.arange(len(rows))), return_index=True)
+    strongest = np.zeros(len(rows), bool)
+    strongest[first] = True
+    return learn, np.where(allowed & strongest & ~learn, since, -1)
 
 
-def _whole_examples(data: TaskInput, sequences: _Sequences, chunks: np.ndarray, too_long: np.ndarray) -> Dataset:
+def _alone(sequences: _Sequences, cost: np.ndarray, room: np.ndarray, max_turns: int) -> np.ndarray:
+    """(k, 4) user, begin, end of the history, turn, of each turn that is learned by itself and fits."""
+    turn = np.flatnonzero(sequences.apart >= 0)
+    user, end = owners(sequences.offsets)[turn], sequences.apart[turn]
+    ends = offsets_of(cost)
+    begin = np.maximum(sequences.offsets[user], end - max_turns + 1)
+    begin = np.maximum(begin, np.searchsorted(ends, ends[end] + cost[turn] - room[user]))
+    return np.stack([user, np.minimum(begin, end), end, turn], axis=1)[cost[turn] <= room[user]]
+
+
+def _whole_examples(
+    data: TaskInput, sequences: _Sequences, chunks: np.ndarray, too_long: np.ndarray, alone: np.ndarray
+) -> Dataset:
     user, begin, first, end = chunks.T
     learn = sequences.learn
     # Turns after the last learned one teach nothing; a chunk that learns nothing goes altogether.
     learned_at = np.where(learn, np.arange(len(learn)), -1)
     last = np.maximum.accumulate(learned_at)[end - 1] if len(learn) else end - 1
     keep = last >= first
-    user, begin, first, end = user[keep], begin[keep], first[keep], last[keep] + 1
+    ends = np.stack([begin, first, last + 1], axis=1)[keep]
+    # A turn by itself takes the place behind its history.
+    ends = np.concatenate([ends, np.stack([alone[:, 1], alone[:, 2], alone[:, 2] + 1], axis=1)])
+    user, (begin, first, end) = np.concatenate([user[keep], alone[:, 0]]), ends.T
     if not len(user):
         raise DataError(
             "whole_history finds no target; check `until`, and that events carry the ids of train requests."
         )
     span = offsets_of(end - begin)
     place = np.repeat(begin - span[:-1], end - begin) + np.arange(span[-1])
+    behind = span[1:][len(user) - len(alone) :] - 1
+    place[behind] = alone[:, 3]
+    wanted = learn[place] & (place >= np.repeat(first, end - begin))
+    wanted[behind] = True
     offsets, codes = _interleave(span, sequences.text[place], sequences.sid[place], 0)
     codes[offsets[:-1]] = sequences.head[user]
-    fresh = place >= np.repeat(first, end - begin)
-    _, flags = _interleave(span, np.zeros(len(place), np.int64), learn[place] & fresh, 0)
+    _, flags = _interleave(span, np.zeros(len(place), np.int64), wanted, 0)
     flags[offsets[:-1]] = 0
     data.count(
         "whole_history",
         turns_as_context_only=int((~learn).sum()),
-        turns_longer_than_max_tokens=int(learn[too_long].sum()),
+        turns_longer_than_max_tokens=int(sequences.learn[too_long].sum() + (sequences.apart >= 0).sum() - len(alone)),
         targets=int(flags.sum()),
     )
+    names = [f"{name}/" for name in sequences.users.take(pa.array(user)).to_pylist()]
+    ends_in = [""] * (len(user) - len(alone)) + [f"+{turn}" for turn in (alone[:, 3] - sequences.offsets[alone[:, 0]])]
     numbers = (begin - sequences.offsets[user]).tolist()
-    names = sequences.users.take(pa.array(user)).to_pylist()
-    keys = pa.array([f"{name}/{number}" for name, number in zip(names, numbers, strict=True)], pa.string())
+    keys = pa.array([f"{a}{b}{c}" for a, b, c in zip(names, numbers, ends_in, strict=True)], pa.string())
     return to_dataset("whole_history", sequences.texts, offsets, codes, flags.astype(bool), keys)

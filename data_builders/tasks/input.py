@@ -10,34 +10,30 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.core.ragged import Ragged, offsets_of
+from sidtune.core.ragged import offsets_of
 from sidtune.data_builders.prompts.encoding import SID_TEXT
 from sidtune.data_builders.prompts.serializer import Serializer
 from sidtune.data_builders.tables.columns import encode, one_array, rows_of
 from sidtune.data_builders.tables.history import History, TimeCut, action_strength
+from sidtune.data_builders.tables.splits import training_cut
 from sidtune.data_builders.tables.store import DataFolder
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _REQUESTS_AT_A_TIME = 50_000
 ALL_TURNS = 1_000_000  # "no limit" for builders that want a number
 LABELS = ("order", "like", "click")  # strongest first
-
-
-class HistoryLike(Protocol):
-    """What the tasks need of `History`."""
-
-    def before(self, user_ids: Any, times: np.ndarray, max_len: int | None = None) -> Ragged: ...
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ class Turns:
     trains: np.ndarray
     text: np.ndarray
     texts: list[str]
-    history: HistoryLike
+    history: History
 
 
 @dataclass(frozen=True)
@@ -92,12 +88,11 @@ class TaskInput:
         serializer: renders the rows.
         max_history: longest history in turns.
         until: whole-history training reads turns strictly before this time (a number, or a `TimeCut` with one per
-            user); None reads each user up to its last train request.
+            user); None reads each user up to its last train request, whose late actions count until `cut`.
+        cut: end of the training time, which `of_split` takes from the data folder; None knows none.
         seed: of every random choice.
         context_requests: requests whose query and context past turns may show, default `requests`. For evaluation
             pass all.
-        actions: which actions make a history; None takes all.
-        history: makes the history of an events table.
         counts: task → what was left out and why, filled by the tasks.
 
     Raises:
@@ -113,10 +108,9 @@ class TaskInput:
     serializer: Serializer
     max_history: int = 20
     until: int | TimeCut | None = None
+    cut: TimeCut | None = None
     seed: int = 0
     context_requests: pa.Table | None = None
-    actions: tuple[str, ...] | None = None
-    history: Callable[[pa.Table], HistoryLike] = History
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -148,7 +142,9 @@ class TaskInput:
             max_history: longest history in turns, None for no limit.
             seed: of every random choice.
         """
-        shown = [table for table in data.requests.values() if table.num_rows]
+        shown = {part: table for part, table in data.requests.items() if table.num_rows}
+        every = pa.concat_tables(shown.values()) if shown else None
+        names = np.repeat([*shown], [table.num_rows for table in shown.values()])
         return cls(
             items=data.items,
             users=data.users,
@@ -157,8 +153,9 @@ class TaskInput:
             sids=sids,
             serializer=serializer,
             max_history=ALL_TURNS if max_history is None else max_history,
+            cut=None if every is None else training_cut(every, names, data.meta.get("split") or {}),
             seed=seed,
-            context_requests=pa.concat_tables(shown) if shown else None,
+            context_requests=every,
         )
 
     def rng(self, task: str) -> np.random.Generator:
@@ -172,6 +169,34 @@ class TaskInput:
         if limit < 0:
             raise ConfigError(f"The limit of task {task} must be 0 or more examples, got {limit}.")
         return rows[np.sort(self.rng(task).permutation(len(rows))[:limit])]
+
+    def choose_made(
+        self,
+        task: str,
+        rows: np.ndarray,
+        limit: int | None,
+        what: str,
+        make: Callable[[np.ndarray], Sequence[T | None]],
+    ) -> tuple[np.ndarray, list[T]]:
+        """As `choose`, where only rows count out of which `make` makes something.
+
+        Args:
+            what: how `counts` calls the rows out of which nothing was made.
+            make: gives what each of some rows becomes, or None.
+
+        Returns:
+            The rows that became something, at most `limit`, in their old order, and what they became.
+        """
+        few = limit is not None and 0 <= limit < len(rows)
+        order = rows[self.rng(task).permutation(len(rows))] if few else self.choose(task, rows, limit)
+        wanted, looked, done = limit if few else len(rows), 0, []
+        while looked < len(order) and len(done) < wanted:
+            part = order[looked : looked + wanted - len(done)]
+            looked += len(part)
+            done += [(row, one) for row, one in zip(part.tolist(), make(part), strict=True) if one is not None]
+        self.count(task, **{what: looked - len(done)})
+        done.sort(key=lambda pair: pair[0])
+        return np.array([row for row, _ in done], np.int64), [one for _, one in done]
 
     def count(self, task: str, **numbers: int) -> None:
         """Notes what a task left out."""
@@ -289,11 +314,8 @@ def make_turns(data: TaskInput) -> Turns:
     """Makes the turns of a data set: known items only, one per (request, item)."""
     events = data.events
     item = rows_of(events["item_id"], data.sid_ids)
-    keep = item >= 0
-    if data.actions is not None:
-        keep &= pc.is_in(events["action"], value_set=pa.array(data.actions, pa.string())).to_numpy()
-    rows = np.flatnonzero(keep)
-    data.count("history", events_without_sid_or_of_other_actions=len(keep) - len(rows))
+    rows = np.flatnonzero(item >= 0)
+    data.count("history", events_without_sid=len(item) - len(rows))
     events, item = events.take(pa.array(rows)), item[rows]
     time, strength = events["time"].to_numpy(), action_strength(events["action"]).astype(np.int64)
     request = rows_of(events["request_id"], data.shown["request_id"])
@@ -318,7 +340,7 @@ def make_turns(data: TaskInput) -> Turns:
     text, texts = render_turns(data.serializer, query, context)
     asked = np.where(known, data.shown["time"].to_numpy()[np.maximum(request, 0)] if known.any() else time, time)
     trains = ~named | (rows_of(events["request_id"], data.requests["request_id"]) >= 0)
-    return Turns(events, item, request, asked, trains, text, texts, data.history(events))
+    return Turns(events, item, request, asked, trains, text, texts, History(events))
 
 
 def heads(data: TaskInput, user_ids: pa.Array) -> tuple[np.ndarray, list[str]]:

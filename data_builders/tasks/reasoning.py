@@ -113,17 +113,21 @@ def templated(data: TaskInput, limit: int | None = None, aspects: Sequence[str] 
         if name not in ASPECTS:
             raise ConfigError(f"There is no aspect '{name}' of a reasoning: {nearest(name, ASPECTS)}")
     request, item = strongest_targets(data)
-    chosen = data.choose("reason_to_sid", np.arange(len(request)), limit)
-    request, item = request[chosen], item[chosen]
-    named = _features(data, request)
+    titles = _of_items(data, "title").to_pylist()
     # Numbers of every request, so that the text of one does not depend on how many are drawn.
     draw = data.rng("templated reasonings").random((data.requests.num_rows, len(aspects)))
-    texts = []
-    for row, features in zip(request.tolist(), named, strict=True):
-        there = [place for place, name in enumerate(aspects) if features[name]]
-        kept = [place for place in there if draw[row, place] < NAMED] or there[:1]
-        texts.append("; ".join(features[aspects[place]] for place in kept) or "no hints")
-    return without_leaks(data, Reasonings(request, item, texts))
+
+    def made(places: np.ndarray) -> list[str | None]:
+        texts: list[str | None] = []
+        for place, features in zip(places.tolist(), _features(data, request[places]), strict=True):
+            there = [number for number, name in enumerate(aspects) if features[name]]
+            kept = [number for number in there if draw[request[place], number] < NAMED] or there[:1]
+            text = "; ".join(features[aspects[number]] for number in kept) or "no hints"
+            texts.append(None if leaks(text, data.sid_texts[item[place]], titles[item[place]]) else text)
+        return texts
+
+    chosen, texts = data.choose_made("reason_to_sid", np.arange(len(request)), limit, "reasonings_that_leak", made)
+    return Reasonings(request[chosen], item[chosen], texts)
 
 
 def without_leaks(data: TaskInput, found: Reasonings) -> Reasonings:

@@ -31,14 +31,13 @@ class SequenceCatalogue:
 
     Attributes:
         sids: item n is row n of the sequences. codes: (N, depth) int64.
-        trie: legal SIDs. leaves: leaf → item rows. leaf_of: (N,) int64 leaf of each item.
+        trie: legal SIDs. leaves: leaf → item rows.
     """
 
     sids: SemanticIds
     codes: np.ndarray
     trie: SidTrie
     leaves: LeafItems
-    leaf_of: np.ndarray
 
     @classmethod
     def of(cls, sids: SemanticIds, sequences: ItemSequences) -> SequenceCatalogue:
@@ -55,9 +54,7 @@ class SequenceCatalogue:
         codes = sids.codes[sids.rows_of_ids(sequences.item_ids)]
         counts = sequences.training_counts().astype(np.float64)
         own = SemanticIds(sequences.item_ids, codes, sids.level_sizes, counts, suffix_level=sids.suffix_level)
-        trie = SidTrie.from_semantic_ids(own)
-        leaf_of = (trie.find(torch.from_numpy(codes.astype(np.int64))) - trie.level_starts[trie.depth]).numpy()
-        return cls(own, codes.astype(np.int64), trie, LeafItems.from_semantic_ids(own), leaf_of)
+        return cls(own, codes.astype(np.int64), SidTrie.from_semantic_ids(own), LeafItems.from_semantic_ids(own))
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,7 @@ class HistoryRanker:
 
         Empty places at the end of all rows of a batch cost nothing.
         """
-        leaves = np.where(items >= 0, self.catalogue.leaf_of[np.maximum(items, 0)], -1)
+        leaves = np.where(items >= 0, self.catalogue.leaves.leaf_of[np.maximum(items, 0)], -1)
         scores = np.full(items.shape, -np.inf, dtype=np.float32)
         with evaluating(network):
             for part in self._parts(examples):

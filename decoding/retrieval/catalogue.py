@@ -3,9 +3,9 @@
 A filter on items is exact on two levels. The trie keeps every SID with at least one allowed item below it (`SidTrie.restrict`,
 so the search never spends a beam on anything else), and the list of items behind each SID keeps the allowed ones only.
 A *scope* is both, made once for a combination of categories and stock and remembered; what a single request adds (items
-it excludes, items it allows) becomes a `Narrowing` of its scope. Our choice, no paper.
+it excludes, items it allows) becomes an `ItemFilter` of its scope. Our choice, no paper.
 
-A scope costs O(N) time to make and about 9 bytes a node and 8 bytes an item and a SID to keep.
+A scope costs O(N) time to make and about 9 bytes a node, 16 an item and 8 a SID to keep.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sidtune.core.errors import DataError, nearest
+from sidtune.core.ragged import offsets_of
 from sidtune.decoding.items import LeafItems
 from sidtune.decoding.retrieval.search_request import PastTurn, SearchRequest, quoted
 from sidtune.decoding.trie import SidTrie
@@ -28,7 +29,6 @@ from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 
 CATALOGUE_FILE = "catalogue.parquet"
 _COLUMNS = ("item_id", "title", "category")
-_NONE = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -38,32 +38,10 @@ class Scope:
     Attributes:
         trie: legal SIDs of this part; node and leaf numbers are those of the whole trie.
         leaves: the items of each leaf that belong to this part.
-        allowed: (N,) bool per item row, or None for the whole catalogue.
     """
 
     trie: SidTrie
     leaves: LeafItems
-    allowed: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
-class Narrowing:
-    """What one request takes out of its scope.
-
-    Attributes:
-        dead: leaves it must not reach, int64, distinct.
-        only: leaves that alone it may reach, int64, distinct, or None for all of the scope.
-        hidden: item rows to leave out of the leaves that it may reach, int64.
-    """
-
-    dead: np.ndarray
-    only: np.ndarray | None
-    hidden: np.ndarray
-
-    @property
-    def changes_leaves(self) -> bool:
-        """Whether the search itself must know, or leaving out `hidden` afterwards is enough."""
-        return self.only is not None or len(self.dead) > 0
 
 
 @dataclass(frozen=True)
@@ -72,13 +50,14 @@ class Target:
 
     Attributes:
         k: items wanted. num_beams: beams.
-        scope: part of the catalogue. narrowing: what the request takes out of it.
+        scope: part of the catalogue. exclude, only: see `ItemFilter`.
     """
 
     k: int
     num_beams: int
     scope: Scope
-    narrowing: Narrowing
+    exclude: np.ndarray
+    only: np.ndarray | None = None
 
 
 class Catalogue:
@@ -105,9 +84,6 @@ class Catalogue:
         self._stock: np.ndarray | None = None
         self._scopes: OrderedDict[tuple, Scope] = OrderedDict()
         self._remembered = remembered
-        leaves = self.whole.leaves
-        self._leaf_of = np.empty(len(leaves.rows), dtype=np.int64)
-        self._leaf_of[leaves.rows] = np.repeat(np.arange(len(leaves.offsets) - 1), np.diff(leaves.offsets))
 
     @classmethod
     def from_table(cls, sids: SemanticIds, items: pa.Table | None) -> Catalogue:
@@ -195,21 +171,6 @@ class Catalogue:
         self._scopes.move_to_end(key)
         return self._scopes[key]
 
-    def narrowing(self, scope: Scope, exclude: np.ndarray, only: np.ndarray | None = None) -> Narrowing:
-        """Takes item rows out of a scope (`exclude`), or everything but some (`only`); both int64."""
-        sizes = scope.leaves.offsets
-        if only is not None:
-            wanted = np.setdiff1d(only, exclude)
-            wanted = wanted if scope.allowed is None else wanted[scope.allowed[wanted]]
-            leaves = np.unique(self._leaf_of[wanted])
-            counts = sizes[leaves + 1] - sizes[leaves]
-            place = np.repeat(sizes[leaves] - counts.cumsum() + counts, counts) + np.arange(counts.sum())
-            return Narrowing(_NONE, leaves, np.setdiff1d(scope.leaves.rows[place], wanted))
-        hidden = np.unique(exclude)
-        hidden = hidden if scope.allowed is None else hidden[scope.allowed[hidden]]
-        leaves, counts = np.unique(self._leaf_of[hidden], return_counts=True)
-        return Narrowing(leaves[counts == sizes[leaves + 1] - sizes[leaves]], None, hidden)
-
     def target(self, request: SearchRequest, unknown: str = "error") -> Target:
         """The rows that a request may find. Raises DataError as `rows` and `scope` do."""
         exclude = self.rows(request.exclude_items, "exclude_items", unknown)
@@ -218,7 +179,7 @@ class Catalogue:
             exclude = np.concatenate([exclude, seen])
         only = None if request.only_items is None else self.rows(request.only_items, "only_items", unknown)
         scope = self.scope(request.only_categories, request.in_stock_only)
-        return Target(request.k, request.beams, scope, self.narrowing(scope, exclude, only))
+        return Target(request.k, request.beams, scope, exclude, only)
 
     def known_turns(self, history: Sequence[PastTurn], unknown: str = "error") -> list[PastTurn]:
         """The turns whose item is in the catalogue. Raises DataError for another one, unless `unknown` is `ignore`."""
@@ -241,12 +202,11 @@ class Catalogue:
 
     def _part(self, allowed: np.ndarray) -> Scope:
         whole = self.whole
-        counts = np.bincount(self._leaf_of[allowed], minlength=len(whole.leaves.offsets) - 1)
-        offsets = np.concatenate([[0], np.cumsum(counts)])
+        counts = np.bincount(whole.leaves.leaf_of[allowed], minlength=len(whole.leaves))
         order = whole.leaves.rows
         # What is not allowed stands behind the last leaf, out of reach: `rank_items` takes N from the length of `rows`.
         rows = np.concatenate([order[allowed[order]], order[~allowed[order]]])
-        return Scope(whole.trie.restrict(counts > 0), LeafItems(offsets, rows), allowed)
+        return Scope(whole.trie.restrict(counts > 0), LeafItems(offsets_of(counts), rows))
 
 
 def _rows_by_name(sids: SemanticIds, table: pa.Table) -> dict[str, np.ndarray]:

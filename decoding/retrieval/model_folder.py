@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.core.folders import RUN_FILE, fingerprint, read_json, write_json
+from sidtune.core.folders import RUN_FILE, fingerprint, read_json, read_record, read_run, write_json
 from sidtune.data_builders.prompts.serializer import TEMPLATES, Serializer
 from sidtune.data_builders.tables.store import DataFolder
 from sidtune.tokenizers.base_models.loading import load_tokenizer
@@ -166,7 +166,7 @@ def read_settings(path: Path) -> tuple[Path, PromptSettings]:
     for name in TEMPLATES:
         _require(place, f"{TEMPLATES_FOLDER}/{name}", "a template of its prompts")
     try:
-        settings = PromptSettings(**read_json(place / SERIALIZER_FILE))
+        settings = PromptSettings(**read_json(place / SERIALIZER_FILE, PromptSettings))
     except TypeError as error:
         raise DataError(f"The file {place / SERIALIZER_FILE} is damaged ({error}); copy the folder again.") from None
     for name in CODER_PARTS if settings.query_sids else ():
@@ -176,9 +176,8 @@ def read_settings(path: Path) -> tuple[Path, PromptSettings]:
 
 def _is_stage(path: Path) -> bool:
     """Whether the folder above is that of `sft` and names this one among its stages."""
-    file = path.parent / RUN_FILE
-    run = read_json(file) if file.is_file() else {}
-    return path.name in [stage.get("name") for stage in run.get("metrics", {}).get("stages", [])]
+    run = read_record(path.parent / RUN_FILE)
+    return path.name in [stage["name"] for stage in run.get("metrics", {}).get("stages", [])]
 
 
 def _require(folder: Path, name: str | tuple[str, ...], what: str) -> None:
@@ -196,10 +195,9 @@ def final_model(folder: str | Path) -> Path:
     folder = Path(folder)
     if (folder / "config.json").exists():
         return folder
-    if (folder / RUN_FILE).exists():
-        final = read_json(folder / RUN_FILE).get("metrics", {}).get("final")
-        if final and (folder / final).is_dir():
-            return folder / final
+    final = read_record(folder / RUN_FILE).get("metrics", {}).get("final")
+    if final and (folder / final).is_dir():
+        return folder / final
     raise DataError(
         f"{folder} holds no model (no config.json) and no finished training, so it is no sidtune bundle; run the step that "
         "writes it."
@@ -214,7 +212,7 @@ def training_runs(folder: str | Path) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     file = Path(folder) / RUN_FILE
     while file.is_file() and len(found) < _LONGEST_CHAIN:
-        found.insert(0, read_json(file))
+        found.insert(0, read_run(file.parent))
         start = found[0].get("inputs", {}).get("model_dir", {}).get("path")
         if not start:
             break
@@ -239,7 +237,7 @@ def check_made_from(result: str | Path, **inputs: str | list[str]) -> None:
         if role == "model_dir":
             finals = [final_model(folder) for folder in folders]
             same = [*folders, *finals, *(one.parent for one in finals if _is_stage(one))]
-        read = read_json(Path(result) / RUN_FILE).get("inputs", {}).get(role)
+        read = read_run(result).get("inputs", {}).get(role)
         if read is not None and read["sha256"] not in map(fingerprint, dict.fromkeys(same)):
             raise DataError(
                 f"{result} was made from another {role} ({read['path']}) than {' or '.join(map(str, folders))}, so they do "

@@ -90,7 +90,5 @@ def load_requests(
     rows, item = strongest_targets(source)
     if not len(rows):
         raise DataError(f"No request of the split '{split}' has a positive item, so there is nothing to reason about.")
-    leaf_of_row = np.empty(len(retriever.sids), np.int64)
-    codes, offsets, order = retriever.sids.paths()
-    leaf_of_row[order] = np.repeat(np.arange(len(codes)), np.diff(offsets))
-    return ReasoningRequests(data, source, reasoner, data.requests[split].take(pa.array(rows)), item, leaf_of_row[item])
+    leaf = retriever.leaves.leaf_of[item]
+    return ReasoningRequests(data, source, reasoner, data.requests[split].take(pa.array(rows)), item, leaf)

@@ -21,9 +21,9 @@ from sidtune.core.errors import DataError
 from sidtune.core.ragged import pad
 from sidtune.data_builders.prompts.serializer import Serializer
 from sidtune.decoding.beam_search import sid_beam_search
-from sidtune.decoding.filters import RequestFilter
+from sidtune.decoding.filters import ItemFilter
 from sidtune.decoding.items import BeamOutput, rank_items
-from sidtune.decoding.retrieval.catalogue import Catalogue, Narrowing, Scope, Target
+from sidtune.decoding.retrieval.catalogue import Catalogue, Scope, Target
 from sidtune.decoding.retrieval.model_folder import (
     SERIALIZER_FILE,
     TEMPLATES_FOLDER,
@@ -125,7 +125,7 @@ class SidRetriever:
         batch_size: int = 32,
         trie: SidTrie | None = None,
         progress: Callable[[int], Any] | None = None,
-        narrowings: Sequence[Narrowing] | None = None,
+        filters: ItemFilter | None = None,
     ) -> BeamOutput:
         """Beams of every prompt (pieces), in the order given.
 
@@ -134,7 +134,7 @@ class SidRetriever:
             num_beams: K. batch_size: prompts in one pass.
             trie: a restricted trie instead of the whole catalogue.
             progress: called with the number of prompts finished in each batch.
-            narrowings: what each prompt takes out of `trie`.
+            filters: what each prompt may get of `trie`.
 
         Returns:
             leaves and scores (R, K) on the CPU; K is the number of SIDs where there are fewer.
@@ -148,7 +148,6 @@ class SidRetriever:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             input_ids, mask = self._pad([ids[row] for row in rows])
-            filters = None if narrowings is None else _request_filter(trie, [narrowings[row] for row in rows])
             out = sid_beam_search(
                 self.model,
                 input_ids,
@@ -156,7 +155,7 @@ class SidRetriever:
                 trie=self._placed(trie),
                 sid_token_ids=self.vocabulary.sid_token_ids,
                 num_beams=num_beams,
-                filters=filters,
+                filters=None if filters is None else filters.part(rows).leaves(trie),
             )
             leaves[rows], scores[rows] = out.leaves.cpu(), out.scores.float().cpu()
             if progress is not None:
@@ -187,13 +186,11 @@ class SidRetriever:
         found: list[Any] = [None] * len(prompts)
         for (num_beams, _), places in groups.items():
             scope: Scope = targets[places[0]].scope
-            narrowings = [targets[place].narrowing for place in places]
-            beams = self.beams(
-                [prompts[place] for place in places], num_beams, batch_size, scope.trie, progress, narrowings
-            )
-            widest = min(max(targets[place].k for place in places), len(self.sids))
-            hidden = [narrowing.hidden for narrowing in narrowings]
-            rows, scores = rank_items(beams, scope.leaves, widest, exclude=hidden)
+            own = [targets[place] for place in places]
+            filters = ItemFilter(scope.leaves, [one.exclude for one in own], [one.only for one in own])
+            asked = [prompts[place] for place in places]
+            beams = self.beams(asked, num_beams, batch_size, scope.trie, progress, filters)
+            rows, scores = filters.rank(beams, min(max(one.k for one in own), len(self.sids)))
             for place, own_rows, own_scores in zip(places, rows, scores, strict=True):
                 own_rows, own_scores = own_rows[: targets[place].k], own_scores[: targets[place].k]
                 found[place] = own_rows[own_rows >= 0], own_scores[own_rows >= 0]
@@ -262,13 +259,6 @@ class SidRetriever:
         # Encoder-decoders read padding on the right, decoder-only models need the prompt's end at the edge.
         ids, mask = pad(rows, fill, left=not getattr(self.model.config, "is_encoder_decoder", False))
         return torch.from_numpy(ids), torch.from_numpy(mask)
-
-
-def _request_filter(trie: SidTrie, narrowings: Sequence[Narrowing]) -> RequestFilter | None:
-    """The filter of one batch, or None when leaving items out of their leaves afterwards is enough."""
-    if not any(narrowing.changes_leaves for narrowing in narrowings):
-        return None
-    return RequestFilter(trie, [n.dead for n in narrowings], [n.only for n in narrowings])
 
 
 def catalogue_table(items: pa.Table) -> pa.Table:

@@ -137,7 +137,7 @@ def generator_table(options: GeneratorSource, folder: Path) -> tuple[PostRankTab
     world = shop_of(data, lists.requests)
     rows = world.request_rows(lists.requests["request_id"])
     sessions = ShopSessions(world, rows, lists.items, build(SessionConfig, options.sessions, "source.sessions"))
-    extra = generator_fields(sids.codes, sids.level_sizes, lists.scores)
+    extra = generator_fields(sids.codes, sids.level_sizes, lists.scores, (sids.fingerprint(), *sids.extends))
     settings = {"label": label, "history": options.history, "extra": extra, "seed": options.seed}
     table = session_table(sessions, lists.splits, lists.scores, **settings)
     table.notes.extend(notes)
@@ -213,7 +213,7 @@ def _logged(
             f"None of the {count} lists holds an item that its request was logged to like; ask for more candidates or requests."
         )
     lists, relevance = lists.take(kept), relevance[kept]
-    extra = generator_fields(sids.codes, sids.level_sizes, lists.scores)
+    extra = generator_fields(sids.codes, sids.level_sizes, lists.scores, (sids.fingerprint(), *sids.extends))
     table = logged_table(data, lists, relevance, extra, options.history)
     note = f"{count - len(kept)} lists without any relevant item are left out."
     logger.info("%s", note)

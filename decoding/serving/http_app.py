@@ -1,4 +1,4 @@
-"""The HTTP face of a retriever: `POST /search`, `GET /healthz`, limits, and one JSON sentence for every fault.
+"""The HTTP face of a retriever: `POST /search`, `GET /healthz`, `GET /metrics`, limits, and one JSON sentence for every fault.
 
 The event loop reads and checks bodies; the model and everything else that is not thread-safe runs on the one worker thread
 of a `MicroBatcher`. Status codes: 400 no JSON, 408 the body came too slowly, 413 too large, 422 a field is wrong, 500 a
@@ -14,22 +14,26 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
+import uvicorn
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from sidtune.core.config import check_range
 from sidtune.core.errors import ConfigError, DataError, SidtuneError
 from sidtune.decoding.retrieval.retriever import SidRetriever
 from sidtune.decoding.retrieval.search_request import NoJson, RequestLimits, SearchRequest, load_json, parse_request
+from sidtune.decoding.serving.connections import BACKLOG, bounded, most_connections
 from sidtune.decoding.serving.micro_batcher import Answer, Closed, MicroBatcher, QueueFull
+from sidtune.decoding.serving.server_counts import CONTENT_TYPE, ServerCounts
 
 logger = logging.getLogger(__name__)
 
-_ROUTES = "this server has POST /search and GET /healthz"
+_ROUTES = "this server has POST /search, GET /healthz and GET /metrics"
 _PAIRS = {
     "description": "A mapping name: text, or a list of {name, value}.",
     "anyOf": [
@@ -78,6 +82,8 @@ class ServingOptions:
         max_body_bytes: largest body.
         retry_after_s: what a refused client is told to wait.
         shutdown_s: longest time to finish what is queued at the end.
+        header_timeout_s: longest time for the head of a request to arrive.
+        max_connections: open connections at a time; fewer where the process may not open so many files.
     """
 
     limits: RequestLimits = field(default_factory=RequestLimits)
@@ -88,8 +94,12 @@ class ServingOptions:
     max_body_bytes: int = 256 * 1024
     retry_after_s: int = 1
     shutdown_s: float = 30.0
+    header_timeout_s: float = 10.0
+    max_connections: int = 1024
 
     def __post_init__(self) -> None:
+        check_range(self, 1, "max_connections")
+        check_range(self, 1e-3, "header_timeout_s")
         if self.timeout_s <= 0 or self.max_body_bytes < 1 or self.shutdown_s < 0:
             raise ConfigError("timeout_s and max_body_bytes must be above 0 and shutdown_s at least 0; raise them.")
 
@@ -121,6 +131,7 @@ class SearchService:
     ) -> None:
         self.options = options or ServingOptions()
         self.retriever: SidRetriever | None = None
+        self.counts = ServerCounts()
         self._load, self._before_batch, self._on_failure = load, before_batch, on_failure
         self._batcher: MicroBatcher | None = None
         self._facts: dict[str, Any] = {}
@@ -154,12 +165,17 @@ class SearchService:
         """Whether requests are answered now."""
         return self._batcher is not None and self._batcher.alive and not self._closing
 
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return 0 if self._batcher is None else self._batcher.waiting
+
     def health(self) -> dict[str, Any]:
         """What `/healthz` shows."""
         if not self.ready:
             state = "stopping" if self._closing else "loading" if self._batcher is None else "failed"
             return {"status": state}
-        counts = {"waiting": self._batcher.waiting, "answered": self._answered, "failed": self._failed}  # type: ignore[union-attr]
+        counts = {"waiting": self.waiting, "answered": self._answered, "failed": self._failed}
         return {"status": "ready", **self._facts, "in_stock": self.retriever.catalogue.stock, **counts}  # type: ignore[union-attr]
 
     async def answer(self, request: SearchRequest) -> Answer:
@@ -236,23 +252,32 @@ def make_app(service: SearchService) -> FastAPI:
         if not await asyncio.to_thread(service.close):
             logger.warning("Not everything queued could be answered in %g s.", service.options.shutdown_s)
 
-    app = FastAPI(title="sidtune", lifespan=lifespan, docs_url=None, redoc_url=None)
+    # A redirect from `/search/` would be to whatever Host the client sent.
+    app = FastAPI(title="sidtune", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
 
     async def search(request: Request) -> Response:
         begin = time.perf_counter()
         asked = parse_request(load_json(await _body(request, service.options)), service.options.limits)
-        answer = await service.answer(asked)
+        answer = await _while_there(request, service.answer(asked))
         hits = [{"item_id": h.item_id, "title": h.title, "sid": h.sid, "score": h.score} for h in answer.value]
         timing = {"total": time.perf_counter() - begin, "queue": answer.queue_s, "model": answer.run_s}
         shown = {name: round(1000 * seconds, 3) for name, seconds in timing.items()}
         return _json(200, {"hits": hits, "timing_ms": shown, "batch": answer.batch})
 
+    async def metrics() -> Response:
+        return Response(service.counts.text(service.waiting, service.ready), media_type=CONTENT_TYPE)
+
     async def healthz() -> Response:
         return _json(200 if service.ready else 503, service.health())
 
     app.add_api_route(
-        "/search", _guarded(search), methods=["POST"], openapi_extra=_SEARCH_BODY, response_class=Response
+        "/search",
+        _guarded(search, service.counts),
+        methods=["POST"],
+        openapi_extra=_SEARCH_BODY,
+        response_class=Response,
     )
+    app.add_api_route("/metrics", metrics, methods=["GET"], response_class=Response)
     app.add_api_route("/healthz", healthz, methods=["GET"], response_class=Response)
     app.add_api_route("/healthz", healthz, methods=["HEAD"], include_in_schema=False)
 
@@ -266,29 +291,65 @@ def make_app(service: SearchService) -> FastAPI:
     return app
 
 
-def _guarded(handler: Callable[[Request], Any]) -> Callable[[Request], Any]:
-    """Turns every error of a handler into a JSON sentence."""
+def server_config(service: SearchService, **options: Any) -> uvicorn.Config:
+    """uvicorn's settings for the application of `service`, with its limits on connections; `options` are uvicorn's own."""
+    limits = service.options
+    protocol = bounded(most_connections(limits.max_connections), limits.header_timeout_s, service.counts)
+    fixed = {"http": protocol, "loop": "asyncio", "backlog": BACKLOG, "server_header": False}
+    return uvicorn.Config(make_app(service), **fixed, **options)
+
+
+async def _while_there(request: Request, answer: Coroutine[Any, Any, Answer]) -> Answer:
+    """Waits for an answer as long as the client is there; a job that still waits in the queue is then given up.
+
+    Raises:
+        ClientDisconnect: the client hung up.
+    """
+    asked, gone = (
+        asyncio.ensure_future(answer),
+        asyncio.ensure_future(request.receive()),
+    )  # all that can come is the end
+    try:
+        await asyncio.wait((asked, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not asked.done():
+            raise ClientDisconnect
+        return asked.result()
+    finally:
+        asked.cancel()
+        gone.cancel()
+
+
+def _guarded(handler: Callable[[Request], Any], counts: ServerCounts) -> Callable[[Request], Any]:
+    """Turns every error of a handler into a JSON sentence, and counts the answers."""
 
     async def guarded(request: Request) -> Response:
+        begin = time.perf_counter()
         try:
-            return await handler(request)
-        except HttpError as error:
-            return _fault(error)
+            response = await handler(request)
         except ClientDisconnect:
+            counts.given_up += 1
             return Response(status_code=400)  # nobody reads it
-        except NoJson as error:
-            return _fault(HttpError(400, str(error)))
-        except (DataError, ConfigError) as error:
-            return _fault(HttpError(422, str(error)))
-        except SidtuneError as error:
-            logger.error("%s", error)
-            return _fault(HttpError(500, str(error)))
         except Exception as error:
-            reference = uuid.uuid4().hex[:8]
-            logger.error("Request %s failed.", reference, exc_info=error)
-            return _fault(HttpError(500, f"The server failed on this request; its log tells why under {reference}."))
+            response = _fault(_told(error))
+        counts.answered(response.status_code, time.perf_counter() - begin)
+        return response
 
     return guarded
+
+
+def _told(error: Exception) -> HttpError:
+    if isinstance(error, HttpError):
+        return error
+    if isinstance(error, NoJson):
+        return HttpError(400, str(error))
+    if isinstance(error, (DataError, ConfigError)):
+        return HttpError(422, str(error))
+    if isinstance(error, SidtuneError):
+        logger.error("%s", error)
+        return HttpError(500, str(error))
+    reference = uuid.uuid4().hex[:8]
+    logger.error("Request %s failed.", reference, exc_info=error)
+    return HttpError(500, f"The server failed on this request; its log tells why under {reference}.")
 
 
 def _fault(error: HttpError) -> Response:

@@ -112,8 +112,10 @@ class MicroBatcher:
 
     @property
     def waiting(self) -> int:
-        """Jobs in the queue, those that run not counted."""
-        return len(self._jobs)
+        """Jobs in the queue; those that run or were given up are not counted."""
+        with self._changed:
+            self._forget_cancelled()
+            return len(self._jobs)
 
     @property
     def alive(self) -> bool:

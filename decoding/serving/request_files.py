@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 
 from sidtune.core.errors import DataError, Problem, SidtuneError, nearest
 from sidtune.core.ragged import drawn
+from sidtune.data_builders.tables.findings import SHOWN_PER_KIND
 from sidtune.data_builders.tables.history import History
 from sidtune.data_builders.tables.store import DataFolder
-from sidtune.data_builders.tables.table_files import SHOWN_PER_KIND
 from sidtune.data_builders.tasks.behaviour import prompt_for_requests
 from sidtune.data_builders.tasks.input import TaskInput
 from sidtune.decoding.retrieval.catalogue import Target
@@ -174,8 +174,7 @@ class SplitRequests:
             past = self._history.before(part["user_id"], part["time"].to_numpy())
             ids = self._history.events["item_id"].take(pa.array(past.rows)).to_pylist()
             seen = np.split(catalogue.rows(ids, "the history", rules.unknown), past.offsets[1:-1])
-        narrowings = [catalogue.narrowing(scope, one) for one in seen]
-        return prompts, [Target(rules.k, rules.num_beams, scope, narrowing) for narrowing in narrowings]
+        return prompts, [Target(rules.k, rules.num_beams, scope, one) for one in seen]
 
 
 class _File:

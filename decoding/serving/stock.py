@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sidtune.core.errors import DataError
+from sidtune.core.text import read_lines
 from sidtune.decoding.retrieval.catalogue import Catalogue
 
 logger = logging.getLogger(__name__)
@@ -25,13 +26,9 @@ def read_item_ids(path: str | Path) -> list[str]:
         if path.suffix == ".parquet":
             ids = [i for i in pq.read_table(path, columns=["item_id"])["item_id"].to_pylist() if i is not None]
         else:
-            ids = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            ids = [line.strip() for line in read_lines(path, "file of item ids") if line.strip()]
     except FileNotFoundError:
         raise DataError(f"The file of item ids {path} does not exist; check the path.") from None
-    except UnicodeDecodeError:
-        raise DataError(
-            f"The file of item ids {path} is not UTF-8 text; write one id a line, or a parquet file."
-        ) from None
     except (pa.ArrowException, OSError, KeyError) as error:
         reason = " ".join(str(error).split())[:160]
         raise DataError(f"The file of item ids {path} cannot be read ({reason}); it needs a column item_id.") from None

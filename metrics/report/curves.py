@@ -10,11 +10,13 @@ from sidtune.metrics.report.data import PanelCurves, StageCurve
 from sidtune.tokenizers.quantizers.base import CURVE_FILE
 from sidtune.tokenizers.sids.semantic_ids import LETTERS
 
+LOG = list[dict[str, float | None]]  # `log_history.json` of a trainer
+
 
 def stage_curves(folder: Path, stages: list[dict[str, Any]]) -> list[StageCurve]:
     """Losses and learning rate of the stages of `sft`."""
     return [
-        StageCurve.from_log_history(stage["name"], read_json(folder / stage["name"] / "log_history.json"))
+        StageCurve.from_log_history(stage["name"], read_json(folder / stage["name"] / "log_history.json", LOG))
         for stage in stages
         if (folder / stage["name"] / "log_history.json").exists()
     ]
@@ -24,7 +26,8 @@ def quantizer_curves(folder: Path) -> list[PanelCurves]:
     """Losses and codes in use per epoch of a quantizer that is a network; nothing for k-means and its kin."""
     if not (folder / CURVE_FILE).exists():
         return []
-    curves, used = read_json(folder / CURVE_FILE), "codes in use, level "
+    epochs = [{"epoch": float, "used": list[float], "loss?": float, "reconstruction?": float, "revived?": float}]
+    curves, used = read_json(folder / CURVE_FILE, epochs), "codes in use, level "
     log = [
         {**epoch, "step": epoch["epoch"], **{used + LETTERS[n]: share for n, share in enumerate(epoch["used"])}}
         for epoch in curves
@@ -36,7 +39,7 @@ def quantizer_curves(folder: Path) -> list[PanelCurves]:
         "codes in use": {f"level {LETTERS[n]}": used + LETTERS[n] for n in range(len(curves[0]["used"]))},
         "codes moved": {"codes": "revived"} if any(epoch.get("revived") for epoch in curves) else {},
     }
-    name = f"semantic IDs, {read_json(folder / 'quantizer_config.json')['quantizer']}"
+    name = f"semantic IDs, {read_json(folder / 'quantizer_config.json', {'quantizer': str})['quantizer']}"
     return [PanelCurves.from_log_history(name, log, panels, unit="epoch")]
 
 
@@ -44,7 +47,7 @@ def grpo_curves(folder: str | None) -> list[PanelCurves]:
     """Reward, hits by level and distance to the start of a GRPO run."""
     if folder is None or not (Path(folder) / "log_history.json").exists():
         return []
-    log = read_json(Path(folder) / "log_history.json")
+    log = read_json(Path(folder) / "log_history.json", LOG)
     levels = sorted({key for entry in log for key in entry if key.startswith("hit/level_")})
     panels = {
         "reward": {"reward": "reward"},

@@ -69,7 +69,7 @@ class SystemRow:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SystemRow:
         """Reads what `to_dict` wrote."""
-        metrics = {name: Estimate(**estimate) for name, estimate in values["metrics"].items()}
+        metrics = {name: Estimate(**estimate) for name, estimate in values.get("metrics", {}).items()}
         return cls(values["name"], values["kind"], metrics, values.get("note", ""))
 
 

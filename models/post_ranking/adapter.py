@@ -248,21 +248,3 @@ def build_adapter(kind: str, fields: Sequence[FieldSpec], d_q: int, d_h: int, d_
     if kind == "qia":
         return QueryInstructedAdapter(fields, d_q, d_h, d_llm)
     return MLPAdapter(fields, d_q, d_h, d_llm, with_query=kind == "mlp_query")
-
-
-def sid_token_vectors(embedding: Tensor, sid_token_ids: Tensor, level_sizes: Sequence[int], codes: Tensor) -> Tensor:
-    """Vectors (N, L * d) for a `sid` field without size: the generator's own token embeddings, level after level.
-
-    The other way to give a SID, codes with `size`, learns its vectors instead and needs no generator; this one brings what the
-    generator knows, and serves an upstream generator other than the backbone as well.
-
-    Args:
-        embedding: (V, d) input embeddings of the generator.
-        sid_token_ids: (sum of level sizes,) token of each code, level-major (`Vocabulary.sid_token_ids`).
-        level_sizes: L sizes. codes: (N, L), negative = missing (its row is NaN).
-    """
-    starts = torch.tensor([sum(level_sizes[:level]) for level in range(len(level_sizes))])
-    known = (codes >= 0).all(dim=1)
-    tokens = torch.as_tensor(sid_token_ids)[codes.clamp(min=0) + starts]
-    vectors = embedding.detach()[tokens].float().flatten(1)
-    return vectors.masked_fill(~known[:, None], torch.nan)

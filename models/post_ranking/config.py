@@ -11,7 +11,7 @@ given as codes, which is the same as a one-hot vector before the field's own mat
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from sidtune.core.errors import ConfigError, nearest
+from sidtune.core.errors import ConfigError, DataError, nearest
 
 KINDS = ("id_embedding", "categorical", "numeric", "text_vector", "sid")
 SIDES = ("user", "item")
@@ -41,6 +41,7 @@ class FieldSpec:
         side: `user` or `item`; candidates and history are both items.
         dim: numbers in a row of the field's input.
         size: categories of a `categorical` field, or the level sizes of a `sid` field; None for vectors.
+        source: fingerprint of the semantic IDs that a `sid` field was trained on; None for others.
         mean, std: training statistics of a `numeric` field, `dim` numbers each; the model reads (x - mean) / std.
 
     A missing value is NaN anywhere in a vector, or a negative code. A number missing among several is read as its mean.
@@ -56,6 +57,7 @@ class FieldSpec:
     size: int | tuple[int, ...] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    source: str | None = None
 
     def __post_init__(self) -> None:
         for what, value, known in (("kind", self.kind, KINDS), ("side", self.side, SIDES)):
@@ -234,6 +236,23 @@ class PostRankConfig(PreTrainedConfig):
     def field_specs(self) -> tuple[FieldSpec, ...]:
         """All fields."""
         return tuple(field_from(value) for value in self.fields)
+
+    def check_sources(self, sources: Mapping[str, Sequence[str]]) -> None:
+        """Refuses semantic IDs that the model was not trained on.
+
+        Args:
+            sources: `"{side}/{field}"` → fingerprints of what the values come from and extend; unknown ones are not compared.
+
+        Raises:
+            DataError: a field holds other semantic IDs.
+        """
+        for spec in self.field_specs:
+            given = sources.get(f"{spec.side}/{spec.name}", ())
+            if spec.source and given and spec.source not in given:
+                raise DataError(
+                    f"The post-ranking model learned its field '{spec.name}' from the semantic IDs {spec.source[:12]}, but these "
+                    f"requests hold those of {given[0][:12]}; give requests with the model's own semantic IDs, or train anew."
+                )
 
     def side_fields(self, side: str) -> tuple[FieldSpec, ...]:
         """The fields of `user` or `item`, in order."""

@@ -15,7 +15,6 @@ is no other.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ from transformers import PreTrainedModel
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.finite import check_weights
 from sidtune.core.folders import read_json, write_json
+from sidtune.core.hub import push_folder, resolve_folder
 from sidtune.models.post_ranking.config import PostRankConfig
 
 QIA_FILE = "qia.safetensors"
@@ -99,8 +99,7 @@ def merge_post_rank(model: Any) -> Any:
 
 
 def _is_layout_a(model: Any) -> bool:
-    """Whether the model is a PEFT model around the post-ranking model."""
-    return hasattr(model, "get_base_model")
+    return hasattr(model, "get_base_model")  # a PEFT model around the post-ranking model
 
 
 def forget_layout(folder: str | Path) -> None:
@@ -149,27 +148,16 @@ def push_post_rank(model: Any, repo_id: str, processor: Any = None, **options: A
     """Uploads what `save_post_rank` writes; returns the address of the commit.
 
     Args:
-        options: `token`, `private` and `commit_message`.
+        options: as in `push_folder`.
 
     Raises:
         DataError: the hub refused, with its reason.
     """
-    from huggingface_hub import HfApi
-
-    message = options.pop("commit_message", "Upload a post-ranking model with sidtune")
+    options.setdefault("commit_message", "Upload a post-ranking model with sidtune")
     with tempfile.TemporaryDirectory() as scratch:
         save_post_rank(model, scratch, processor)
         _forget_local_base(Path(scratch))
-        api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=options.pop("token", None))
-        try:
-            repo = api.create_repo(repo_id, exist_ok=True, **options)
-            commit = api.upload_folder(repo_id=repo.repo_id, folder_path=scratch, commit_message=message)
-        except Exception as error:  # the client raises errors of several libraries; all mean that nothing was uploaded
-            raise DataError(
-                f"The hub did not accept the upload to '{repo_id}' ({type(error).__name__}: {_short(error)}); check the name, the "
-                "token and the network."
-            ) from error
-    return str(commit.commit_url)
+        return push_folder(scratch, repo_id, **options)
 
 
 def _forget_local_base(folder: Path) -> None:
@@ -260,33 +248,12 @@ def _load_adapters(model: Any, folder: Path) -> None:
 
 def find_folder(folder_or_repo: str | Path, **hub: Any) -> Path:
     """The local folder of a model, downloaded where a hub id was given. Raises DataError when there is neither."""
-    folder = Path(folder_or_repo)
-    if not folder.exists():
-        from huggingface_hub import snapshot_download
-
-        if isinstance(folder_or_repo, Path) or str(folder_or_repo).count("/") > 1:
-            raise DataError(f"The model folder {folder} does not exist; check the path or run the step that writes it.")
-        try:
-            patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-            folder = Path(
-                snapshot_download(
-                    str(folder_or_repo), allow_patterns=patterns, endpoint=os.environ.get("HF_ENDPOINT"), **hub
-                )
-            )
-        except Exception as error:  # see push_post_rank
-            raise DataError(
-                f"There is no local folder '{folder_or_repo}', and it could not be fetched from the hub ({type(error).__name__}: "
-                f"{_short(error)}); check the name, or the network and token if it is a repository."
-            ) from error
+    folder = resolve_folder(folder_or_repo, what="post-ranking model", **hub)
     if not (folder / "config.json").is_file():
         raise DataError(
             f"{folder} is no folder of a post-ranking model, as it has no config.json; name the folder it was saved in."
         )
     return folder
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:300].rstrip(".")
 
 
 @contextlib.contextmanager
@@ -297,7 +264,8 @@ def _one_sentence(what: str, folder: Path) -> Iterator[None]:
     except (DataError, ConfigError):
         raise
     except Exception as error:  # transformers, safetensors, peft and the hub client each raise their own kinds here
+        reason = " ".join(str(error).split())[:300].rstrip(".")
         raise DataError(
-            f"No {what} can be read from {folder} ({type(error).__name__}: {_short(error)}); check the folder, or the language "
+            f"No {what} can be read from {folder} ({type(error).__name__}: {reason}); check the folder, or the language "
             "model its config names."
         ) from error

@@ -31,24 +31,6 @@ class PostRankOutput(ModelOutput):
     aux_loss: Tensor | None = None
 
 
-def task_loss(
-    logits: Tensor,
-    labels: Tensor,
-    task_id: Tensor | None,
-    aux_weight: float,
-    label_token_ids: Sequence[int] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, main, aux): negative log-likelihood per answer token, a mean for each task.
-
-    Args:
-        logits: (B, T, V), place t predicts place t + 1. labels: (B, T), -100 outside of answers.
-        task_id: (B,) 0 main, 1 auxiliary, 2 feature adaptation (counted as main); None is all main.
-        aux_weight: weight of the auxiliary mean.
-        label_token_ids: with them, main answers are scored by `permutation_losses`; without, over the whole vocabulary.
-    """
-    return answer_loss(logits[:, :-1], labels[:, 1:], task_id, aux_weight, label_token_ids)
-
-
 def answer_loss(
     logits: Tensor,
     targets: Tensor,
@@ -56,7 +38,14 @@ def answer_loss(
     aux_weight: float,
     label_token_ids: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`task_loss` of logits that stand where their targets do."""
+    """(loss, main, aux): negative log-likelihood per answer token, a mean for each task.
+
+    Args:
+        logits: (B, P, V) that predict `targets` (B, P), -100 outside of answers.
+        task_id: (B,) 0 main, 1 auxiliary, 2 feature adaptation (counted as main); None is all main.
+        aux_weight: weight of the auxiliary mean.
+        label_token_ids: with them, main answers are scored by `permutation_losses`; without, over the whole vocabulary.
+    """
     keep = targets != IGNORE
     task = torch.zeros_like(targets[:, 0]) if task_id is None else task_id
     if label_token_ids is None:

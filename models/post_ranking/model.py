@@ -30,7 +30,7 @@ from sidtune.core.errors import ConfigError, DataError, nearest
 from sidtune.models.post_ranking.adapter import MLPAdapter, build_adapter
 from sidtune.models.post_ranking.config import PostRankConfig
 from sidtune.models.post_ranking.files import forget_layout, load_post_rank, push_post_rank, save_adapters
-from sidtune.models.post_ranking.losses import IGNORE, PostRankOutput, answer_loss, task_loss
+from sidtune.models.post_ranking.losses import IGNORE, PostRankOutput, answer_loss
 from sidtune.models.post_ranking.permutation import (
     PermutationLogitsProcessor,
     RankOutput,
@@ -232,22 +232,23 @@ class PostRankForCausalLM(PreTrainedModel):
             user_fields: name -> (B, dim). item_fields: name -> (B, n, dim), in the order of the row's item placeholders
                 (history, then candidates in our templates). NaN or a negative code means missing.
             item_mask: (B, n) which of them are real; their number must be that of the row's placeholders.
-            task_id: (B,), see `task_loss`.
+            task_id: (B,), see `answer_loss`.
             options: passed to the language model.
 
         Raises:
             DataError: placeholders and features that do not match, or rows without any known feature.
         """
         embedded = self.embed_prompt(input_ids, query, user_fields, item_fields, item_mask)
-        if labels is not None and self.training and "logits_to_keep" in _accepted(self.language_model):
-            places = (labels[:, 1:] != IGNORE).any(dim=0).nonzero()[:, 0]
-            logits = self._run(embedded, attention_mask, logits_to_keep=places, **options)
-            loss, main, aux = answer_loss(logits, labels[:, places + 1], task_id, *self._loss_options)
-            return PostRankOutput(loss=loss, logits=logits, main_loss=main.detach(), aux_loss=aux.detach())
-        logits = self._run(embedded, attention_mask, **options)
         if labels is None:
-            return PostRankOutput(logits=logits)
-        loss, main, aux = task_loss(logits, labels, task_id, *self._loss_options)
+            return PostRankOutput(logits=self._run(embedded, attention_mask, **options))
+        if self.training and "logits_to_keep" in _accepted(self.language_model):
+            places = (labels[:, 1:] != IGNORE).any(dim=0).nonzero()[:, 0]
+            logits = said = self._run(embedded, attention_mask, logits_to_keep=places, **options)
+            targets = labels[:, places + 1]
+        else:
+            logits = self._run(embedded, attention_mask, **options)
+            said, targets = logits[:, :-1], labels[:, 1:]
+        loss, main, aux = answer_loss(said, targets, task_id, *self._loss_options)
         return PostRankOutput(loss=loss, logits=logits, main_loss=main.detach(), aux_loss=aux.detach())
 
     @property

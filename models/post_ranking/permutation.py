@@ -169,17 +169,6 @@ def parse_orders(tokens: Tensor, label_token_ids: Sequence[int], counts: Tensor,
     return RankOutput(order, said.sum(dim=1) - named, named - distinct, counts - distinct)
 
 
-def parse_order(text: str, count: int) -> RankOutput:
-    """The order of one request from words such as "B, A > C", best first; see `parse_orders`.
-
-    Letters of a word that is longer than one letter, and other words, count as unknown.
-    """
-    words = "".join(c if c.isalnum() else " " for c in text).split()
-    numbers = [LETTERS.index(word) if len(word) == 1 and word in LETTERS else MOST for word in words]
-    tokens = torch.tensor([numbers], dtype=torch.long).reshape(1, -1)
-    return parse_orders(tokens, range(MOST), torch.tensor([count]), -1)
-
-
 def window_starts(count: int, size: int, stride: int) -> list[int]:
     """Where windows begin, from the back; the last one begins at 0.
 

@@ -12,7 +12,7 @@ template puts them. Template wording has its version in the config. Notation: B 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,6 @@ from sidtune.models.post_ranking.templates import template
 
 TASKS = {"main": MAIN, "aux": AUX, "fa": ADAPTATION}
 PROCESSOR_FILE = "post_rank_processor.json"
-USER_PART, ITEM_PART, RATING_PART = 0, 1, 2
 
 
 def choose_labels(tokenizer: Any, count: int = 26) -> list[int]:
@@ -72,15 +71,14 @@ def build_config(
 
 @dataclass
 class _Row:
-    """Ids of one prompt with its answer; `learn` has the answer part of each learned token, -1 for the prompt."""
+    """Ids of one prompt with its answer; `learn` is 1 for the tokens of the answer."""
 
     ids: list[int] = field(default_factory=list)
     learn: list[int] = field(default_factory=list)
 
-    def add(self, ids: Iterable[int], part: int = -1) -> None:
-        before = len(self.ids)
-        self.ids.extend(ids)
-        self.learn.extend([part] * (len(self.ids) - before))
+    def add(self, ids: Sequence[int], learn: int = 0) -> None:
+        self.ids += ids
+        self.learn += [learn] * len(ids)
 
 
 @dataclass
@@ -181,7 +179,7 @@ class PostRankProcessor:
         row = self._lists(item)
         row.add(self._literal(self.template.rank))
         if order is not None:
-            row.add([*(self.config.label_token_ids[place] for place in order), self.config.end_token_id], RATING_PART)
+            row.add([*(self.config.label_token_ids[place] for place in order), self.config.end_token_id], 1)
         return row
 
     def _aux(self, item: _Input, pair: tuple[np.ndarray, np.ndarray, int], answer: bool) -> _Row:
@@ -190,7 +188,7 @@ class PostRankProcessor:
             row.add(self._literal(head) + [self.config.label_token_ids[place] for place in order])
         row.add(self._literal(slots.which))
         if answer:
-            row.add([*self._literal(slots.two if pair[2] else slots.one), self.config.end_token_id], RATING_PART)
+            row.add([*self._literal(slots.two if pair[2] else slots.one), self.config.end_token_id], 1)
         return row
 
     def _adaptation(self, item: _Input, answer: bool) -> _Row:
@@ -199,13 +197,13 @@ class PostRankProcessor:
         if not answer:
             return row
         pairs = request.item_texts[0] if len(request.item_texts) else ()
-        for part, head, said in ((USER_PART, slots.user_says, request.user_text), (ITEM_PART, slots.item_says, pairs)):
-            if said and (part == ITEM_PART or item.has_user):
-                row.add(self._literal(head) + self._pairs(said) + self._literal(slots.stop), part)
+        for head, said in ((slots.user_says, request.user_text if item.has_user else ()), (slots.item_says, pairs)):
+            if said:
+                row.add(self._literal(head) + self._pairs(said) + self._literal(slots.stop), 1)
         if len(request.relevance) and not np.isnan(request.relevance[0]):
             value = self.text_ids(f"{float(request.relevance[0]):g}")
-            row.add(self._literal(slots.rating_says) + value + self._literal(slots.stop), RATING_PART)
-        row.add([self.config.end_token_id], RATING_PART)
+            row.add(self._literal(slots.rating_says) + value + self._literal(slots.stop), 1)
+        row.add([self.config.end_token_id], 1)
         return row
 
     # -- inputs ---------------------------------------------------------------------------------------------------
@@ -220,7 +218,6 @@ class PostRankProcessor:
         targets: Sequence[np.ndarray] | None = None,
         answers: bool = True,
         padding_side: str = "left",
-        parts: bool = False,
     ) -> dict[str, Any]:
         """Inputs of `PostRankForCausalLM` on the CPU.
 
@@ -234,11 +231,10 @@ class PostRankProcessor:
                 incoming order.
             answers: append the answers and return `labels`; without them the prompts are for `rank`, with `counts`.
             padding_side: `left` or `right`.
-            parts: also return `answer_part` (B, T): 0 user words, 1 item words, 2 rating or answer, -1 elsewhere. Not an input.
 
         Raises:
             ConfigError: an unknown task, or more candidates than labels. DataError: fields that do not fit the config, or unknown
-                relevance in a `main` answer.
+                relevance in a `main` answer, or semantic IDs that are not the model's.
         """
         if task not in TASKS:
             raise ConfigError(f"There is no post-ranking task '{task}': {nearest(task, TASKS)}")
@@ -248,6 +244,8 @@ class PostRankProcessor:
             requests = [presented(one, [place]) for one in requests for place in range(len(one.candidates))]
             requests = [replace(one, history=(), history_texts=()) for one in requests]
         requests = [self._shorter(one) for one in requests]
+        for sources in {tuple(one.sources.items()) for one in requests if one.sources}:
+            self.config.check_sources(dict(sources))
         if not requests:
             raise DataError("There are no post-ranking requests; give at least one.")
         arrays = self._arrays(requests)
@@ -255,7 +253,7 @@ class PostRankProcessor:
         said = [_Input(r.query, has_user[n], len(r.history), len(r.candidates), r) for n, r in enumerate(requests)]
         relevance = [one.relevance for one in requests]
         rows = self._rows(said, relevance, task, pairs, targets, answers)
-        return self._finish(rows, arrays, said, task, answers, padding_side, parts)
+        return self._finish(rows, arrays, said, task, answers, padding_side)
 
     def from_batch(
         self,
@@ -278,18 +276,13 @@ class PostRankProcessor:
             )
         past = batch.history_mask.copy()
         past &= np.cumsum(past[:, ::-1], axis=1)[:, ::-1] <= self.max_history
+        past_fields, past_present = batch.history_fields, batch.history_present
         arrays = {
             "query": np.where(batch.query_present[:, None], batch.query, np.float32(0)),
             "user_fields": {name: marked(v, batch.user_present[name]) for name, v in batch.user_fields.items()},
             "item_fields": {
-                name: np.concatenate(
-                    [
-                        marked(batch.history_fields[name], batch.history_present[name]),
-                        marked(value, batch.item_present[name]),
-                    ],
-                    axis=1,
-                )
-                for name, value in batch.item_fields.items()
+                name: np.hstack([marked(past_fields[name], past_present[name]), marked(v, batch.item_present[name])])
+                for name, v in batch.item_fields.items()
             },
             "item_mask": np.concatenate([past, batch.item_mask], axis=1),
         }
@@ -298,7 +291,7 @@ class PostRankProcessor:
         said = [_Input(q, has_user[n], int(past[n].sum()), int(counts[n])) for n, q in enumerate(queries)]
         relevance = [row[:count] for row, count in zip(batch.relevance, counts, strict=True)]
         rows = self._rows(said, relevance, task, pairs, targets, answers)
-        return self._finish(rows, arrays, said, task, answers, padding_side, False)
+        return self._finish(rows, arrays, said, task, answers, padding_side)
 
     def _rows(
         self, said: list[_Input], relevance: Any, task: str, pairs: Any, targets: Any, answers: bool
@@ -307,13 +300,10 @@ class PostRankProcessor:
             return [self._adaptation(item, answers) for item in said]
         check_counts(torch.tensor([item.count for item in said]), len(self.config.label_token_ids))
         if task == "main":
-            targets = (
-                [None] * len(said)
-                if not answers
-                else [main_target(r) for r in relevance]
-                if targets is None
-                else targets
-            )
+            if not answers:
+                targets = [None] * len(said)
+            elif targets is None:
+                targets = [main_target(one) for one in relevance]
             return [self._main(item, order) for item, order in zip(said, targets, strict=True)]
         if pairs is None or len(pairs) != len(said):
             raise DataError("The auxiliary task needs two lists and the better one for every request; pass `pairs`.")
@@ -376,11 +366,9 @@ class PostRankProcessor:
         return known
 
     def _finish(
-        self, rows: list[_Row], arrays: dict, said: list[_Input], task: str, answers: bool, side: str, parts: bool
+        self, rows: list[_Row], arrays: dict, said: list[_Input], task: str, answers: bool, side: str
     ) -> dict[str, Any]:
-        width, left = max(len(row.ids) for row in rows), side == "left"
-        learn = tensors(pad([row.learn for row in rows], -1, left, width)[0])
-        ids, mask = map(tensors, pad([row.ids for row in rows], self.config.end_token_id, left, width))
+        ids, mask = map(tensors, pad([row.ids for row in rows], self.config.end_token_id, side == "left"))
         if self.words:
             arrays = {**arrays, "user_fields": {}, "item_fields": {}}
         inputs = {
@@ -391,11 +379,11 @@ class PostRankProcessor:
             "task_id": torch.full((len(rows),), TASKS[task]),
         }
         if answers:
-            inputs["labels"] = ids.masked_fill(learn < 0, IGNORE)
+            inputs["labels"] = ids.masked_fill(tensors(pad([r.learn for r in rows], 0, side == "left")[0]) == 0, IGNORE)
         else:
             inputs["counts"] = torch.tensor([item.count for item in said])
             del inputs["task_id"]
-        return {**inputs, "answer_part": learn} if parts else inputs
+        return inputs
 
     # -- files ----------------------------------------------------------------------------------------------------
 

@@ -1,15 +1,16 @@
-"""Post-ranking: trains LLM4PR, its ablations and the baselines on one set of requests, and compares them on the test split.
+"""Post-ranking: trains LLM4PR on one set of requests, and measures its lists on the test split.
 
     sidtune llm4pr.post-rank --config recipes/llm4pr/movielens.yaml --source.path <folder> \\
         --output_dir runs/post_rank
 
-The output folder holds `metrics.json` (all systems with intervals, paired tests, costs), `per_request.parquet`, `table.md`,
-`run.json`, and for each seed and system a folder with its orders and, where `save` names it, its model. A finished system is
-not trained again while arguments and data stay the same; an interrupted one goes on from its last checkpoint, if
-`training.post_rank` sets `save_strategy`. The lists of our own generator (`kind: generator`) are kept in `lists/`. One process.
+The output folder holds `metrics.json` (the system and what it is read against, with intervals and paired tests),
+`per_request.parquet`, `table.md`, `run.json`, and for each seed a folder with the orders and the model. A finished seed is not
+trained again while arguments and data stay the same; an interrupted one goes on from its last checkpoint, if `training.post_rank`
+sets `save_strategy`. The lists of our own generator (`kind: generator`) are kept in `lists/`. One process.
 
-Values are means over the seeds, request by request; intervals and tests resample users. Random order and best order stand in
-every table, and where a simulator knows the clicks also the list sorted by them, which forgets that neighbours compete.
+Values are means over the seeds, request by request; intervals and tests resample users. The incoming order, random order and best
+order stand in every table, and where a simulator knows the clicks also the list sorted by them, which forgets that neighbours
+compete. `benchmarks/post_rank_rivals.py` reads this folder and adds ablations and other re-rankers.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +33,7 @@ from sidtune.core.folders import fingerprint, inputs_of, read_json, write_json, 
 from sidtune.core.pipeline import Step, check_there
 from sidtune.core.resume import Work, digest
 from sidtune.data_builders.post_ranking.sources import Source, load_source, parse_source
+from sidtune.data_builders.post_ranking.text import request_of
 from sidtune.decoding.serving.generator_source import FOLDERS, KINDS, with_folders
 from sidtune.metrics.list_ranking import (
     BEST,
@@ -46,14 +49,13 @@ from sidtune.metrics.ranking import RankingResult
 from sidtune.metrics.report.readme_table import check_readme, replace_table
 from sidtune.metrics.statistics.bootstrap import check_bootstrap, holm, paired_bootstrap
 from sidtune.metrics.statistics.compare import compare_systems
-from sidtune.models.registry import RERANKERS
-from sidtune.recipes.llm4pr.systems import VARIANTS, Training, cost_table
+from sidtune.recipes.llm4pr.training import Training, table_for, train_system
 
 LAUNCH = "alone"
 RESULT_FILE = "result.json"
 
 logger = logging.getLogger(__name__)
-MAIN = "llm4pr"
+INITIAL, MAIN = "initial", "llm4pr"
 METHODS = ("greedy", "beam", "single_forward", "unconstrained")
 
 
@@ -65,66 +67,50 @@ class Arguments:
         source: `kind` (movielens, shop, generator, passages, table) and its options, see `data_builders/post_ranking/sources.py`.
         output_dir: folder to write.
         data_dir, sids_dir, model_dir: folders of the source `generator`, for a pipeline; or they stand in `source`.
-        baselines: names in `models.registry.RERANKERS`. reranker: options of `RerankerConfig` but the seed.
-        variants: names in `systems.VARIANTS`.
-        training: options of `systems.Training`.
-        methods: how `llm4pr` answers; the first is that of all variants (greedy, beam, single_forward, unconstrained).
-        shuffles: adds `llm4pr` with the mean order over so many shuffles of the incoming list; 0 for none.
+        training: options of `recipes.llm4pr.training.Training`.
+        methods: ways to answer, the first is the system's (greedy, beam, single_forward, unconstrained).
         metrics: options of `ListMetrics` (ks, relevance, gain, ...).
-        primary: metric of the tests among the systems; `expected clicks` where the source is simulated.
-        seeds: of weights, draws and baselines.
+        primary: metric of the paired tests; `expected clicks` where the source is simulated.
+        seeds: of weights and draws.
         max_train, max_test: use a random part of the requests (null = all).
-        cost_requests: requests answered one at a time for tokens, latency and valid rate.
-        save: variants whose models are kept.
         samples, level: of the bootstrap.
         readme: README files whose table is replaced.
     """
+
+    GONE: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("baselines", "reranker", "variants", "shuffles", "cost_requests", "save"),
+        "benchmarks/post_rank_rivals.py compares with other systems",
+    )
 
     source: dict
     output_dir: str
     data_dir: str | None = None
     sids_dir: str | None = None
     model_dir: str | None = None
-    baselines: list[str] = field(
-        default_factory=lambda: ["initial", "mlp", "dlcm", "prm", "setrank", "seq2slate", "prs"]
-    )
-    reranker: dict = field(default_factory=dict)
-    variants: list[str] = field(default_factory=lambda: [MAIN, "no_qia", "no_adaptation", "no_aux", "ptpr"])
     training: dict = field(default_factory=dict)
     methods: list[str] = field(default_factory=lambda: ["greedy", "single_forward"])
-    shuffles: int = 0
     metrics: dict = field(default_factory=dict)
     primary: str = "ndcg@5"
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     max_train: int | None = None
     max_test: int | None = None
-    cost_requests: int = 32
-    save: list[str] = field(default_factory=lambda: [MAIN])
     samples: int = 2000
     level: float = 0.95
     readme: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         parse_source(self.whole_source(), KINDS)
-        for name in self.baselines:
-            RERANKERS.get(name)
-        for what, names, known in (
-            ("variants", self.variants, VARIANTS),
-            ("save", self.save, self.variants),
-            ("methods", self.methods, METHODS),
-        ):
-            for name in names:
-                if name not in known:
-                    raise ConfigError(f"{what}: there is no '{name}': {nearest(name, known)}")
-        if not self.methods or not self.baselines + self.variants:
-            raise ConfigError("post_rank needs at least one method, and one baseline or variant.")
+        for name in self.methods:
+            if name not in METHODS:
+                raise ConfigError(f"methods: there is no '{name}': {nearest(name, METHODS)}")
+        if not self.methods:
+            raise ConfigError("post_rank needs at least one method.")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(f"seeds must be different integers, at least one, got {self.seeds}.")
-        check_range(self, 0, "shuffles")
         check_range(self, 0, "seeds", most=2**63)
-        check_range(self, 1, "cost_requests", "max_train", "max_test")
+        check_range(self, 1, "max_train", "max_test")
         check_bootstrap(self.level, self.samples)
-        self.train_settings(), self.reranker_config(0)
+        self.train_settings()
         measured = self.list_metrics()
         if self.primary not in {CLICKS, *(f"{m}@{k}" for m in measured.metrics for k in measured.ks)}:
             raise ConfigError(f"primary is '{self.primary}', which metrics do not compute; choose one they do.")
@@ -146,18 +132,14 @@ class Arguments:
         return build(ListMetrics, values, "metrics")
 
     def train_settings(self) -> Training:
-        """How variants are trained."""
+        """How the system is trained."""
         return build(Training, self.training, "training")
-
-    def reranker_config(self, seed: int) -> Any:
-        """How baselines are fitted."""
-        from sidtune.trainers.post_ranking.rerankers import RerankerConfig
-
-        return build(RerankerConfig, {**self.reranker, "seed": seed}, "reranker")
 
 
 @dataclass
-class _Data:
+class Data:
+    """The requests: training, validation and test rows of `source.table`, the longest test list, and what all depends on."""
+
     source: Source
     train: np.ndarray
     valid: np.ndarray
@@ -185,51 +167,29 @@ def preflight(step: Step) -> None:
 
 @writes("post_rank", tree=True)
 def main(arguments: Arguments) -> None:
-    """Trains and compares all systems; prints the table."""
+    """Trains and measures; prints the table."""
     for readme in arguments.readme:
         check_readme(readme)
     started, output = time.time(), Path(arguments.output_dir)
-    data = _load(arguments)
-    orders: dict[str, list[np.ndarray]] = {}
-    told: dict[str, Any] = {}
-    for seed in arguments.seeds:
-        for name in arguments.baselines:
-            orders.setdefault(name, []).append(_baseline(name, arguments, data, seed))
-        for name in arguments.variants:
-            found = _variant(name, arguments, data, seed, output / f"seed_{seed}" / name)
-            for shown, rows in found["orders"].items():
-                orders.setdefault(shown, []).append(np.array(rows, dtype=np.int64))
-            told.setdefault(name, []).append({"seed": seed, **found["told"]})
-    results, spread = _results(arguments, data, orders)
-    users = [int(user) if user >= 0 else None for user in data.source.table.user_rows[data.test]]
-    options = {"level": arguments.level, "samples": arguments.samples, "clusters": users}
-    bounds = [name for name in (RANDOM, SORTED, BEST) if name in results]
-    rows = compare_systems(results, arguments.baselines, bounds=bounds, **options)
-    record = {
-        "requests": {"train": len(data.train), "valid": len(data.valid), "test": len(data.test)},
-        "definition": arguments.list_metrics().description,
-        "primary": arguments.primary,
-        "seeds": arguments.seeds,
-        "systems": [as_dict(row.to_dict()) for row in rows],
-        "each_seed": spread,
-        "against": _against(arguments, results, options),
-        "told": told,
-        "notes": data.source.table.notes,
-    }
-    table = "\n".join([list_table(rows, arguments.list_metrics()), _differences(record), cost_table(told)])
+    data = load_data(arguments)
+    found = [trained(arguments, data, seed, output / f"seed_{seed}" / MAIN) for seed in arguments.seeds]
+    each = {INITIAL: [incoming(data)] * len(found)}
+    record, table, results = compare(arguments, data, {**each, **orders_of(found)}, [INITIAL])
+    record["told"] = {MAIN: [{"seed": s, **one["told"]} for s, one in zip(arguments.seeds, found, strict=True)]}
     (output / "table.md").write_text(table, "utf-8")
     write_json(output / "metrics.json", record)
     columns = {f"{n}/{m}": v for n, result in results.items() for m, v in result.per_request.items()}
     ids = data.source.table.requests["request_id"].take(pa.array(data.test))
     pq.write_table(pa.table({"request_id": ids, **columns}), output / "per_request.parquet")
-    short = {row.name: {m: e.value for m, e in row.metrics.items()} for row in rows}
+    short = {row["name"]: {m: e["value"] for m, e in row["metrics"].items()} for row in record["systems"]}
     write_run(output, step="post_rank", config=as_dict(arguments), metrics=short, started=started)
     for readme in arguments.readme:
         replace_table(readme, table)
     print(table)
 
 
-def _load(arguments: Arguments) -> _Data:
+def load_data(arguments: Arguments) -> Data:
+    """The requests of the source that every system here is trained and measured on."""
     from sidtune.trainers.post_ranking.data import judged_rows
 
     source = load_source(arguments.whole_source(), Path(arguments.output_dir) / "lists", KINDS)
@@ -247,30 +207,35 @@ def _load(arguments: Arguments) -> _Data:
     if arguments.primary == CLICKS and source.sessions is None:
         raise ConfigError(f"primary is '{CLICKS}', which only simulated sessions have; choose a metric of the lists.")
     width = int(np.diff(source.table.candidate_offsets)[parts["test"]].max())
-    return _Data(source, **parts, width=width, identity=_identity(arguments, source))
-
-
-def _identity(arguments: Arguments, source: Source) -> str:
-    """Changes with whatever a trained system depends on; what the text-only prompt alone depends on is told apart in `_variant`."""
-    names = ("training", "methods", "shuffles", "max_train", "max_test", "cost_requests", "save")
-    told = {name: as_dict(arguments)[name] for name in names}
-    told["training"] = {key: value for key, value in told["training"].items() if key != "ptpr"}
+    told = {name: as_dict(arguments)[name] for name in ("training", "methods", "max_train", "max_test")}
     read = {name: fingerprint(path) for name, path in inputs_of(arguments.training).items()}
-    return digest([source.table.requests.to_pylist(), source.table.matrices, told, read])
+    identity = digest([source.table.requests.to_pylist(), source.table.matrices, told, read])
+    return Data(source, **parts, width=width, identity=identity)
 
 
-def _baseline(name: str, arguments: Arguments, data: _Data, seed: int) -> np.ndarray:
-    from sidtune.trainers.post_ranking.rerankers import fit_reranker, rank_table
-
-    table, config = data.source.table, arguments.reranker_config(seed)
-    fitted = fit_reranker(name, table, data.train, data.valid, config)
-    return rank_table(fitted.model, table, data.test, max_history=config.max_history)
+def incoming(data: Data) -> np.ndarray:
+    """(R, n) the incoming order of each test list, −1 behind its last candidate."""
+    places = np.arange(data.width)
+    return np.where(places < np.diff(data.source.table.candidate_offsets)[data.test][:, None], places, -1)
 
 
-def _variant(name: str, arguments: Arguments, data: _Data, seed: int, folder: Path) -> dict[str, Any]:
-    """Orders and facts of a variant: read where they are finished, else trained."""
-    words = {"ptpr": arguments.training["ptpr"]} if VARIANTS[name].words and arguments.training.get("ptpr") else {}
-    work = Work(folder, {"data and options": data.identity, "name": name, "seed": seed, **words})
+def trained(
+    arguments: Arguments,
+    data: Data,
+    seed: int,
+    folder: Path,
+    name: str = MAIN,
+    changes: dict[str, Any] | None = None,
+    kept: Path | None = None,
+) -> dict[str, Any]:
+    """Orders of the test lists and facts of the training: read where they are finished, else made.
+
+    Args:
+        folder: of this system. name: of the system in tables.
+        changes: options of `Training` that differ from the arguments'; the system then answers by the first method only.
+        kept: folder of what several systems start from, default beside `folder`.
+    """
+    work = Work(folder, {"data and options": data.identity, "name": name, "seed": seed, "changes": changes})
     if work.is_done():
         logger.info("seed %d, %s: unchanged, not trained again", seed, name)
         return read_json(folder / RESULT_FILE)
@@ -278,46 +243,73 @@ def _variant(name: str, arguments: Arguments, data: _Data, seed: int, folder: Pa
         logger.warning("%s is of an earlier version and cannot be used; it is made again.", folder)
         shutil.rmtree(folder)
     work.begin()
+    logger.info("seed %d, %s: training on %d requests", seed, name, len(data.train))
+    training = replace(arguments.train_settings(), **(changes or {}))
     with work.finish("post_rank_variant") as scratch:
-        found = _train(name, arguments, data, seed, work.folder, scratch)
+        from sidtune.models.post_ranking.files import save_post_rank
+
+        table = table_for(training, data.source.table, data.train)
+        kept = kept or folder.parent / f"common_{data.identity[:16]}"
+        model, processor, told = train_system(training, table, data.train, seed, work.folder, kept)
+        methods = arguments.methods[:1] if changes else arguments.methods
+        orders = _answers(model, processor, table, data, training, dict.fromkeys(methods))
+        named = {name if place == 0 else f"{name} ({m})": orders[m] for place, m in enumerate(orders)}
+        save_post_rank(model, scratch / "model", processor)
+        found = {"orders": named, "told": told}
         write_json(scratch / RESULT_FILE, found)
         write_run(scratch, step="post_rank_variant", config={"name": name, "seed": seed})
     return found
 
 
-def _train(name: str, arguments: Arguments, data: _Data, seed: int, work: Path, folder: Path) -> dict[str, Any]:
-    from sidtune.models.post_ranking.files import save_post_rank
+def _answers(model: Any, processor: Any, table: Any, data: Data, training: Training, methods: Any) -> dict[str, list]:
+    """The test lists as each method orders them: rows of `data.width` places, −1 behind the last candidate (JSON-ready)."""
     from sidtune.models.post_ranking.ranker import PostRanker
-    from sidtune.recipes.llm4pr import systems
 
-    training, variant = arguments.train_settings(), VARIANTS[name]
-    logger.info("seed %d, %s: training on %d requests", seed, name, len(data.train))
-    table = systems.table_for(variant, training, data.source.table, data.train)
-    kept = work.parent / f"common_{data.identity[:16]}"
-    model, processor, told = systems.train_variant(variant, training, table, data.train, seed, work, kept)
-    requests = systems.requests_of(table, data.test, training.max_history)
-    ranker = PostRanker(model, processor)
+    requests = [request_of(table, int(row), training.max_history) for row in data.test]
     window = min(20, training.max_candidates)
-    windows = {"window": window, "stride": max(1, window // 2)}
-    first = arguments.methods[0]
-    orders = {name: systems.rank_requests(ranker, requests, first, data.width, **windows)}
-    if name == MAIN:
-        for method in arguments.methods[1:]:
-            orders[f"{name} ({method})"] = systems.rank_requests(ranker, requests, method, data.width, **windows)
-        if arguments.shuffles:
-            options = {"shuffles": arguments.shuffles, "seed": seed, **windows}
-            orders[f"{name} ({arguments.shuffles} shuffles)"] = systems.rank_requests(
-                ranker, requests, first, data.width, **options
-            )
-    methods = list(dict.fromkeys([*arguments.methods, "single_forward"]))
-    told["cost"] = as_dict(systems.measure_cost(model, processor, requests[: arguments.cost_requests], methods))
-    if name in arguments.save:
-        save_post_rank(model, folder / "model", processor)
-    return {"orders": orders, "told": told}
+    options = {"window": window, "stride": max(1, window // 2)}
+    ranker = PostRanker(model, processor)
+    return {
+        method: [
+            order.tolist() + [-1] * (data.width - len(order)) for order in ranker.rank(requests, method, **options)
+        ]
+        for method in methods
+    }
+
+
+def orders_of(found: Sequence[dict[str, Any]]) -> dict[str, list[np.ndarray]]:
+    """Name → the orders of each seed, from what `trained` gave for each."""
+    return {name: [np.array(one["orders"][name], dtype=np.int64) for one in found] for name in found[0]["orders"]}
+
+
+def compare(
+    arguments: Arguments, data: Data, orders: dict[str, list[np.ndarray]], references: list[str]
+) -> tuple[dict[str, Any], str, dict[str, RankingResult]]:
+    """(record of all systems and tests, their table, the metrics request by request) of orders of the test lists.
+
+    Args:
+        orders: name → orders of each seed. references: names that the others are tested against.
+    """
+    results, spread = _results(arguments, data, orders)
+    users = [int(user) if user >= 0 else None for user in data.source.table.user_rows[data.test]]
+    options = {"level": arguments.level, "samples": arguments.samples, "clusters": users}
+    bounds = [name for name in (RANDOM, SORTED, BEST) if name in results]
+    rows = compare_systems(results, references, bounds=bounds, **options)
+    record = {
+        "requests": {"train": len(data.train), "valid": len(data.valid), "test": len(data.test)},
+        "definition": arguments.list_metrics().description,
+        "primary": arguments.primary,
+        "seeds": arguments.seeds,
+        "systems": [as_dict(row.to_dict()) for row in rows],
+        "each_seed": spread,
+        "against": _against(arguments, results, options),
+        "notes": data.source.table.notes,
+    }
+    return record, "\n".join([list_table(rows, arguments.list_metrics()), _differences(record)]), results
 
 
 def _results(
-    arguments: Arguments, data: _Data, orders: dict[str, list[np.ndarray]]
+    arguments: Arguments, data: Data, orders: dict[str, list[np.ndarray]]
 ) -> tuple[dict[str, RankingResult], dict[str, list[float]]]:
     """(metrics of each system as means over the seeds, primary metric of each seed); with both bounds."""
     from sidtune.data_builders.post_ranking.targets import target_order
@@ -347,7 +339,7 @@ def _results(
 class _Utility:
     """Adds the simulator's expected clicks of a list, where there is a simulator."""
 
-    def __init__(self, data: _Data) -> None:
+    def __init__(self, data: Data) -> None:
         from sidtune.data_builders.shop_world.sessions import ShopSessions
 
         whole = data.source.sessions

@@ -14,7 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from sidtune.core.folders import RUN_FILE, fingerprint, read_json, versions, write_folder, write_json, write_run
+from sidtune.core.folders import (
+    RUN_FILE,
+    fingerprint,
+    read_record,
+    read_run,
+    versions,
+    write_folder,
+    write_json,
+    write_run,
+)
 from sidtune.data_builders.sequences.item_sequences import ItemSequences, SequenceExamples
 from sidtune.data_builders.tables.schema import Tables
 from sidtune.decoding.next_item.ensembles import Member, NetworkMember, fit_baseline, rank_together, weights_of
@@ -29,6 +38,7 @@ PLACES = 20
 SHOWN = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")
 OTHER = ("recall@10", "ndcg@10")  # shown under the other rule for items the user has
 PRIMARY = "ndcg@10"
+COSTS = {"parameters": int, "training_flops": float, "training_seconds": float, "threads": int, "processes": int}
 
 
 def report(who: Rankings) -> dict[str, Any]:
@@ -117,7 +127,7 @@ class Rankings:
         if self.kind(name) == "baseline":
             return self._valid_figure(name, seed)
         folder = self.arguments.folder(seed, name) if self.kind(name) == "model" else self._folder(name, seed)
-        return read_json(folder / RUN_FILE)["metrics"][f"valid_{PRIMARY}"]
+        return read_run(folder, {f"valid_{PRIMARY}": float})["metrics"][f"valid_{PRIMARY}"]
 
     def cost(self, name: str, seeds: list[int]) -> dict[str, Any]:
         """Sums over the members, means over the seeds; and the validation figures by which rows are compared."""
@@ -127,7 +137,7 @@ class Rankings:
         numbers = sum(self._baselines[m].baseline.numbers for m in self.weights(name) if m not in members)
         if not members:
             return total | ({"parameters": numbers} if numbers else {})
-        records = [[read_json(self.arguments.folder(s, m) / RUN_FILE)["metrics"] for m in members] for s in seeds]
+        records = [[read_run(self.arguments.folder(s, m), COSTS)["metrics"] for m in members] for s in seeds]
         for key in ("parameters", "training_flops", "training_seconds"):
             total[key] = statistics.fmean(sum(record[key] for record in of_seed) for of_seed in records)
         total["parameters"] += numbers
@@ -141,7 +151,7 @@ class Rankings:
         config = {"models": models, "num_beams": self.arguments.num_beams, "exclude_seen": self.arguments.exclude_seen}
         if self.kind(name) == "ensemble":  # of other weights, or of another number of candidates, it is another row
             config |= {"weights": weights, "candidates": PLACES}
-        if (folder / RUN_FILE).exists() and read_json(folder / RUN_FILE)["config"] == config:
+        if read_record(folder / RUN_FILE).get("config") == config:
             return load_file(folder / "ranked.safetensors")
         ranked = self._rank(name, seed)
         with write_folder(folder, "next_item_test") as scratch:

@@ -21,7 +21,7 @@ from typing import Any
 
 from sidtune.core.config import as_dict, command
 from sidtune.core.errors import DataError
-from sidtune.core.folders import RUN_FILE, check_output, read_json, write_json, write_run, writes
+from sidtune.core.folders import RUN_FILE, check_output, read_record, write_json, write_run, writes
 from sidtune.core.processes import launch, on_main
 from sidtune.core.resume import Work, identity_of
 from sidtune.data_builders.sequences.item_sequences import ItemSequences
@@ -132,8 +132,8 @@ def _metrics(trained: Any, history: list[dict[str, float]]) -> dict[str, Any]:
 
 def _of_before(folder: Path, config: dict[str, Any]) -> bool:
     """Whether an earlier version, which recorded no identity, trained this system already."""
-    record = read_json(folder / RUN_FILE) if (folder / RUN_FILE).exists() else {"identity": None}
-    return "identity" not in record and record["config"] == config
+    record = read_record(folder / RUN_FILE)
+    return "identity" not in record and record.get("config") == config
 
 
 @writes(None, tree=True)

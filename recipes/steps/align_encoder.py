@@ -93,6 +93,10 @@ class Arguments:
         made_by(ENCODERS, {"name": "tfidf_svd", **self.base}, self.seed)
         check_range(self, 1, "max_length", "k")
         check_range(self, 0, "seed", most=2**63)
+        if self.backbone is None and self.revision is not None:
+            raise ConfigError(
+                "revision is of a backbone on the hub, and there is none; name it, or leave revision out."
+            )
         if self.backbone is None:
             check_text_model(self.scratch, self.text_vocab_size)
         if self.pooling not in ("auto", "mean", "cls", "last"):

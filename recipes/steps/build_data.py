@@ -17,7 +17,7 @@ from sidtune.core.pipeline import Step, check_there
 from sidtune.data_builders.registry import READERS, reader_options
 from sidtune.data_builders.shop_world.config import config_from_options
 from sidtune.data_builders.tables import splits
-from sidtune.data_builders.tables.schema import Tables
+from sidtune.data_builders.tables.schema import SPLITS, Tables
 from sidtune.data_builders.tables.store import save_tables, split_names
 from sidtune.data_builders.tables.validate import check_folder, check_tables
 
@@ -33,8 +33,8 @@ class Arguments:
         reader: name of a reader in `data_builders/registry.py`.
         path: folder or id the reader reads; null for the embedded shop. `$NAME` and `~` are expanded.
         options: options of the reader.
-        split: `kind` (`global_time` by default, `leave_one_out` for a published protocol, `source` if the reader prescribes it) and
-            the other fields of `splits.SplitConfig`.
+        split: `kind` (`source` if the reader prescribes a split, else `global_time`; `leave_one_out` for a published protocol)
+            and the other fields of `splits.SplitConfig`.
         seed: seed of the reader, where it draws anything and `options` does not set one.
     """
 
@@ -53,7 +53,8 @@ class Arguments:
                     f"The path {self.path} names an environment variable that is not set; set it or give --path."
                 )
         reader_options(self.reader, self.options, self.path)
-        build(splits.SplitConfig, self.split, "split")
+        kind = build(splits.SplitConfig, self.split, "split").kind
+        splits.check_clock(kind, getattr(READERS.get(self.reader), "clock", True))
 
 
 def preflight(step: Step) -> None:
@@ -84,12 +85,15 @@ def main(arguments: Arguments) -> None:
         save_tables(tables, scratch, split=split, meta=meta)
         check_folder(scratch)
         metrics = {name: getattr(tables, name).num_rows for name in ("items", "users", "requests", "events")}
+        metrics["requests_by_split"] = {part: tables.split_of_request.count(part) for part in SPLITS}
         per_second = round(rows / max(time.time() - started, 1e-9))
         write_run(scratch, metrics={**metrics, "counts": tables.counts, "rows_per_second": per_second})
     print(
         f"{arguments.output_dir}: {metrics['items']:,} items, {metrics['users']:,} users, {metrics['requests']:,} requests, "
         f"{metrics['events']:,} events ({per_second:,} rows/s)"
     )
+    sizes = ", ".join(f"{part} {count:,}" for part, count in metrics["requests_by_split"].items())
+    print(f"  split {split['kind']} ({splits.KINDS[split['kind']]}): {sizes}")
     for name, count in tables.counts.items():
         print(f"  {name.replace('_', ' ')}: {count:,}")
     for note in tables.notes:

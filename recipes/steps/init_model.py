@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sidtune.core.config import check_range, command
+from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import write_folder, write_run, writes
 from sidtune.core.pipeline import Step
 from sidtune.data_builders.prompts.serializer import Serializer
@@ -31,7 +32,7 @@ class Arguments:
 
     Attributes:
         data_dir: folder written by build_data.
-        sids_dir: folder written by learn_sids.
+        sids_dir: folder written by learn_sids; or one with published SIDs in `sids/` and no quantizer, for `init` text or mean.
         output_dir: model folder to write.
         base: model id or folder; null builds one from scratch.
         revision: revision of `base` on the hub.
@@ -69,6 +70,10 @@ class Arguments:
         check_range(self, 0, "seed", most=2**63)
         check_words(self.extra_tokens)
         check_dtype(self.dtype)
+        if self.base is None and self.revision is not None:
+            raise ConfigError(
+                "revision is of a base on the hub, and base is null; name the base, or leave revision out."
+            )
         Serializer(None, self.templates)
         if self.base is None:
             check_model(self.scratch, self.text_vocab_size)
@@ -87,7 +92,7 @@ def main(arguments: Arguments) -> None:
     """Builds or loads the model, extends it and saves it."""
     from sidtune.decoding.retrieval.model_folder import PromptSettings, complete_model_folder, make_serializer
     from sidtune.tokenizers.base_models.from_scratch import build_model, train_lm_tokenizer
-    from sidtune.tokenizers.base_models.loading import load_plain, load_tokenizer
+    from sidtune.tokenizers.base_models.loading import check_dtype, load_plain, load_tokenizer
     from sidtune.tokenizers.quantizers.base import load_quantizer
     from sidtune.tokenizers.vocabulary.extension import VOCABULARY_FILE, Vocabulary, add_plain_tokens, extend_vocabulary
     from sidtune.tokenizers.vocabulary.saving import save_trained
@@ -95,21 +100,28 @@ def main(arguments: Arguments) -> None:
     data = load_folder(arguments.data_dir)
     sids = SemanticIds.from_pretrained(Path(arguments.sids_dir) / "sids")
     sids.check_items(data.items, arguments.data_dir)
+    quantizer, codebooks = Path(arguments.sids_dir) / "quantizer", None
+    if arguments.init == "codebook":
+        if not quantizer.is_dir():
+            raise DataError(
+                f"{arguments.sids_dir} has no quantizer, so no codebooks to start from; set init to text or mean."
+            )
+        codebooks = load_quantizer(quantizer).codebooks
     if arguments.base is not None and (Path(arguments.base) / VOCABULARY_FILE).exists():
         Vocabulary.from_pretrained(arguments.base).check(sids=sids)
     if arguments.base is None:
         tokenizer = train_lm_tokenizer(_texts(data, arguments.templates), vocab_size=arguments.text_vocab_size)
         add_plain_tokens(tokenizer, arguments.extra_tokens)
-        model = build_model(arguments.scratch, tokenizer, seed=arguments.seed)
+        kind = check_dtype("float32" if arguments.dtype == "auto" else arguments.dtype)
+        model = build_model(arguments.scratch, tokenizer, arguments.seed, kind)
     else:
         tokenizer = load_tokenizer(arguments.base, revision=arguments.revision)
         model = load_plain(arguments.base, revision=arguments.revision, dtype=arguments.dtype)
         add_plain_tokens(tokenizer, arguments.extra_tokens, model, seed=arguments.seed)
-    quantizer = load_quantizer(Path(arguments.sids_dir) / "quantizer")
     ids, titles = data.items["item_id"].to_pylist(), data.items["title"].to_pylist()
     options = {name: getattr(arguments, name) for name in ("init", "pad_to_multiple_of", "seed")}
     texts = {item: title or "" for item, title in zip(ids, titles, strict=True)}
-    start = {"codebooks": quantizer.codebooks, "item_texts": texts}
+    start = {"codebooks": codebooks, "item_texts": texts}
     vocabulary = extend_vocabulary(model, tokenizer, sids, **start, **options)
     serializer = make_serializer(tokenizer, arguments.templates, PromptSettings())
     parameters = sum(p.numel() for p in model.parameters())

@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 
 from sidtune.core.config import command
 from sidtune.core.errors import ConfigError
-from sidtune.core.folders import fingerprint, read_json, versions, write_folder, write_run, writes
+from sidtune.core.folders import fingerprint, read_run, versions, write_folder, write_run, writes
 from sidtune.core.hub import push_folder
+from sidtune.recipes.records import evaluation, sid_quality
 
 LAUNCH = "alone"
 SHOW_AT_END = True
@@ -96,16 +97,15 @@ def card_data(arguments: Arguments) -> Any:
     from sidtune.metrics.statistics.compare import SystemRow
     from sidtune.tokenizers.base_models.loading import hub_id
 
-    metrics = read_json(Path(arguments.eval_dir) / "metrics.json")
-    quality = read_json(Path(arguments.sids_dir) / "quality.json")
+    (metrics, samples), quality = evaluation(arguments.eval_dir), sid_quality(arguments.sids_dir)
     trainings = training_runs(arguments.model_dir)
-    built = read_json(Path(arguments.data_dir) / "run.json")
+    reader = read_run(arguments.data_dir)["config"].get("reader", "unknown")
     systems = [SystemRow.from_dict(row) for row in metrics["systems"]]
     own = next(system for system in systems if system.kind == "model")
     name = arguments.model_name or (arguments.hub_model_id or Path(arguments.output_dir).resolve().name).split("/")[-1]
     start = next((run for run in trainings if "base" in run["config"]), {"config": {"base": None}, "inputs": {}})
     base = None if "base" in start["inputs"] else hub_id(start["config"]["base"])
-    queries = [s["query"] for s in read_json(Path(arguments.eval_dir) / "samples.json") if s["query"]]
+    queries = [sample["query"] for sample in samples if sample["query"]]
     return CardData(
         name=name,
         repo_id=arguments.hub_model_id or name,
@@ -115,8 +115,8 @@ def card_data(arguments: Arguments) -> Any:
         invalid=metrics["decoding"]["invalid_share"],
         command=arguments.command or f"sidtune publish --model_dir {final_model(arguments.model_dir).name}",
         data_revision=fingerprint(arguments.data_dir),
-        dataset_name=arguments.dataset_name or built["config"]["reader"],
-        dataset_type=built["config"]["reader"],
+        dataset_name=arguments.dataset_name or reader,
+        dataset_type=reader,
         stages=[name for run in trainings for name in _stages(run)] or ["none"],
         level_sizes=[level["size"] for level in quality["levels"]],
         icr=quality["icr"],

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from sidtune.core.config import command
-from sidtune.core.folders import read_json, write_folder, write_run, writes
+from sidtune.core.folders import read_json, read_run, write_folder, write_run, writes
 from sidtune.recipes.over_seeds import difference
+from sidtune.recipes.records import BUILT, LISTS, TRAINED, TUNED, evaluation, sid_quality
 
 LAUNCH = "alone"
 SHOW_AT_END = True
@@ -70,12 +71,12 @@ def report_data(arguments: Arguments) -> Any:
     from sidtune.metrics.statistics.compare import SystemRow
     from sidtune.metrics.statistics.slices import SliceRow
 
-    folders = {"data": arguments.data_dir, "sids": arguments.sids_dir, "sft": arguments.model_dir}
-    folders |= {"grpo": arguments.grpo_dir, "eval": arguments.eval_dir, "post_rank": arguments.post_rank_dir}
-    runs = {name: read_json(Path(folder) / "run.json") for name, folder in folders.items() if folder is not None}
-    metrics = read_json(Path(arguments.eval_dir) / "metrics.json")
-    samples = read_json(Path(arguments.eval_dir) / "samples.json")
-    quality = read_json(Path(arguments.sids_dir) / "quality.json")
+    folders = {
+        "data": (arguments.data_dir, BUILT), "sids": (arguments.sids_dir, dict), "sft": (arguments.model_dir, TRAINED),
+        "grpo": (arguments.grpo_dir, TUNED), "eval": (arguments.eval_dir, dict), "post_rank": (arguments.post_rank_dir, dict),
+    }  # fmt: skip
+    runs = {name: read_run(folder, told) for name, (folder, told) in folders.items() if folder is not None}
+    (metrics, samples), quality = evaluation(arguments.eval_dir), sid_quality(arguments.sids_dir)
     stages = runs["sft"]["metrics"].get("stages", [])
     built, decoding = runs["data"]["metrics"], metrics["decoding"]
     seconds = sum(stage["seconds"] or 0 for stage in [*stages, runs.get("grpo", {"seconds": 0})])
@@ -141,7 +142,7 @@ def _post_rank(folder: str | None) -> dict[str, Any]:
 
     if folder is None:
         return {}
-    record = read_json(Path(folder) / "metrics.json")
+    record = read_json(Path(folder) / "metrics.json", LISTS)
     rows = {row.name: row for row in map(SystemRow.from_dict, record["systems"])}
     primary = CLICKS if all(CLICKS in row.metrics for row in rows.values()) else record["primary"]
     shown = {

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from sidtune.core.config import command
-from sidtune.core.folders import read_json, versions, writes
+from sidtune.core.folders import versions, writes
 from sidtune.core.pipeline import RunArguments
 from sidtune.metrics.report.readme_table import publish
 from sidtune.metrics.statistics.compare import MODEL
 from sidtune.recipes.over_seeds import check_seeds, counted, difference, means, run_all, spread, table
+from sidtune.recipes.records import evaluation
 
 LAUNCH = "alone"
 
@@ -58,7 +59,7 @@ def main(arguments: Arguments) -> None:
     started, pipelines = time.time(), {seed: arguments.pipeline_of(seed) for seed in arguments.seeds}
     run_all([*pipelines.values()], arguments.eval_step, arguments.metrics, arguments.readme)
     folders = {seed: Path(pipeline.output_dir) / arguments.eval_step for seed, pipeline in pipelines.items()}
-    record = summarise({seed: read_json(one / "metrics.json") for seed, one in folders.items()}, arguments.metrics)
+    record = summarise({seed: evaluation(one)[0] for seed, one in folders.items()}, arguments.metrics)
     record["seconds"] = round(time.time() - started)
     publish(record, markdown(record), arguments.results, arguments.readme)
 

@@ -1,4 +1,4 @@
-"""Serves a published bundle over HTTP: `POST /search` and `GET /healthz`.
+"""Serves a published bundle over HTTP: `POST /search`, `GET /healthz`, `GET /metrics`.
 
     sidtune serve --model_dir runs/quickstart/bundle --host 127.0.0.1 --port 8000
     curl -s localhost:8000/search -d '{"query": "red dress", "k": 3}'
@@ -11,7 +11,7 @@ reverse proxy in front of it before anyone else can reach it.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from sidtune.core.config import build, check_range, command
@@ -36,6 +36,8 @@ class Arguments:
         max_wait_ms: longest time that requests wait for others to be decoded with; only under load.
         max_queue: most requests that wait; further ones get 503.
         timeout_s: longest time to an answer; then 504.
+        header_timeout_s: longest time for the head of a request; then 408.
+        max_connections: open connections at a time; fewer where the process may not open so many files.
         max_body_bytes: largest request body; above it 413.
         limits: of a single request; keys max_query_chars, max_value_chars, max_pairs, max_history, max_items,
             max_categories, max_k, max_beams.
@@ -53,6 +55,8 @@ class Arguments:
     max_wait_ms: float = 4.0
     max_queue: int = 256
     timeout_s: float = 30.0
+    header_timeout_s: float = 10.0
+    max_connections: int = 1024
     max_body_bytes: int = 256 * 1024
     limits: dict = field(default_factory=dict)
     shutdown_s: float = 30.0
@@ -61,9 +65,9 @@ class Arguments:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be between 0 and 65535, got {self.port}.")
-        check_range(self, 1, "max_batch", "max_queue")
+        check_range(self, 1, "max_batch", "max_queue", "max_connections")
         check_range(self, 1, "max_body_bytes", most=2**40)
-        check_range(self, 1e-3, "timeout_s")
+        check_range(self, 1e-3, "timeout_s", "header_timeout_s")
         check_range(self, 0, "max_wait_ms", "shutdown_s")
 
 
@@ -93,7 +97,7 @@ def make_server(arguments: Arguments) -> tuple[Any, list[BaseException]]:
     try:
         import uvicorn
 
-        from sidtune.decoding.serving.http_app import SearchService, ServingOptions, make_app
+        from sidtune.decoding.serving.http_app import SearchService, ServingOptions, server_config
     except ImportError as error:
         raise ConfigError(
             f"Serving needs FastAPI and uvicorn ({error.name} is missing); install them with pip install 'sidtune[serve]'."
@@ -104,10 +108,10 @@ def make_server(arguments: Arguments) -> tuple[Any, list[BaseException]]:
     from sidtune.decoding.retrieval.search_request import RequestLimits
     from sidtune.decoding.serving.stock import StockFile
 
-    same = ("max_batch", "max_wait_ms", "max_queue", "timeout_s", "max_body_bytes", "shutdown_s")
-    options = ServingOptions(
-        build(RequestLimits, arguments.limits, "limits"), **{name: getattr(arguments, name) for name in same}
-    )
+    same = {
+        field.name: getattr(arguments, field.name) for field in fields(ServingOptions) if hasattr(arguments, field.name)
+    }
+    options = ServingOptions(**{**same, "limits": build(RequestLimits, arguments.limits, "limits")})
     check_device(arguments.device)
     prompter = Prompter.of(ModelFolder.open(arguments.model_dir, arguments.sids_dir))
     stock = StockFile(arguments.in_stock, prompter.catalogue) if arguments.in_stock else None
@@ -124,13 +128,12 @@ def make_server(arguments: Arguments) -> tuple[Any, list[BaseException]]:
         on_failure=fail,
     )
     server = uvicorn.Server(
-        uvicorn.Config(
-            make_app(service),
+        server_config(
+            service,
             host=arguments.host,
             port=arguments.port,
             access_log=arguments.access_log,
             log_level=logging.INFO,
-            server_header=False,
             timeout_graceful_shutdown=max(1, round(arguments.shutdown_s)),
         )
     )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from sidtune.core.config import check_range, command
 from sidtune.core.errors import ConfigError
-from sidtune.core.folders import read_json, write_run, writes
+from sidtune.core.folders import read_run, write_run, writes
 from sidtune.core.pipeline import Step, check_there
 from sidtune.recipes.preflight import check_data, check_lengths, sids_before
 
@@ -117,7 +117,7 @@ def main(arguments: Arguments) -> None:
     )
 
     def finish() -> None:
-        records = {folder.name: read_json(folder / "run.json") for folder in folders}
+        records = {folder.name: read_run(folder) for folder in folders}
         stages = [{"name": name, "seconds": one["seconds"], **one["metrics"]} for name, one in records.items()]
         write_run(arguments.output_dir, metrics={"final": folders[-1].name, "stages": stages})
 

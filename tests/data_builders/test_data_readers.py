@@ -176,9 +176,9 @@ def test_kuaisearch_small(tmp_path):
     ]
     shown = [[(c["item_id"], c["position"], c["click"], c["order"]) for c in r["candidates"]] for r in requests]
     assert shown == [
-        [("3", 0, 0, 0)],
+        [("3", 0, None, None)],
         [("2", 0, 0, 0), ("1", 1, 1, 0), ("9", 2, 1, 0)],
-        [("4", 0, 0, 0), ("1", 1, 0, 1)],
+        [("4", 0, 0, None), ("1", 1, None, 1)],
     ]
     events = [(e["item_id"], e["time"], e["action"], e["request_id"]) for e in tables.events.to_pylist()]
     assert sorted(events[:3]) == [("3", 48, "click", None), ("4", 49, "click", None), ("4", 49, "order", None)]

@@ -52,10 +52,10 @@ def test_all_problems_come_at_once(tmp_path):
     assert [(p.where, p.row, p.column) for p in problems] == [
         ("users.jsonl", 3, None),
         ("users.jsonl", 4, "user_id"),
+        ("events.jsonl", 4, "item_id"),
         ("items.jsonl", 3, "price"),
         ("requests.jsonl", 0, "time"),
         ("requests.jsonl", 3, "candidates.click"),
-        ("events.jsonl", 4, "item_id"),
     ]
     with pytest.raises(DataError, match="The data has 6 problems"):
         check_folder(source)

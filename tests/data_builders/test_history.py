@@ -229,6 +229,43 @@ def test_apply_split_proves_that_nothing_leaks():
         apply_split(shop([("r", None, 1, []), *many]))
 
 
+def test_an_action_after_the_cut_is_no_part_of_a_train_request():
+    """A late order of a train request stays in the log, without its request; tied to it, it is a leak."""
+    many = [(f"r{t}", "ab"[t % 2], t, [("x", {"click": 1})]) for t in range(20)]
+    events = [("a", "x", 2, "click", "r2"), ("a", "y", 16, "order", "r2"), ("b", "z", 19, "click", "r19")]
+    made, split = apply_split(shop(many, events))
+    assert split["train_until"] == 16 and made.events["request_id"].to_pylist() == ["r2", None, "r19"]
+    assert made.counts["events_after_the_cut_untied_from_train_requests"] == 1
+    tied = dataclasses.replace(made, events=shop([], events).events)
+    with pytest.raises(DataError, match="1 events of train requests lie after the training time, the first is row 1"):
+        assert_no_leak(tied, split)
+    own_cut, split = apply_split(
+        shop(many, [("a", "x", 17, "order", "r2"), ("b", "x", 17, "order", "r3")]), "leave_one_out"
+    )
+    assert split["train_until"] is None and own_cut.events["request_id"].to_pylist() == [None, None]
+
+
+def test_the_default_split_is_the_prescribed_one_and_no_clock_is_made_up():
+    requests = [(f"r{t}", "ab"[t % 2], t, []) for t in range(10)]
+    plain = shop(requests)
+    names = ["train"] * 7 + ["valid"] + ["test"] * 2
+    given = dataclasses.replace(plain, split_of_request=names)
+    assert apply_split(plain)[1]["kind"] == "global_time"
+    made, split = apply_split(given)
+    assert (made.split_of_request, split["kind"]) == (names, "source")
+    assert apply_split(given, valid_share=0.2)[1]["kind"] == "global_time", "a share asks for a split by time"
+    assert apply_split(given, min_rows=3)[1]["kind"] == "leave_one_out"
+    timeless = dataclasses.replace(given, clock=False)
+    assert apply_split(timeless)[1]["kind"] == "source"
+    for options in ({"kind": "global_time"}, {"test_share": 0.3}, {"train_until": 4}):
+        with pytest.raises(ConfigError, match="no clock, they order the actions of one user only"):
+            apply_split(timeless, **options)
+    with pytest.raises(ConfigError, match="no clock"):
+        apply_split(dataclasses.replace(plain, clock=False))
+    with pytest.raises(ConfigError, match="The split 'source' takes no 'valid_share'"):
+        apply_split(given, "source", valid_share=0.2)
+
+
 def test_prescribed_splits_get_bounds_only_where_time_separates_them():
     requests = [("r1", "a", 1, []), ("r2", "a", 5, []), ("r3", "b", 7, []), ("r4", "b", 9, [])]
     tables = dataclasses.replace(shop(requests), split_of_request=["train", "valid", "valid", "test"])

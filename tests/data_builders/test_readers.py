@@ -189,7 +189,9 @@ def test_jdsearch_keeps_every_step(real_data):
         for candidate, label in zip(test["candidates"], map(float, fields[2].split("_")), strict=True):
             assert (candidate["click"], candidate["order"]) == (int(label >= 1), int(label == 3))
     columns = ("user_id", "item_id", "time", "action", "query")
-    assert [tuple(row[c] for c in columns) for row in tables.events.to_pylist()] == steps
+    once = list(dict.fromkeys(steps))
+    assert [tuple(row[c] for c in columns) for row in tables.events.to_pylist()] == once
+    assert tables.counts["repeated_events_dropped"] == len(steps) - len(once) == 2
     past = {row["request_id"]: row for row in tables.requests.to_pylist()}
     for event in tables.events.to_pylist():
         if event["request_id"] is None:

@@ -133,7 +133,8 @@ def test_limit_draws_a_seeded_sample_in_order(task):
     assert some == rows(task, inputs(seed=1), limit=6) != rows(task, inputs(seed=2), limit=6)
     keys = [row["key"] for row in everything]
     places = [keys.index(row["key"]) for row in some]
-    assert 0 < len(some) <= 6 and places == sorted(places)
+    counted = {row["key"].split("/")[0] for row in some}  # a whole history has an example for each turn of a tie
+    assert 0 < len(counted) <= 6 and places == sorted(places)
     assert all(row == everything[place] for row, place in zip(some, places, strict=True))
     assert rows(task, inputs(), limit=10**9) == everything
     with pytest.raises(ConfigError, match="limit"):
@@ -188,7 +189,7 @@ def test_unknown_items_and_users_are_counted_not_fatal():
     data = inputs(world=world)
     lost = sum(e["item_id"] not in world.sids for e in world.events)
     assert len(TASKS.get("request_to_sid")(data)) > 10
-    assert data.counts["history"] == {"events_without_sid_or_of_other_actions": lost}
+    assert data.counts["history"] == {"events_without_sid": lost}
     ghosts = sum(
         c["item_id"] == "i19" and 1 in (c["click"], c["like"], c["order"]) for r in world.train for c in r["candidates"]
     )

@@ -80,13 +80,40 @@ def fair_targets(world):
     return found
 
 
+def apart_targets(world):
+    """Oracle: (user, turns before the request, turn number, event) of train requests' first turns, and of turns without a
+    request, that the pass cannot learn because something before them is not older than the request."""
+    train, fair = {r["request_id"]: r for r in world.train}, {(user, n) for user, n, _ in fair_targets(world)}
+    found = []
+    for user in sorted({e["user_id"] for e in world.events}):
+        turns = turns_before(world, user, world.train_until)
+        for n, event in enumerate(turns):
+            request = event.get("request_id")
+            first = request is None or all(turn.get("request_id") != request for turn in turns[:n])
+            if first and (user, n) not in fair and (request is None or request in train):
+                asked = event["time"] if request is None else train[request]["time"]
+                found.append((user, sum(turn["time"] < asked for turn in turns), n, event))
+    return found
+
+
+def in_the_pass(examples):
+    return [row for row in examples if "+" not in row["key"]]
+
+
 @pytest.mark.parametrize(
     "kind, templates", [("byte_bpe", "plain"), ("byte_bpe", "chatml"), ("metaspace", "plain"), ("odd", "plain")]
 )
 def test_whole_history_equals_the_windowed_examples(kind, templates):
     world, serializer, data = build(kind, templates)
     tokenizer = serializer.tokenizer
-    rows = {row["key"].rsplit("/", 1)[0]: row for row in whole_history(data, max_turns=MANY, overlap=0)}
+    examples = whole_history(data, max_turns=MANY, overlap=0)
+    rows = {row["key"].rsplit("/", 1)[0]: row for row in in_the_pass(examples)}
+    apart = {row["key"]: row for row in examples if "+" in row["key"]}
+    for user, before, n, event in apart_targets(world):
+        row, turns = apart.pop(f"{user}/0+{n}"), turns_before(world, user, world.train_until)
+        assert row["pieces"] == pieces_of(world, serializer, user, [*turns[:before], event])
+        assert row["learn"] == [False] * (2 * before + 2) + [True]
+    assert not apart
     targets = {(user, n): event for user, n, event in fair_targets(world)}
     assert sum(sum(row["learn"]) for row in rows.values()) == len(targets)
     by_id = {r["request_id"]: r for r in world.train}
@@ -115,8 +142,11 @@ def test_whole_history_equals_the_windowed_examples(kind, templates):
     assert compared > 50
 
 
-def test_every_request_without_a_tie_is_learned_exactly_once():
-    world = make_world(3, ties=False, loose=False)
+@pytest.mark.parametrize("ties", [False, True])
+def test_every_request_is_learned_exactly_once(ties):
+    """Also of several purchases in one second, each with what lay before that second."""
+    world = make_world(3, ties=ties, loose=False)
+    assert bool(apart_targets(world)) == ties
     data = world.task_input(Serializer(made.byte_bpe()), max_history=MANY)
     windows = sorted(learned(row)[0] for row in request_to_sid(data))
     passes = sorted(target for row in whole_history(data, max_turns=MANY, overlap=0) for target in learned(row))
@@ -128,7 +158,7 @@ def test_chunks_learn_every_target_once_and_stay_linear(max_turns, overlap):
     world, serializer, data = build(seed=1)
     chunks = whole_history(data, max_turns=max_turns, overlap=overlap)
     got, total = [], 0
-    for row in chunks:
+    for row in in_the_pass(chunks):
         user, number = row["key"].rsplit("/", 1)
         turns = turns_before(world, user, world.train_until)
         full = pieces_of(world, serializer, user, turns)
@@ -141,7 +171,12 @@ def test_chunks_learn_every_target_once_and_stay_linear(max_turns, overlap):
         got += [(user, start + (n - 2) // 2) for n, flag in enumerate(row["learn"]) if flag]
         total += count
     assert sorted(got) == sorted((user, n) for user, n, _ in fair_targets(world))
-    assert data.counts["whole_history"]["targets"] == len(got)
+    apart = {row["key"]: row["pieces"] for row in chunks if "+" in row["key"]}
+    for user, before, n, event in apart_targets(world):
+        begin = max(0, before - max_turns + 1)
+        turns = turns_before(world, user, world.train_until)[begin:before]
+        assert apart.pop(f"{user}/{begin}+{n}") == pieces_of(world, serializer, user, [*turns, event])
+    assert not apart and data.counts["whole_history"]["targets"] == len(got) + len(apart_targets(world))
     turns = sum(len(turns_before(world, user, world.train_until)) for user in {e["user_id"] for e in world.events})
     assert total <= turns * max_turns / (max_turns - overlap) + 1
 
@@ -152,14 +187,14 @@ def test_chunks_by_tokens_lose_no_target(max_tokens):
     world.events[0]["query"] = None
     examples = whole_history(data, max_turns=MANY, overlap=2, max_tokens=max_tokens)
     targets = sorted((k.split("/")[0], int(k.split("/")[1]) + n) for k, n in (
-        (row["key"], (n - 2) // 2) for row in examples for n, flag in enumerate(row["learn"]) if flag
+        (row["key"], (n - 2) // 2) for row in in_the_pass(examples) for n, flag in enumerate(row["learn"]) if flag
     ))  # fmt: skip
     assert targets == sorted((user, n) for user, n, _ in fair_targets(world))
     counts = {}
     rows = encode_examples(serializer.tokenizer, examples, max_length=max_tokens, counts=counts)
     assert counts == {"examples": len(examples), "examples_truncated_away": 0, "targets_dropped": 0}
     assert max(map(len, rows["input_ids"])) <= max_tokens
-    assert sum(label != IGNORE for row in rows["labels"] for label in row) == 3 * len(targets)
+    assert sum(label != IGNORE for row in rows["labels"] for label in row) == 3 * len(targets + apart_targets(world))
 
 
 def test_chunks_by_tokens_need_no_earlier_encoding():
@@ -176,9 +211,9 @@ def test_a_turn_that_never_fits_is_counted():
     small = whole_history(data, max_tokens=18, overlap=0)
     counts = data.counts["whole_history"]
     assert counts["turns_longer_than_max_tokens"] > 0
-    assert counts["turns_longer_than_max_tokens"] + sum(sum(row["learn"]) for row in small) == len(
-        fair_targets(make_world(2))
-    )
+    world = make_world(2)
+    wanted = len(fair_targets(world)) + len(apart_targets(world))
+    assert counts["turns_longer_than_max_tokens"] + sum(sum(row["learn"]) for row in small) == wanted
 
 
 def test_nothing_at_or_after_the_moment_matters():
@@ -211,16 +246,46 @@ def test_until_may_be_a_cut_per_user_or_the_last_train_request():
     assert whole_history(world.task_input(serializer, until=per_user)).to_list() == rows
     free = whole_history(world.task_input(serializer, until=None))
     last = {u: max((r["time"] for r in world.train if r["user_id"] == u), default=-1) for u in users}
-    wanted = sum(event["time"] <= last[user] for user, _, event in fair_targets(world))
+    targets = fair_targets(world) + apart_targets(world)
+    wanted = sum(event["time"] <= last[user] for user, *_, event in targets)
     assert sum(map(sum, free["learn"])) == wanted > 50
 
 
-def test_actions_choose_the_history():
+def test_a_late_action_on_a_train_request_is_not_learned_after_the_cut():
+    """The order of a train request that came after the end of training, however it is tied."""
     world, serializer, data = build(seed=6)
-    orders = world.task_input(serializer, max_history=MANY, actions=("order",))
-    world.events = [e for e in world.events if e["action"] == "order"]
-    only = world.task_input(serializer, max_history=MANY)
-    assert request_to_sid(orders).to_list() == request_to_sid(only).to_list() != request_to_sid(data).to_list()
+    request = next(r for r in world.train if len(positives(world, r)) == 0)
+    world.events.append(
+        {
+            "user_id": request["user_id"],
+            "item_id": "i03",
+            "time": 71,
+            "action": "order",
+            "request_id": request["request_id"],
+        }
+    )
+    cut = TimeCut(world.train_until)
+    free = world.task_input(serializer, until=None).__class__
+    assert free is type(data)
+    seen = whole_history(world.task_input(serializer, until=None)).to_list()
+    capped = whole_history(world.task_input(serializer, until=None, cut=cut)).to_list()
+    late = serializer.turn(request["query"], request["context"])
+    asked = [(row["key"].split("/")[0], row["pieces"][-2:]) for row in seen]
+    answer = (request["user_id"], [late, world.sids["i03"]])
+    assert answer in asked and answer not in [(row["key"].split("/")[0], row["pieces"][-2:]) for row in capped]
+
+
+def test_the_limit_counts_users_with_something_to_learn():
+    world, serializer, _ = build(seed=7)
+    keep = {user for user, *_ in fair_targets(world)}
+    kept = sorted(keep)[: len(keep) // 2]
+    world.requests = [r for r in world.requests if r["user_id"] in kept or r["time"] >= world.train_until]
+    ids = {r["request_id"] for r in world.requests}
+    world.events = [e for e in world.events if e.get("request_id") or e["user_id"] in kept]
+    assert any(e["request_id"] not in ids for e in world.events if e.get("request_id")), "users with nothing to learn"
+    for limit in (1, len(kept) - 1, len(kept)):
+        rows = whole_history(world.task_input(serializer, seed=limit), limit=limit)
+        assert len({row["key"].split("/")[0] for row in rows}) == limit
 
 
 def test_history_without_context():

@@ -24,7 +24,7 @@ def beam_of(leaves, scores):
     return BeamOutput(torch.tensor(leaves), torch.tensor(scores, dtype=torch.float32))
 
 
-def loop(leaves, scores, items, k, cap, exclude):
+def loop(leaves, scores, items, k, exclude):
     """The documented policy, one item at a time."""
     rows, values = [], []
     for leaf_row, score_row, hidden in zip(leaves, scores, exclude, strict=True):
@@ -32,7 +32,7 @@ def loop(leaves, scores, items, k, cap, exclude):
         for score, leaf in sorted(zip(score_row, leaf_row, strict=True), key=lambda pair: (-pair[0], pair[1])):
             if leaf >= 0:
                 mine = items.rows[items.offsets[leaf] : items.offsets[leaf + 1]].tolist()
-                found += [(row, score) for row in mine if row not in hidden][:cap]
+                found += [(row, score) for row in mine if row not in hidden]
         found = found[:k] + [(-1, float("-inf"))] * (k - len(found))
         rows.append([row for row, _ in found])
         values.append([score for _, score in found])
@@ -52,24 +52,24 @@ def searches(draw):
         leaves.append(list(live) + [-1] * (beams - len(live)))
         scores.append(sorted((draw(number) for _ in live), reverse=True) + [float("-inf")] * (beams - len(live)))
         hidden.append(draw(st.lists(st.integers(-1, sum(sizes) + 1), max_size=6)))
-    return items, leaves, scores, hidden, draw(st.integers(1, 12)), draw(st.sampled_from([None, 1, 2, 3]))
+    return items, leaves, scores, hidden, draw(st.integers(1, 12))
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(searches(), st.booleans())
 def test_ranking_is_the_plain_loop(search, as_lists):
-    items, leaves, scores, hidden, k, cap = search
+    items, leaves, scores, hidden, k = search
     ragged = Ragged(
         np.cumsum([0, *map(len, hidden)]), np.array([row for part in hidden for row in part], dtype=np.int64)
     )
     exclude = hidden if as_lists else ragged
-    rows, values = rank_items(beam_of(leaves, scores), items, k, max_items_per_leaf=cap, exclude=exclude)
-    expected = loop(leaves, scores, items, k, cap, hidden)
+    rows, values = rank_items(beam_of(leaves, scores), items, k, exclude=exclude)
+    expected = loop(leaves, scores, items, k, hidden)
     assert rows.dtype == np.int64 and values.dtype == np.float32
     assert rows.tolist() == expected[0]
     np.testing.assert_array_equal(values, np.array(expected[1], dtype=np.float32))
     if not any(hidden):
-        same = rank_items(beam_of(leaves, scores), items, k, max_items_per_leaf=cap)
+        same = rank_items(beam_of(leaves, scores), items, k)
         np.testing.assert_array_equal(same[0], rows)
 
 
@@ -99,7 +99,6 @@ LEAVES = LeafItems(np.array([0, 2, 3]), np.array([1, 0, 2]))
 BEAM = beam_of([[0, 1]], [[-1.0, -2.0]])
 BAD = {
     "no items asked": (ConfigError, "at least 1", {"k": 0}),
-    "no items per leaf": (ConfigError, "at least 1", {"max_items_per_leaf": 0}),
     "beams of another catalogue": (DataError, "distinct SIDs", {"beam": beam_of([[0, 2]], [[-1.0, -2.0]])}),
     "shapes differ": (DataError, "one shape", {"beam": beam_of([[0, 1]], [[-1.0]])}),
     "too few exclusions": (DataError, "2 requests", {"exclude": [[0], [1]]}),

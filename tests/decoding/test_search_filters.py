@@ -1,5 +1,7 @@
 """A filtered search is the search of a catalogue that has only the items that are left; and requests are read strictly."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -43,6 +45,7 @@ def make(parts, keep=None):
         ids = [sids.item_ids[row] for row in keep]
         sids = SemanticIds(ids, sids.codes[keep], LEVEL_SIZES, sids.popularity[keep])
     catalogue = Catalogue.from_table(sids, items if keep is None else None)
+    vocabulary = replace(vocabulary, sids_fingerprint=sids.fingerprint())
     return SidRetriever(
         model, tokenizer, vocabulary, sids, Serializer(tokenizer), PromptSettings(), catalogue=catalogue
     )
@@ -161,7 +164,7 @@ def test_what_cannot_be_found_by_is_said(parts, retriever):
         retriever.search("x", only_items=["zzz"])
     with pytest.raises(ConfigError, match="at least 1"):
         retriever.search("x", k=0)
-    assert retriever.prompter.target(SearchRequest(exclude_items=("zzz",)), unknown="ignore").narrowing.dead.size == 0
+    assert retriever.prompter.target(SearchRequest(exclude_items=("zzz",)), unknown="ignore").exclude.size == 0
     turns = (PastTurn("zzz"), PastTurn("item03"))
     kept = retriever.prompter.pieces(SearchRequest(history=turns), unknown="ignore")
     assert kept == retriever.prompter.pieces(SearchRequest(history=turns[1:]))

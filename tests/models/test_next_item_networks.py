@@ -218,7 +218,7 @@ def test_shared_sids_share_a_score_and_stand_by_popularity():
     counts, shared = SEQUENCES.training_counts(), 0
     for row, score in zip(rows, scores, strict=True):
         for a, b, x, y in zip(row, row[1:], score, score[1:], strict=False):
-            if CATALOGUE.leaf_of[a] == CATALOGUE.leaf_of[b]:
+            if CATALOGUE.leaves.leaf_of[a] == CATALOGUE.leaves.leaf_of[b]:
                 shared += 1
                 assert x == y and counts[a] >= counts[b]
     assert shared

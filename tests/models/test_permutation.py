@@ -14,7 +14,6 @@ from sidtune.core.errors import ConfigError, DataError
 from sidtune.models.post_ranking.permutation import (
     PermutationLogitsProcessor,
     borda,
-    parse_order,
     parse_orders,
     permutation_losses,
     rank_in_windows,
@@ -81,22 +80,6 @@ def test_parser_equals_plain_python_on_random_tokens():
         assert [int(x[row]) for x in (found.unknown, found.repeated, found.missing)] == repairs
         assert bool(found.valid[row]) == (sum(repairs) == 0)
     assert 0 < int(found.valid.sum()) < 400
-
-
-@pytest.mark.parametrize(
-    ("text", "count", "order", "repairs"),
-    [
-        ("A A Z", 4, [0, 1, 2, 3], [1, 1, 3]),
-        ("C > A, B", 3, [2, 0, 1], [0, 0, 0]),
-        ("", 3, [0, 1, 2], [0, 0, 3]),
-        ("best: B", 2, [1, 0], [1, 0, 1]),
-        ("D B", 2, [1, 0], [1, 0, 1]),
-    ],
-)
-def test_words_are_parsed_and_repaired(text, count, order, repairs):
-    found = parse_order(text, count)
-    assert found.order.tolist() == [order]
-    assert [int(x) for x in (found.unknown, found.repeated, found.missing)] == repairs
 
 
 def test_single_forward_sorts_label_logits_and_keeps_ties():

@@ -16,7 +16,7 @@ from sidtune.models.post_ranking.config import FieldSpec
 from sidtune.models.post_ranking.files import (
     add_lora,
 )
-from sidtune.models.post_ranking.losses import task_loss
+from sidtune.models.post_ranking.losses import answer_loss
 from sidtune.models.post_ranking.model import PostRankForCausalLM
 
 KINDS = ("qwen3", "llama", "gpt2")
@@ -208,12 +208,12 @@ def test_a_batch_of_one_task_has_a_finite_loss_and_gradients():
     labels = torch.full((2, 5), -100)
     labels[0, 3:] = 2
     for task in (0, 1):
-        loss, main, aux = task_loss(logits, labels, torch.tensor([task, task]), 2.0)
+        loss, main, aux = answer_loss(logits[:, :-1], labels[:, 1:], torch.tensor([task, task]), 2.0)
         expected = -logits[0, 2:4].log_softmax(-1)[:, 2].mean()
         assert float(loss) == pytest.approx(float(expected) * (1, 2)[task], rel=1e-5)
         assert float((main, aux)[1 - task]) == 0
     assert torch.autograd.grad(loss, logits)[0].isfinite().all()
-    assert float(task_loss(logits, torch.full((2, 5), -100), None, 1.0)[0]) == 0
+    assert float(answer_loss(logits, torch.full((2, 5), -100), None, 1.0)[0]) == 0
     assert PostRankForCausalLM.accepts_loss_kwargs is False
 
 

@@ -8,14 +8,19 @@ import numpy as np
 import pytest
 import torch
 from lm_stand_ins import tiny_tokenizer
+from post_rank_sources import toy_table
 from post_rank_stand_ins import D_Q, FIELDS, ranker, requests
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.data_builders.post_ranking.schema import PostRankField
-from sidtune.data_builders.post_ranking.text import table_from_requests
+from sidtune.data_builders.post_ranking.generated_lists import generator_fields
+from sidtune.data_builders.post_ranking.schema import PostRankField, PostRankTable
+from sidtune.data_builders.post_ranking.store import load_post_rank, save_post_rank
+from sidtune.data_builders.post_ranking.text import request_of, table_from_requests
 from sidtune.data_builders.prompts.encoding import token_ids
-from sidtune.models.post_ranking.processor import ITEM_PART, RATING_PART, USER_PART, PostRankProcessor, choose_labels
+from sidtune.models.post_ranking.processor import PostRankProcessor, choose_labels
 from sidtune.models.post_ranking.templates import TEMPLATES
+from sidtune.tokenizers.sids.semantic_ids import SemanticIds
+from sidtune.trainers.post_ranking.data import PostRankExamples, field_specs
 
 PAIR = (np.array([2, 0, 1, 3]), np.array([0, 1, 2, 3]), 1)
 
@@ -53,20 +58,11 @@ def test_features_as_words_cost_tokens_for_every_field():
 def test_adaptation_says_features_and_rating():
     _, processor = ranker()
     one = replace(requests(1, count=2)[0], relevance=np.array([4, np.nan], np.float32))
-    inputs = processor.from_requests([one], "fa", parts=True, padding_side="right")
-    parts, labels = inputs.pop("answer_part"), inputs["labels"]
-    said = [
-        {part: processor.tokenizer.decode(row[own == part]) for part in (USER_PART, ITEM_PART, RATING_PART)}
-        for row, own in zip(labels, parts, strict=True)
-    ]
-    end = processor.tokenizer.eos_token
-    assert said[0] == {
-        USER_PART: " User gender is f, mean rating is 3.5.",
-        ITEM_PART: " Item genre is drama, price is 0.5.",
-        RATING_PART: f" Rating 4.{end}",
-    }
-    assert said[1][ITEM_PART] == " Item genre is drama, price is 1.5." and said[1][RATING_PART] == end
-    assert torch.equal(parts >= 0, labels >= 0)
+    inputs = processor.from_requests([one], "fa", padding_side="right")
+    said = [processor.tokenizer.decode(row[row >= 0]) for row in inputs["labels"]]
+    user, end = " User gender is f, mean rating is 3.5.", processor.tokenizer.eos_token
+    assert said[0] == f"{user} Item genre is drama, price is 0.5. Rating 4.{end}"
+    assert said[1] == f"{user} Item genre is drama, price is 1.5.{end}"
     assert inputs["item_mask"].tolist() == [[True], [True]] and inputs["task_id"].tolist() == [2, 2]
     np.testing.assert_allclose(inputs["item_fields"]["words"][1, 0], one.candidates[1]["words"], rtol=1e-6)
 
@@ -169,3 +165,35 @@ def _dense(one, random):
     things[1] = {**things[1], "words": None}
     names = [f"{one.request_id}-{n}" for n in range(len(things))]
     return replace(one, candidates=things, history=[thing(f) for f in one.history], item_ids=names)
+
+
+def sid_table(sids: SemanticIds) -> PostRankTable:
+    """Two requests over the catalogue of `sids`, whose codes are the only field."""
+    sources = (sids.fingerprint(), *sids.extends)
+    field, matrix = next(iter(generator_fields(sids.codes, sids.level_sizes, np.zeros((2, 3)), sources).items()))
+    table = toy_table(np.ones((2, 2)), np.ones((2, 2, 1)), np.ones((2, D_Q)), ["train", "test"])
+    return replace(table, fields=(*table.fields, field), matrices={**table.matrices, "item/sid": matrix[:4]})
+
+
+def test_a_model_that_reads_semantic_ids_refuses_those_of_strangers(tmp_path):
+    """Also once table, model and processor were saved; items added to the model's own semantic IDs are welcome."""
+    codes = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
+    own = SemanticIds(list("abcd"), codes, [2, 2])
+    table, other = sid_table(own), sid_table(SemanticIds(list("abcd"), codes[::-1], [2, 2]))
+    _, processor = ranker(fields=field_specs(table, [0]))
+    processor.save_pretrained(tmp_path)
+    processor = PostRankProcessor.from_pretrained(tmp_path)
+    (tmp_path / "table").mkdir()
+    save_post_rank(other, tmp_path / "table")
+    strange = load_post_rank(tmp_path / "table")
+    processor.from_requests([request_of(table, 0)])
+    larger = own.extended(["e"], np.array([[0, 1]]))
+    processor.from_requests([request_of(sid_table(larger), 1)])
+    PostRankExamples(table, [0], processor)
+    with pytest.raises(DataError, match="learned its field 'sid' from the semantic IDs"):
+        processor.from_requests([request_of(table, 0), request_of(strange, 1)])
+    with pytest.raises(DataError, match="learned its field 'sid' from the semantic IDs"):
+        PostRankExamples(strange, [0], processor)
+    made = table_from_requests([request_of(strange, 0)], strange.fields, D_Q)
+    with pytest.raises(DataError, match="learned its field 'sid' from the semantic IDs"):
+        processor.from_requests([request_of(made, 0)])

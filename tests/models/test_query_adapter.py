@@ -11,7 +11,7 @@ from post_rank_stand_ins import D_Q, FIELDS
 from torch.nn.functional import one_hot, scaled_dot_product_attention
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.models.post_ranking.adapter import MLPAdapter, QueryInstructedAdapter, sid_token_vectors
+from sidtune.models.post_ranking.adapter import MLPAdapter, QueryInstructedAdapter
 from sidtune.models.post_ranking.config import FieldSpec, PostRankConfig
 
 ITEM = tuple(spec for spec in FIELDS if spec.side == "item")
@@ -166,13 +166,6 @@ def test_float32_under_autocast_and_usable_in_bfloat16():
         assert torch.equal(adapter(x_q, fields), out)
     half = adapter.bfloat16()(x_q, fields)
     assert half.dtype == torch.float32 and 0 < (half - out).abs().max() < 0.05
-
-
-def test_sid_vectors_are_the_generators_token_embeddings():
-    table = torch.arange(40.0).reshape(20, 2)
-    tokens = torch.tensor([10, 11, 12, 5, 6])
-    found = sid_token_vectors(table, tokens, (3, 2), torch.tensor([[2, 1], [0, 0], [1, -1]]))
-    assert found[:2].tolist() == [[*table[12], *table[6]], [*table[10], *table[5]]] and found[2].isnan().all()
 
 
 def test_no_rows_give_no_soft_tokens():

@@ -23,7 +23,7 @@ from sidtune.decoding.retrieval.loading import ModelFolder, final_model, load_re
 from sidtune.recipes.steps import grpo as recipe
 from sidtune.recipes.steps.grpo import Arguments
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
-from sidtune.trainers.grpo.examples import chosen_requests, grpo_examples, hard_requests, position_bias
+from sidtune.trainers.grpo.examples import grpo_examples, hard_requests, position_bias
 from sidtune.trainers.grpo.stage import GRPOStage, run_grpo
 from sidtune.trainers.rewards.gains import LeafFacts
 
@@ -88,7 +88,11 @@ def test_the_recipe_writes_a_model_folder_that_everything_reads(steps, tmp_path)
     record = json.loads((folder / "run.json").read_text())
     assert record["step"] == "grpo" and record["metrics"]["steps"] == 4
     assert record["metrics"]["preset_values"]["baseline"] == "leave_one_out"
-    assert record["metrics"]["prompts"] + record["metrics"]["data"]["without_positive"] == 200
+    assert (
+        record["metrics"]["prompts"]
+        == 200
+        < sum(record["metrics"]["data"][n] for n in ("requests", "without_positive"))
+    )
     assert "hit/level_1" in record["metrics"]["last"]
     assert not (tmp_path / ".work_grpo").exists() and find_script("grpo").module == "sidtune.recipes.steps.grpo"
     history = json.loads((folder / "log_history.json").read_text())
@@ -100,22 +104,16 @@ def test_prompts_are_those_of_evaluation_and_targets_those_of_the_log(steps):
     retriever = load_retriever(final_model(steps / "sft"), steps / "sids")
     sids = SemanticIds.from_pretrained(steps / "sids" / "sids")
     facts = LeafFacts.of(data.items, sids)
-    requests = chosen_requests(data.requests["train"], 60, seed=1)
-    assert requests.num_rows == 60
-    made, counts = grpo_examples(
-        data,
-        requests,
-        sids,
-        facts,
-        retriever.serializer,
-        retriever.tokenizer,
-        max_history=20,
-        max_length=256,
-        reserve=3,
-    )
+    requests = data.requests["train"].slice(0, 60)
+    given = (data, requests, sids, facts, retriever.serializer, retriever.tokenizer)
+    limits = {"max_history": 20, "max_length": 256, "reserve": 3}
+    made, counts = grpo_examples(*given, **limits)
     kept = [r for r in requests.to_pylist() if any(1 in (c["click"], c["like"], c["order"]) for c in r["candidates"])]
     assert made["request_id"] == [r["request_id"] for r in kept]
-    assert counts["requests"] == 60 and counts["without_positive"] == 60 - len(kept)
+    assert counts["requests"] == 60 and counts["without_positive"] == 60 - len(kept) > 0
+    few, told = grpo_examples(*given, **limits, limit=len(kept) - 1, seed=1)  # counted among those that can be rewarded
+    assert len(few) == len(kept) - 1 and told == counts
+    assert [one for one in made if one["request_id"] in few["request_id"]] == [*few]
     wanted = requests.filter(pa.array(np.isin(requests["request_id"].to_pylist(), made["request_id"])))
     prompts = encode_prompts(retriever.tokenizer, prompts_of(retriever, data, wanted), 256, reserve=3)
     assert made["prompt_ids"] == prompts

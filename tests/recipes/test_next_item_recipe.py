@@ -200,7 +200,7 @@ def test_every_member_gives_a_distribution_over_items(finished):
     for member in members:
         mass = np.exp(member.score(examples, everything).astype(np.float64))
         if hasattr(member, "ranker"):
-            _, first = np.unique(member.ranker.catalogue.leaf_of, return_index=True)
+            _, first = np.unique(member.ranker.catalogue.leaves.leaf_of, return_index=True)
             mass = mass[:, first]
         elif member.baseline.excludes:
             assert all(mass[p, list(seen_of(sequences, examples, p))].sum() == 0 for p in range(len(examples)))

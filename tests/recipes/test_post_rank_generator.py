@@ -28,18 +28,15 @@ def arguments(shop, output, **changes):
     values = {
         "source": given,
         "output_dir": str(output),
-        "baselines": ["initial", "mlp"],
-        "reranker": {"epochs": 1},
         **folders,
     }
     values |= {
-        "variants": ["llm4pr"],
         "training": TRAINING,
         "methods": ["greedy"],
         "metrics": {"ks": [3, 5]},
         "seeds": [0],
     }
-    return build(post_rank.Arguments, {**values, "cost_requests": 1, "samples": 100, **changes}, "test")
+    return build(post_rank.Arguments, {**values, "samples": 100, **changes}, "test")
 
 
 def test_a_step_interrupted_in_its_retrieval_or_training_ends_as_an_uninterrupted_one(shop, tmp_path, monkeypatch):
@@ -66,7 +63,7 @@ def test_a_step_interrupted_in_its_retrieval_or_training_ends_as_an_uninterrupte
     assert answered == [16, 16, 8, 10] and not (parts / "run.json").exists()
     with monkeypatch.context() as patch:
         patch.setattr(batch.Shards, "write", lambda self, n, t: answered.append(t.num_rows) or real(self, n, t))
-        patch.setattr(post_rank, "_train", lambda *rest: (_ for _ in ()).throw(Stop()))
+        patch.setattr(post_rank, "train_system", lambda *rest: (_ for _ in ()).throw(Stop()))
         with pytest.raises(Stop):
             post_rank.main(arguments(shop, parts))
     assert answered == [16, 16, 8, 10, 16, 4]
@@ -77,11 +74,11 @@ def test_a_step_interrupted_in_its_retrieval_or_training_ends_as_an_uninterrupte
 
 
 def test_the_table_has_the_sorted_and_the_best_list(shop, tmp_path):
-    chosen = arguments(shop, tmp_path / "o", variants=[], save=[], primary=CLICKS)
+    chosen = arguments(shop, tmp_path / "o", primary=CLICKS)
     post_rank.main(chosen)
     record = read_json(tmp_path / "o" / "metrics.json")
     rows = {row["name"]: row for row in record["systems"]}
-    assert list(rows) == ["initial", "mlp", RANDOM, SORTED, BEST]
+    assert list(rows) == ["initial", "llm4pr", RANDOM, SORTED, BEST]
     found = load_source(chosen.whole_source(), tmp_path / "o" / "lists", KINDS)
     test = found.table.rows_of("test")
     for name, orders in (("initial", found.sessions.incoming), (SORTED, found.sessions.by_attraction())):
@@ -93,7 +90,7 @@ def test_the_table_has_the_sorted_and_the_best_list(shop, tmp_path):
     # Without simulated sessions nobody knows the clicks.
     wide = {**chosen.source, "label": "logged", "candidates": 40, "num_beams": 60, "train": 60}
     with pytest.raises(ConfigError, match="only simulated sessions have"):
-        arguments(shop, tmp_path / "l", variants=[], save=[], primary=CLICKS, source=wide)
+        arguments(shop, tmp_path / "l", primary=CLICKS, source=wide)
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def ranker(kind: str = "qwen3", *, tied: bool = True, fields=FIELDS, seed: int =
 
 
 def tiny_training(steps: int) -> tuple[dict, dict]:
-    """Arguments of one step, and options of `recipes.llm4pr.systems.Training` that use them for both."""
+    """Arguments of one step, and options of `recipes.llm4pr.training.Training` that use them for both."""
     step = {"max_steps": steps, "save_strategy": "no", "disable_tqdm": True, "per_device_train_batch_size": 4}
     scratch = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 24}
     whole = {"train": "all", "adaptation_trains": "all", "adaptation": step, "post_rank": step}

@@ -12,7 +12,7 @@ from typing import Any
 
 import uvicorn
 
-from sidtune.decoding.serving.http_app import SearchService, ServingOptions, make_app
+from sidtune.decoding.serving.http_app import SearchService, ServingOptions, server_config
 
 
 def send(
@@ -57,7 +57,7 @@ def serving(load: Callable[[], Any], **options: Any) -> Iterator[tuple[int, Sear
     """Serves what `load` makes: port, service and server."""
     hooks = {name: options.pop(name) for name in ("before_batch", "on_failure") if name in options}
     service = SearchService(load, ServingOptions(**options), **hooks)
-    config = uvicorn.Config(make_app(service), port=0, log_level="critical", timeout_graceful_shutdown=30)
+    config = server_config(service, port=0, log_level="critical", timeout_graceful_shutdown=30)
     running = Running(uvicorn.Server(config))
     try:
         yield running.port, service, running

@@ -94,15 +94,11 @@ POST_RANK_STEP = {
         "source": {
             "kind": "generator", "num_beams": 8, "candidates": 4, "train": 40, "valid": 10, "test": 20, "shard_size": 16
         },
-        "baselines": ["initial", "mlp"],
-        "reranker": {"epochs": 1},
-        "variants": ["llm4pr"],
         "methods": ["greedy"],
         "metrics": {"ks": [4], "gain": "linear"},
         "primary": "ndcg@4",
         "seeds": [0],
         "samples": 100,
-        "cost_requests": 1,
         "training": {
             "scratch": {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 24},
             "vocab_size": 320, "train": "all", "adaptation_trains": "all", "adaptation": _FEW_STEPS,

@@ -147,7 +147,7 @@ def test_wrong_pools_are_refused_in_one_sentence(tmp_path):
     (tmp_path / "bad.tsv").write_text("red\tcolor\nblue color\n", encoding="utf-8")
     with pytest.raises(DataError, match="Line 2 of .*bad.tsv is not"):
         KeywordPool.from_tsv(tmp_path / "bad.tsv")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="does not exist"):
         KeywordPool.from_tsv(tmp_path / "none.tsv")
     (tmp_path / "good.tsv").write_text("\ufeffRed\tcolor\n\nred\tcolor\t4\nblue\tcolor\t2\n", encoding="utf-8")
     assert KeywordPool.from_tsv(tmp_path / "good.tsv").keywords == ["red", "blue"]

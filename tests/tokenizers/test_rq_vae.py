@@ -364,6 +364,11 @@ def test_scale_of_the_vectors_does_not_matter():
     np.testing.assert_array_equal(plain.encode(vectors), large.encode(1024 * vectors))
 
 
+def test_diversity_without_clusters_of_several_codes_is_refused():
+    with pytest.raises(ConfigError, match=r"diversity_clusters \(16\) must lie below each of level_sizes \[32, 16\]"):
+        vae(level_sizes=(32, 16), diversity_weight=0.1, diversity_clusters=16).fit(clusters(100))
+
+
 def test_options_are_checked(tmp_path):
     for config, options, message in [
         (RqVaeConfig, {"gradient": "gumbel"}, "one of 'straight_through', 'rotation'"),

@@ -15,13 +15,13 @@ from poisons import POISONS, STEPS, TRAINERS, lists, poison_loss, post_rank, sft
 from quantizer_data import clusters
 from safetensors.torch import load_file
 
+from sidtune.benchmarks.rivals.rerankers.fitting import RerankerConfig, fit_reranker
 from sidtune.core.errors import DataError, SidtuneError
 from sidtune.core.finite import check_weights, first_broken, is_finite
 from sidtune.core.resume import last_complete_checkpoint
 from sidtune.models.position_bias.interventions import PositionLog
 from sidtune.tokenizers.quantizers.rq_vae import RqVae, RqVaeConfig
 from sidtune.trainers.contrastive.trainer import AlignedExamples
-from sidtune.trainers.post_ranking.rerankers import RerankerConfig, fit_reranker
 
 K = 3
 
@@ -160,7 +160,7 @@ def test_a_quantizer_stops_and_its_checkpoint_stays_good(tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("where", ["loss", "gradients"])
 def test_a_reranker_stops_at_its_step(monkeypatch, where):
-    from sidtune.models.rerankers.listwise import Reranker
+    from sidtune.benchmarks.rivals.rerankers.listwise import Reranker
 
     seen, loss_of = [], Reranker.loss
 

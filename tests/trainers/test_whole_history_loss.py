@@ -50,7 +50,7 @@ def model_of(kind: str, vocabulary: int, attention: str):
 
 
 def examples(max_history: int, task=request_to_sid, **options):
-    world = make_world(3, users=8, moments=14)
+    world = make_world(5, users=9, moments=14, ties=False)  # ties could share a prefix and so a key
     tokenizer = made.byte_bpe()
     serializer = Serializer(tokenizer, "plain")
     data = world.task_input(serializer, max_history=max_history)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -35,10 +36,11 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _BYTES = 256
-_SIZES = {
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
-    "max_position_embeddings", "n_embd", "n_layer", "n_head", "n_positions", "d_model", "num_layers", "num_heads",
-}  # fmt: skip
+# Fields of transformers' configs by what their names say: sizes and numbers of layers, shares, and spreads.
+_SIZE = re.compile(
+    r"^(?!.*nextn).*(size|dim|layers?|heads?|positions|position_embeddings|n_embd|n_inner|d_model|d_ff|d_kv)$"
+)
+_SHARE, _SPREAD = re.compile(r"drop"), re.compile(r"(eps|epsilon|initializer_range|initializer_factor)$")
 
 # A tiny model of each family: about a million parameters, trains on a laptop.
 _SMALL: dict[str, dict[str, Any]] = {
@@ -160,9 +162,7 @@ def check_model(config: dict[str, Any] | None, vocab_size: int) -> None:
     check_vocab_size(vocab_size)
     kind, made = _config(config, vocab_size, 0, None, 1)
     where = f"The config of the {kind} model"
-    for name in _SIZES & set(config or {}):
-        if not isinstance(size := (config or {})[name], int) or size < 1:
-            raise ConfigError(f"{where}: {name} must be at least 1, got {size}; correct it.")
+    check_fields(config, where)
     with told(kind), torch.device("meta"):
         model = _family(made).from_config(made)
     check_weights(model, where)
@@ -171,6 +171,22 @@ def check_model(config: dict[str, Any] | None, vocab_size: int) -> None:
         raise ConfigError(
             f"{where}: {heads} num_attention_heads cannot share {shared} num_key_value_heads; make it a divisor."
         )
+
+
+def check_fields(config: dict[str, Any] | None, where: str) -> None:
+    """Refuses what transformers takes and no model can use: sizes below 1, shares outside [0, 1), negative spreads. ConfigError."""
+    for name, value in (config or {}).items():
+        if value is None or isinstance(value, (list, dict)):
+            continue
+        wanted, number = None, isinstance(value, (int, float)) and not isinstance(value, bool)
+        if _SIZE.search(name) and not (number and isinstance(value, int) and value >= 1):
+            wanted = "a whole number of at least 1"
+        elif _SHARE.search(name) and not (number and 0 <= value < 1):
+            wanted = "a share in [0, 1)"
+        elif _SPREAD.search(name) and not (number and value >= 0):
+            wanted = "a number of at least 0"
+        if wanted:
+            raise ConfigError(f"{where}: {name} must be {wanted}, got {value!r}; correct it.")
 
 
 def check_vocab_size(size: int, special: int = 4) -> None:

@@ -52,7 +52,7 @@ def hub_id(base: str | None) -> str | None:
 def check_dtype(dtype: Any) -> torch.dtype | str:
     """A torch dtype from itself or its name. Raises ConfigError for anything that is no floating dtype."""
     value = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
-    if dtype != "auto" and not (isinstance(value, torch.dtype) and value.is_floating_point):
+    if dtype != "auto" and not (isinstance(value, torch.dtype) and value.is_floating_point and value.itemsize > 1):
         raise ConfigError(f"dtype must be 'float32', 'bfloat16', 'float16' or 'auto', got {dtype!r}.")
     return value
 

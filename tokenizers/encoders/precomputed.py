@@ -16,6 +16,7 @@ import numpy as np
 
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import read_json, write_json
+from sidtune.core.text import parse_json, read_lines, read_text
 from sidtune.tokenizers.encoders.base import TENSOR_FILE, Encoder
 from sidtune.tokenizers.vectors import check_vectors, load_array, load_tensors, unit_rows
 
@@ -136,16 +137,22 @@ def _read_array(path: Path, tensor: str | None) -> np.ndarray:
         return tensors[tensor]
     if path.suffix != ".npy":
         raise DataError(f"Expected item vectors as a .npy or .safetensors file, got '{path}'; convert it.")
+    if tensor is not None:
+        raise ConfigError(f"'tensor' names a part of a .safetensors file, and {path} is one array; leave it out.")
     return load_array(path)
 
 
 def _read_ids(path: Path) -> list[str]:
-    if path.suffix == ".json":
-        ids = read_json(path)
-        if not isinstance(ids, list):
-            raise DataError(f"{path} must hold a JSON list of item ids, it holds a {type(ids).__name__}.")
-        return [str(item_id) for item_id in ids]
+    """One id a line; or a JSON list of texts, or of whole numbers."""
+    if path.suffix != ".json":
+        return read_lines(path, "id file")
     try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"The id file {path} cannot be read ({error}); give UTF-8 text with one id a line.") from None
+        ids = parse_json(read_text(path, "id file"))
+    except ValueError as error:
+        raise DataError(f"The id file {path} is not readable JSON ({error}); write a list of item ids.") from None
+    wrong = [one for one in ids if type(one) not in (str, int)] if isinstance(ids, list) else [ids]
+    if wrong:
+        raise DataError(
+            f"The id file {path} must hold a JSON list of item ids, it holds {str(wrong[0])[:60]!r}; correct it."
+        )
+    return [str(item_id) for item_id in ids]

@@ -14,6 +14,7 @@ from tokenizers import processors
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from sidtune.tokenizers.base_models.from_scratch import (
+    check_fields,
     check_vocab_size,
     check_weights,
     checked_kind,
@@ -59,6 +60,7 @@ def scratch_encoder(
 def check_text_model(config: dict[str, Any] | None, vocab_size: int) -> None:
     """Refuses a config or a vocabulary that `scratch_encoder` would refuse, without the memory. Raises ConfigError."""
     check_vocab_size(vocab_size)
+    check_fields(config, "The config of the encoder")
     with torch.device("meta"):
         model = _made(config, vocab_size, 0)
     check_weights(model, "The config of the encoder")

@@ -56,7 +56,7 @@ class TransformersConfig:
         revision: branch, tag or commit of the model.
         pooling: `mean` over the text's tokens, the `cls` (first) token, the `last` token (for decoder-only embedding models),
             or `auto`: what the model's own `1_Pooling/config.json` says, `mean` where there is none.
-        max_length: longer texts are cut to this many tokens, or to the fewer that the model's tokenizer allows.
+        max_length: longer texts are cut to this many tokens, or to the fewer that the model or its tokenizer allows.
         batch_size: texts per batch.
         device: `auto` (accelerator if there is one), `cpu`, `cuda`, ...
         dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`. Vectors are float32 in any case.
@@ -176,7 +176,13 @@ class TransformersEncoder(_PretrainedEncoder):
             device = str(accelerator or "cpu")
         named = saved_pooling(config.model, config.revision) if config.pooling == "auto" else config.pooling
         self._pooling = named or "mean"
-        self._tokenizer, self._model = tokenizer, model.to(device).eval()
+        try:
+            self._tokenizer, self._model = tokenizer, model.to(device).eval()
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0][:160].rstrip(".")
+            raise ConfigError(
+                f"The device '{device}' cannot hold the encoder ({reason}); use 'auto' or 'cpu'."
+            ) from None
 
     def _vectors(self, texts: list[str]) -> np.ndarray:
         import torch
@@ -196,7 +202,8 @@ class TransformersEncoder(_PretrainedEncoder):
     def _pooled(self, texts: list[str]) -> Any:
         from sidtune.tokenizers.encoders.pooling import pooled
 
-        longest = min(self.config.max_length, self._tokenizer.model_max_length)
+        positions = getattr(self._model.config, "max_position_embeddings", None) or self.config.max_length
+        longest = min(self.config.max_length, self._tokenizer.model_max_length, positions)
         batch = self._tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt").to(
             self._model.device
         )

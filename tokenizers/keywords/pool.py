@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from sidtune.core.errors import DataError, SidtuneError, nearest
 from sidtune.core.folders import read_json, write_files, write_json
 from sidtune.core.hub import Published, resolve_folder
+from sidtune.core.text import read_lines
 from sidtune.tokenizers.keywords.matcher import normal_form
 
 KEYWORD_TYPES = (
@@ -113,7 +114,7 @@ class KeywordPool(Published):
             DataError: unreadable file, or a line of another form (with its number).
         """
         rows: dict[tuple[str, str], int] = {}
-        for number, line in enumerate(_lines(Path(path)), start=1):
+        for number, line in enumerate(read_lines(path, "keyword file"), start=1):
             cells = line.split("\t")
             if not line.strip():
                 continue
@@ -163,10 +164,3 @@ def check_type(kind: str, where: str, error: type[SidtuneError]) -> None:
     """Raises `error` unless `kind` is one of `KEYWORD_TYPES`; `where` says where it stands."""
     if kind not in KEYWORD_TYPES:
         raise error(f"There is no keyword type '{kind}' (at {where}): {nearest(str(kind), KEYWORD_TYPES)}")
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"The keyword file {path} cannot be read ({error}); give UTF-8 text.") from None

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from sidtune.core.config import check_range
 from sidtune.core.errors import ConfigError
+from sidtune.tokenizers.letters import check_sizes
 from sidtune.tokenizers.quantizers.training import CodeModule, NeuralQuantizer, TrainingConfig, mlp
 
 _EPSILON = 1e-3
@@ -52,6 +53,7 @@ class FsqConfig(TrainingConfig):
             raise ConfigError(
                 f"grids must be one list of integers of at least 2 per level, got {[list(level) for level in self.grids]}."
             )
+        check_sizes([math.prod(level) for level in self.grids])
         check_range(self, 1, "hidden")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must lie in [0, 1), got {self.dropout}.")

@@ -23,6 +23,7 @@ import numpy as np
 
 from sidtune.core.config import check_range
 from sidtune.core.errors import ConfigError, DataError
+from sidtune.tokenizers.letters import check_sizes
 from sidtune.tokenizers.quantizers.base import Quantizer
 from sidtune.tokenizers.quantizers.nearest_centroids import nearest_centroids, row_lengths
 from sidtune.tokenizers.quantizers.residual_kmeans import train_centroids, training_rows
@@ -73,6 +74,7 @@ class ProductQuantizerConfig:
         size = self.codes_per_part
         if not 2 <= size <= 65_536 or size & (size - 1):
             raise ConfigError(f"codes_per_part must be a power of two in [2, 65536], got {size}.")
+        check_sizes((size,) * self.parts)
 
 
 class ProductQuantizer(Quantizer):

@@ -26,7 +26,7 @@ import numpy as np
 
 from sidtune.core.config import check_types
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.tokenizers.letters import LETTERS
+from sidtune.tokenizers.letters import LETTERS, check_sizes
 from sidtune.tokenizers.quantizers.balanced_kmeans import BalancedKMeans, BalancedKMeansConfig
 from sidtune.tokenizers.quantizers.base import Quantizer
 from sidtune.tokenizers.quantizers.product_quantizer import ProductQuantizer, ProductQuantizerConfig
@@ -71,8 +71,8 @@ class RqOpqConfig:
     def __post_init__(self) -> None:
         self.head_sizes = tuple(self.head_sizes)
         check_types(type(self), vars(self), "Options of RQ-OPQ")
-        self.head_config()
-        self.tail_config()
+        head, tail = self.head_config(), self.tail_config()
+        check_sizes((*head.level_sizes, *(tail.codes_per_part,) * tail.parts))
 
     def head_config(self) -> ResidualKMeansConfig:
         """Options of the head; raises ConfigError on a wrong value."""

@@ -55,7 +55,7 @@ class RqVaeConfig(TrainingConfig):
         start: of encoder and decoder, `random` (the papers) or `pca`, which needs hidden layers twice as wide as the latent space
             and then reconstructs well before the first step (see `linear_start.py`).
         kmeans_start: start codebooks from residual k-means; false draws small random ones.
-        revive: give codes that an epoch did not use a new place, except after the last epoch.
+        revive: give codes that an epoch did not use a new place.
         sinkhorn_levels: levels with uniform assignment in training, counted from 0, negative from the end; none.
         sinkhorn_epsilon: temperature (LC-Rec: 0.003).
         sinkhorn_iterations: rounds (LC-Rec: 50).
@@ -289,6 +289,11 @@ class RqVae(NeuralQuantizer):
 
     def _prepare(self, vectors: np.ndarray, side: Any) -> None:
         config, module = self.config, self.module
+        if config.diversity_weight and config.diversity_clusters >= min(config.level_sizes):
+            raise ConfigError(
+                f"diversity_weight needs clusters of several codes, so diversity_clusters ({config.diversity_clusters}) must lie "
+                f"below each of level_sizes {list(config.level_sizes)}; lower it."
+            )
         if not config.alignment_weight:
             if side is not None:
                 raise ConfigError("Collaborative vectors were given, but alignment_weight is 0; set it above 0.")

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sidtune.core.errors import DataError
+from sidtune.core.text import read_text
 from sidtune.tokenizers.letters import LETTERS
 
 
@@ -47,14 +48,12 @@ def read_index_json(path: Path, letters: str | None = None) -> tuple[list[str], 
 
 
 def _read_pairs(path: Path) -> list[tuple[str, Any]]:
+    text = read_text(path, "semantic ID file")
     try:
-        text = path.read_text(encoding="utf-8")
         # Plain JSON keeps the last of two equal keys without a word, so the pairs are kept as they come.
         pairs = json.loads(text, object_pairs_hook=tuple)
-    except FileNotFoundError:
-        raise DataError(f"The semantic ID file {path} does not exist; check the path.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"The semantic ID file {path} is not readable JSON in UTF-8 ({error}).") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"The semantic ID file {path} is not readable JSON ({error}); copy it again.") from None
     if not isinstance(pairs, tuple):
         raise DataError(f"{path} must be a JSON mapping of item id to tokens, it is a {type(pairs).__name__}.")
     return list(pairs)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
+from sidtune.core.config import check_range
 from sidtune.core.errors import ConfigError
 from sidtune.data_builders.mining.alignment_pairs import MinedPairs, MiningConfig, mine_pairs
 from sidtune.data_builders.mining.pairs import cosines, keep_similar
@@ -38,6 +39,9 @@ class ThresholdConfig:
     i2i: float = 0.6
     q2i: float = 0.6
 
+    def __post_init__(self) -> None:
+        check_range(self, -1, "q2q", "i2i", "q2i", most=1)
+
 
 @dataclass
 class RelevanceConfig:
@@ -60,6 +64,10 @@ class RelevanceConfig:
     def __post_init__(self) -> None:
         if (self.source == "file") != (self.file is not None) and self.source != "auto":
             raise ConfigError("relevance: source 'file' needs 'file', and 'file' needs source 'file' or 'auto'.")
+        check_range(self, 0, "band", most=2)
+        check_range(self, 1, "count", most=2**31)
+        if self.scale <= 0:
+            raise ConfigError(f"relevance: scale must be above 0, got {self.scale}; give the file's highest score.")
 
     def resolved(self, meta: dict[str, Any]) -> str:
         """The source with `auto` decided."""

@@ -16,7 +16,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 
+from sidtune.core.config import build
 from sidtune.core.errors import ConfigError, DataError
+from sidtune.core.ragged import drawn
 from sidtune.data_builders.prompts.encoding import encode_prompts
 from sidtune.data_builders.prompts.serializer import Serializer
 from sidtune.data_builders.tables.store import DataFolder
@@ -25,7 +27,8 @@ from sidtune.data_builders.tasks.input import TaskInput
 from sidtune.models.position_bias.em import estimate_by_em
 from sidtune.models.position_bias.interventions import PositionBias, PositionLog, estimate_by_interventions
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
-from sidtune.trainers.rewards.gains import ExposureGains, GainsConfig, LeafFacts, exposure_gains
+from sidtune.trainers.grpo.options import GRPOOptions
+from sidtune.trainers.rewards.gains import ExposureGains, GainsConfig, LeafFacts, exposure_gains, shown_rates
 
 
 def position_bias(how: str | None, requests: pa.Table) -> PositionBias | None:
@@ -62,12 +65,22 @@ def hard_requests(path: str | Path, requests: pa.Table) -> pa.Table:
     return requests.filter(pc.is_in(requests["request_id"], value_set=wanted))
 
 
-def chosen_requests(requests: pa.Table, limit: int | None, seed: int) -> pa.Table:
-    """At most `limit` requests, drawn at random, in their order."""
-    if limit is None or limit >= requests.num_rows:
-        return requests
-    rows = np.random.default_rng(seed).choice(requests.num_rows, limit, replace=False)
-    return requests.take(np.sort(rows))
+def logged_gains(
+    requests: pa.Table, facts: LeafFacts, options: GRPOOptions, log: pa.Table, train: pa.Table
+) -> ExposureGains:
+    """Gains of requests as the options correct them.
+
+    Args:
+        requests: some requests of `log`, in its order; the whole log tells how often an item was shown to like requests.
+        train: requests that position bias is estimated from.
+    """
+    shown = None
+    if options.corrects_exposure:
+        kept = pc.is_in(log["request_id"], value_set=requests["request_id"].combine_chunks()).to_numpy()
+        lengths = pc.fill_null(pc.list_value_length(log["candidates"]), 0).to_numpy()
+        shown = shown_rates(log)[np.repeat(kept, lengths)]
+    gains = build(GainsConfig, options.gains, "gains")
+    return exposure_gains(requests, facts, position_bias(options.position_bias, train), gains, shown)
 
 
 def grpo_examples(
@@ -78,22 +91,24 @@ def grpo_examples(
     serializer: Serializer,
     tokenizer: Any,
     *,
-    bias: PositionBias | None = None,
-    gains: GainsConfig | None = None,
+    made: ExposureGains | None = None,
     max_history: int | None = 20,
     max_length: int | None = None,
     split: str = "train",
     reserve: int = 0,
+    limit: int | None = None,
+    seed: int = 0,
 ) -> tuple[Dataset, dict[str, int]]:
     """Prompts with targets.
 
     Args:
         data: the data folder, for histories. requests: the requests that become prompts.
         sids, facts: of the catalogue. serializer, tokenizer: of the model.
-        bias, gains: how feedback becomes gains.
+        made: gains of the requests, default uncorrected ones.
         split: of the requests. max_history: most past turns.
         max_length: most tokens of prompt and answer, of which `reserve` belong to the
             answer.
+        limit: at most so many prompts, drawn by `seed` among the requests that can be rewarded; None for all.
 
     Returns:
         Columns `prompt` (text, for people), `prompt_ids`, `request_id`, `target_leaves`, `target_gains`,
@@ -102,20 +117,21 @@ def grpo_examples(
     Raises:
         DataError: no request has a positive leaf, or a prompt does not fit.
     """
-    made = exposure_gains(requests, facts, bias, gains)
+    made = exposure_gains(requests, facts) if made is None else made
     useful = np.flatnonzero(_best(made) > 0)
     if not len(useful):
         raise DataError(
             f"No {split} request has a positive label on an item with a semantic ID, so nothing can be rewarded; check the labels "
             "of the gains and the hard set."
         )
+    counts = {"requests": requests.num_rows, "without_positive": requests.num_rows - len(useful), **made.counts}
+    useful = useful[drawn(len(useful), limit, seed)]
     kept = requests.take(useful)
     source = TaskInput.of_split(data, sids.texts(), serializer, split, max_history)
     ids = encode_prompts(tokenizer, prompt_for_requests(source, kept), max_length, reserve=reserve)
     columns = {name: [values[row] for row in useful] for name, values in made.columns().items()}
     prompts = tokenizer.batch_decode(ids)
     rows = {"prompt": prompts, "prompt_ids": ids, "request_id": kept["request_id"].to_pylist(), **columns}
-    counts = {"requests": requests.num_rows, "without_positive": requests.num_rows - len(useful), **made.counts}
     return Dataset.from_dict(rows), counts
 
 

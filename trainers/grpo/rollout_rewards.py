@@ -17,9 +17,12 @@ from torch import Tensor
 
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.decoding.trie import SidTrie
+from sidtune.tokenizers.sids.semantic_ids import SemanticIds
+from sidtune.tokenizers.vocabulary.extension import Vocabulary
 from sidtune.trainers.grpo.advantages import list_credit
 from sidtune.trainers.grpo.rollouts import Rollout
 from sidtune.trainers.rewards.batch import CombinedReward, RewardBatch, Targets
+from sidtune.trainers.rewards.gains import LeafFacts
 
 TARGET_LEAVES, TARGET_GAINS = "target_leaves", "target_gains"
 _OWN = ("prompt", "prompt_ids", "leaves", "leaf_scores", "closed", "reasoning_length")
@@ -40,6 +43,20 @@ class SidCatalogue:
     category_of_leaf: np.ndarray | None = None
     popularity_of_leaf: np.ndarray | None = None
     statistics_of_leaf: np.ndarray | None = None
+
+    @classmethod
+    def from_semantic_ids(
+        cls, sids: SemanticIds, vocabulary: Vocabulary, facts: LeafFacts | None = None
+    ) -> SidCatalogue:
+        """The catalogue of semantic IDs and of the vocabulary of a model that learned them.
+
+        `facts` are what rewards about categories and popularity need: `LeafFacts.of(items, sids)`. Raises DataError where the
+        vocabulary is of other semantic IDs.
+        """
+        vocabulary.check(sids=sids)
+        names = ("category_of_leaf", "popularity_of_leaf", "statistics_of_leaf")
+        known = {} if facts is None else {name: getattr(facts, name) for name in names}
+        return cls(SidTrie.from_semantic_ids(sids), vocabulary.sid_token_ids, **known)
 
 
 @dataclass

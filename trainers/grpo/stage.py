@@ -16,23 +16,22 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
-from sidtune.core.config import as_dict, build
+from sidtune.core.config import as_dict
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import fingerprint
 from sidtune.core.resume import work_folder
 from sidtune.data_builders.prompts.serializer import Serializer
 from sidtune.data_builders.tables.store import DataFolder, load_folder
-from sidtune.decoding.trie import SidTrie
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 from sidtune.trainers.common.stage import Stage
 from sidtune.trainers.common.stage_model import StageModel
 from sidtune.trainers.grpo.args import grpo_config
 from sidtune.trainers.grpo.config import DebiasedGRPOConfig
-from sidtune.trainers.grpo.examples import chosen_requests, grpo_examples, hard_requests, position_bias
+from sidtune.trainers.grpo.examples import grpo_examples, hard_requests, logged_gains
 from sidtune.trainers.grpo.options import GRPOOptions
 from sidtune.trainers.grpo.rollout_rewards import SidCatalogue
 from sidtune.trainers.grpo.trainer import DebiasedGRPOTrainer
-from sidtune.trainers.rewards.gains import GainsConfig, LeafFacts
+from sidtune.trainers.rewards.gains import LeafFacts
 
 logger = logging.getLogger(__name__)
 
@@ -102,19 +101,19 @@ class GRPOStage(Stage):
         options, sids = self.options, self.sids
         model.vocabulary.check(model.tokenizer, sids)
         self._end_token(model)  # told before the prompts are made
-        requests = self.data.requests[options.split]
+        requests = log = self.data.requests[options.split]
         if options.hard_set:
             requests = hard_requests(options.hard_set, requests)
         answer = self.args.max_completion_length + 2 if self.args.rollout == "reasoning" else 0
         examples, counts = grpo_examples(
-            *(self.data, chosen_requests(requests, options.max_requests, options.seed), sids, self.facts),
-            *(self.serializer, model.tokenizer),
-            bias=position_bias(options.position_bias, self.data.requests["train"]),
-            gains=build(GainsConfig, options.gains, "gains"),
+            *(self.data, requests, sids, self.facts, self.serializer, model.tokenizer),
+            made=logged_gains(requests, self.facts, options, log, self.data.requests["train"]),
             max_history=self.max_history,
             max_length=self.max_length,
             split=options.split,
             reserve=sids.depth + answer,
+            limit=options.max_requests,
+            seed=options.seed,
         )
         logger.info("%d prompts with targets; %s", len(examples), ", ".join(f"{k} {v}" for k, v in counts.items()))
         return {"train": examples}, counts
@@ -123,7 +122,7 @@ class GRPOStage(Stage):
         return DebiasedGRPOTrainer(
             *(model.model, self.options.rewards, self.args, data["train"]),
             processing_class=model.tokenizer,
-            catalogue=self._catalogue(model),
+            catalogue=SidCatalogue.from_semantic_ids(self.sids, model.vocabulary, self.facts),
             end_token_id=self._end_token(model),
             train=self.train,
             callbacks=self.callbacks,
@@ -139,15 +138,6 @@ class GRPOStage(Stage):
 
     def complete(self, folder: Path, model: StageModel) -> None:
         self.save_prompts(folder)
-
-    def _catalogue(self, model: StageModel) -> SidCatalogue:
-        return SidCatalogue(
-            SidTrie.from_semantic_ids(self.sids),
-            model.vocabulary.sid_token_ids,
-            category_of_leaf=self.facts.category_of_leaf,
-            popularity_of_leaf=self.facts.popularity_of_leaf,
-            statistics_of_leaf=self.facts.statistics_of_leaf,
-        )
 
     def _end_token(self, model: StageModel) -> int | None:
         if self.args.rollout != "reasoning":

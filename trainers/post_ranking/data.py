@@ -42,7 +42,8 @@ def field_specs(table: PostRankTable, rows: Sequence[int] | np.ndarray) -> list[
     for one in table.fields:
         mean, std = known.get((one.side, one.name), (None, None))
         numbers = {} if mean is None else {"mean": tuple(map(float, mean)), "std": tuple(map(float, std))}
-        made.append(FieldSpec(one.name, one.kind, one.side, one.dim, **numbers))
+        source = one.sources[0] if one.sources else None
+        made.append(FieldSpec(one.name, one.kind, one.side, one.dim, source=source, **numbers))
     return made
 
 
@@ -125,6 +126,7 @@ class PostRankExamples(Dataset):
             raise ConfigError(
                 "Feature adaptation trains soft tokens, which a prompt in words has none of; leave it out."
             )
+        processor.config.check_sources(table.sources)
         self.table, self.processor, self.step = table, processor, step
         self.aux, self.shuffle, self.ties, self.max_candidates, self.seed = aux, shuffle, ties, max_candidates, seed
         self.rows = judged_rows(table, rows)

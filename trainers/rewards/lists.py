@@ -134,6 +134,9 @@ def hit(batch: RewardBatch, *, k: int | None = 1) -> np.ndarray:
 def list_ndcg(batch: RewardBatch, *, k: int | None = None, gammas: list[float] | None = None) -> np.ndarray:
     """(R,) R_rank in [0, 1] of the first k places (default: the whole list); see the top of the file.
 
+    Not for gains that are divided by propensities: the best list is divided by them too, so where a request has one positive they
+    cancel and the reward is that of raw clicks. Use `list_dcg`.
+
     Args:
         k: places that count; the ideal list has k places too, so a list that is shorter than k cannot gain by that.
         gammas: (L - 1,) share of the gain for 1 ... L - 1 shared leading codes; null is all 0, plain NDCG.

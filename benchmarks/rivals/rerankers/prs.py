@@ -1,9 +1,8 @@
-"""Re-ranking baselines that build lists: Seq2Slate (a pointer network) and a PRS-style generator with list evaluator.
+"""A PRS-style generator with list evaluator (Feng et al. 2021, arXiv 2102.12057).
 
-After Seq2Slate (Bello et al. 2019, arXiv 1810.02019) and PRS (Feng et al. 2021, 2102.12057). Differences: Seq2Slate is
-trained with teacher forcing on the target order (its supervised form), not with REINFORCE. PRS's beam search weighs two
-hand-set estimates; ours takes the lists from a learned item scorer by Plackett-Luce beam search, always adds the incoming
-order, and its evaluator (a bidirectional LSTM over the shown list, as DPWN) predicts what each place earns.
+PRS's beam search weighs two hand-set estimates; ours takes the lists from a learned item scorer by Plackett-Luce beam search,
+always adds the incoming order, and its evaluator (a bidirectional LSTM over the shown list, as DPWN) predicts what each place
+earns.
 """
 
 from __future__ import annotations
@@ -14,86 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sidtune.benchmarks.rivals.rerankers.features import RerankerFeatures
+from sidtune.benchmarks.rivals.rerankers.listwise import Reranker, list_loss, scores_of
 from sidtune.data_builders.post_ranking.schema import PostRankBatch
-from sidtune.models.rerankers.features import RerankerFeatures
-from sidtune.models.rerankers.listwise import Reranker, list_loss
 
 PlaceValues = Callable[[PostRankBatch, Tensor], Tensor]
 
 
-def _scores_of(order: Tensor) -> Tensor:
-    """(B, n) scores that sort into `order`: minus the place that each candidate got."""
-    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    return -torch.empty(order.shape, device=order.device).scatter_(1, order, places.float())
-
-
-def _target(batch: PostRankBatch) -> Tensor:
-    """(B, n) target order: falling relevance, equals in incoming order, unknown then pads last."""
-    value = torch.nan_to_num(batch.relevance, nan=-1e30).masked_fill(~batch.item_mask, -torch.inf)
-    return torch.sort(value, dim=1, descending=True, stable=True).indices
-
-
 def _gathered(x: Tensor, order: Tensor) -> Tensor:
     return torch.gather(x, 1, order[..., None].expand(-1, -1, x.shape[-1]))
-
-
-class Seq2Slate(Reranker):
-    """A pointer network: an LSTM reads the list, another LSTM points at the next candidate until all are placed.
-
-    Args:
-        features: the inputs. hidden: width of both LSTMs.
-    """
-
-    def __init__(self, features: RerankerFeatures, hidden: int = 64, dropout: float = 0.1) -> None:
-        super().__init__(features)
-        self.item = nn.Sequential(nn.Linear(features.width, hidden), nn.ReLU(), nn.Dropout(dropout))
-        self.encoder = nn.LSTM(hidden, hidden, batch_first=True)
-        self.decoder = nn.LSTMCell(hidden, hidden)
-        self.start = nn.Parameter(torch.zeros(hidden))
-        self.key, self.query = nn.Linear(hidden, hidden), nn.Linear(hidden, hidden, bias=False)
-        self.point = nn.Linear(hidden, 1, bias=False)
-
-    def decode(self, batch: PostRankBatch, forced: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(order (B, n), log-probabilities of every step (B, n steps, n candidates)).
-
-        Args:
-            batch: the lists.
-            forced: (B, n) order to follow instead of the likeliest candidate (teacher forcing).
-        """
-        x = self.item(self.features(batch))
-        encoded, _ = self.encoder(x)
-        rows = torch.arange(len(x), device=x.device)
-        last = batch.item_mask.sum(dim=1) - 1
-        hidden, cell = encoded[rows, last], torch.zeros_like(encoded[:, 0])
-        keys, given, step_in = self.key(encoded), batch.item_mask.clone(), self.start.expand(len(x), -1)
-        order, steps = [], []
-        pads = torch.arange(x.shape[1], device=x.device)[None, :]
-        for step in range(x.shape[1]):  # one step per place: the network is sequential by nature
-            hidden, cell = self.decoder(step_in, (hidden, cell))
-            logit = self.point(torch.tanh(keys + self.query(hidden)[:, None, :]))[..., 0]
-            over = ~given.any(dim=1, keepdim=True)
-            logit = torch.where(over, torch.where(pads == step, 0.0, -torch.inf), logit.masked_fill(~given, -torch.inf))
-            steps.append(logit.log_softmax(dim=-1))
-            chosen = steps[-1].argmax(dim=-1) if forced is None else forced[:, step]
-            order.append(chosen)
-            given = given.scatter(1, chosen[:, None], False)
-            step_in = x[rows, chosen]
-        return torch.stack(order, dim=1), torch.stack(steps, dim=1)
-
-    def forward(self, batch: PostRankBatch) -> Tensor:
-        """(B, n) minus the place in the greedily decoded list, −inf at pads."""
-        return _scores_of(self.decode(batch)[0]).masked_fill(~batch.item_mask, -torch.inf)
-
-    def loss(self, batch: PostRankBatch) -> Tensor:
-        """Mean negative log-likelihood of the target order per placed candidate; where several candidates left are
-        equally relevant, any of them will do (their probabilities add up), so ties teach no copying."""
-        order = _target(batch)
-        steps = self.decode(batch, order)[1]
-        relevance = torch.nan_to_num(batch.relevance, nan=-1.0)
-        equal = torch.gather(relevance, 1, order)[..., None] == relevance[:, None, :]
-        chance = steps.masked_fill(~(equal & batch.item_mask[:, None, :]), -1e30).logsumexp(dim=-1)
-        known = torch.gather(batch.item_mask & ~torch.isnan(batch.relevance), 1, order)
-        return -chance.masked_fill(~known, 0.0).sum() / known.sum().clamp(min=1)
 
 
 def beam_lists(scores: Tensor, mask: Tensor, beams: int) -> Tensor:
@@ -177,7 +105,7 @@ class PrsEvaluator(Reranker):
         worth = self.worth_of(x.repeat_interleave(many, 0), batch.item_mask.repeat_interleave(many, 0), flat)
         value = self.list_value(worth).reshape(len(x), many)
         best = lists[torch.arange(len(x), device=x.device), value.argmax(dim=1)]
-        return _scores_of(best).masked_fill(~batch.item_mask, -torch.inf)
+        return scores_of(best).masked_fill(~batch.item_mask, -torch.inf)
 
     def loss(self, batch: PostRankBatch) -> Tensor:
         """ListNet of the scorer + squared error of the evaluator on a random order and the scorer's own."""

@@ -1,4 +1,4 @@
-"""Re-ranking baselines that score every candidate in the context of its list: initial order, MLP, DLCM, PRM, SetRank.
+"""Re-ranking baselines that score every candidate in the context of its list: MLP, DLCM, PRM, SetRank.
 
 After DLCM (Ai et al. 2018, arXiv 1804.05936), PRM (Pei et al. 2019, 1904.06813) and SetRank (Pang et al. 2020,
 1912.05891), small and on the suite's features. Differences: layers and widths are ours; all are trained with the ListNet
@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sidtune.benchmarks.rivals.rerankers.features import RerankerFeatures
 from sidtune.data_builders.post_ranking.schema import PostRankBatch
-from sidtune.models.rerankers.features import RerankerFeatures
 
 
 def list_loss(scores: Tensor, relevance: Tensor, mask: Tensor) -> Tensor:
@@ -34,6 +34,12 @@ def list_loss(scores: Tensor, relevance: Tensor, mask: Tensor) -> Tensor:
     each = -(target * log_chance.masked_fill(~known, 0.0)).sum(dim=-1)
     counts = known.any(dim=-1)
     return (each * counts).sum() / counts.sum().clamp(min=1)
+
+
+def scores_of(order: Tensor) -> Tensor:
+    """(B, n) scores that sort into `order`: minus the place that each candidate got."""
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return -torch.empty(order.shape, device=order.device).scatter_(1, order, places.float())
 
 
 class Reranker(nn.Module):
@@ -61,14 +67,6 @@ class Reranker(nn.Module):
     def rank(self, batch: PostRankBatch) -> Tensor:
         """(B, n) places of the candidates, best first, pads last; ties keep the incoming order."""
         return torch.sort(self.forward(batch), dim=1, descending=True, stable=True).indices
-
-
-class InitialOrder(Reranker):
-    """The incoming order; nothing to train."""
-
-    def score(self, x: Tensor, batch: PostRankBatch) -> Tensor:
-        """Minus the incoming place."""
-        return -batch.init_rank.float()
 
 
 class ListMlp(Reranker):

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from sidtune.benchmarks.rivals.registry import RERANKERS
+from sidtune.benchmarks.rivals.rerankers.features import RerankerFeatures
+from sidtune.benchmarks.rivals.rerankers.listwise import Reranker
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.finite import check_step, check_weights
 from sidtune.data_builders.post_ranking.schema import PostRankTable
 from sidtune.metrics.list_ranking import ListMetrics, evaluate_lists
-from sidtune.models.registry import RERANKERS
-from sidtune.models.rerankers.features import RerankerFeatures
-from sidtune.models.rerankers.listwise import Reranker
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class RerankerFit:
     Attributes:
         model: with the weights of its best epoch.
         losses: mean training loss of each epoch. valid: valid NDCG of each epoch (empty without valid rows).
-        best_epoch: number of the epoch that was kept, from 0; −1 when nothing was trained.
+        best_epoch: number of the epoch that was kept, from 0.
     """
 
     model: Reranker
@@ -84,7 +84,7 @@ def fit_reranker(
     valid_rows: Sequence[int] | np.ndarray = (),
     config: RerankerConfig | None = None,
 ) -> RerankerFit:
-    """Builds the re-ranker `name` of `models.registry.RERANKERS` and fits it.
+    """Builds the re-ranker `name` of `benchmarks.rivals.registry.RERANKERS` and fits it.
 
     Args:
         name: its registered name. table: the requests.
@@ -106,8 +106,6 @@ def fit_reranker(
             model = kind(features, **config.options)
         except TypeError as error:
             raise ConfigError(f"The re-ranker '{name}' cannot take these options ({error}); check them.") from None
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            return RerankerFit(model.eval(), [], [], -1)
         return _fit(name, model, table, train, np.asarray(valid_rows, dtype=np.int64), config)
 
 
