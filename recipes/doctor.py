@@ -59,7 +59,7 @@ def described(path: str, reader: str, found: Survey) -> list[str]:
         f"  requests with a query {found.searches:.0%}, candidates of a request {found.shown:.1f}",
         f"  known labels of candidates: {_listed(known) or 'none'}; positions {found.positioned:.0%}",
         f"  events: {', '.join(f'{name} {count:,}' for name, count in found.actions.items()) or 'none'}",
-        f"  split: {'prescribed by the source' if found.prescribed else 'by time, yours to choose'}",
+        f"  split: {'prescribed by the source' if found.prescribed else 'by time' if found.clock else 'last request of each user'}",
     ]
     lines += [f"  {name.replace('_', ' ')}: {count:,}" for name, count in found.counts.items()]
     return [*lines, *(f"  note: {note}" for note in found.notes)]

@@ -129,7 +129,9 @@ def _steps(arguments: Arguments, found: Survey) -> list[tuple[str, dict]]:
 
 
 def _data(arguments: Arguments, found: Survey) -> dict:
-    split = {"kind": "source"} if found.prescribed else {"valid_share": _VALID, "test_share": _TEST}
+    split: dict = {"kind": "source"} if found.prescribed else {"kind": "leave_one_out"}
+    if found.clock and not found.prescribed:
+        split = {"kind": "global_time", "valid_share": _VALID, "test_share": _TEST}
     args = {"reader": arguments.reader, "path": str(arguments.data), "options": arguments.options, "split": split}
     return {"name": "data", "script": "build_data", "args": args}
 

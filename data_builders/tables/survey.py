@@ -32,6 +32,7 @@ class Survey:
         actions: events by action, most frequent first.
         history: median events of a user.
         prescribed: the source says which request is for training and which for the test.
+        clock: times of different users compare, so that a moment can split them.
         counts: what the reader did to dirty input, by name.
         notes: what it says of the source.
     """
@@ -51,6 +52,7 @@ class Survey:
     actions: dict[str, int]
     history: float
     prescribed: bool
+    clock: bool
     counts: dict[str, int]
     notes: list[str]
 
@@ -113,6 +115,7 @@ def survey(tables: Tables) -> Survey:
         actions={one["values"]: one["counts"] for one in sorted(actions, key=lambda one: -one["counts"])},
         history=float(np.median(lengths)) if len(lengths) else 0.0,
         prescribed=tables.split_of_request is not None,
+        clock=tables.clock,
         counts=dict(tables.counts),
         notes=list(tables.notes),
     )
