@@ -118,7 +118,9 @@ def check_bootstrap(level: float, samples: int) -> None:
     if not 0 < level < 1:
         raise ConfigError(f"The level of an interval must lie between 0 and 1, got {level}.")
     if not isinstance(samples, int) or not 100 <= samples <= 100 * MANY:
-        raise ConfigError(f"A bootstrap needs samples of at least 100 and at most {100 * MANY:,} resamples, got {samples}.")
+        raise ConfigError(
+            f"A bootstrap needs samples of at least 100 and at most {100 * MANY:,} resamples, got {samples}."
+        )
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
