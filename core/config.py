@@ -110,6 +110,13 @@ def check_range(config: Any, least: float, *names: str, most: float = MANY) -> N
                 raise ConfigError(f"{name} must be {limit}, got {one}; correct it.")
 
 
+def check_shares(config: Any, *names: str) -> None:
+    """Refuses numbers of `config` outside [0, 1). Raises ConfigError."""
+    for name in names:
+        if not 0 <= getattr(config, name) < 1:
+            raise ConfigError(f"{name} must be a share in [0, 1), got {getattr(config, name)}; correct it.")
+
+
 def check_types(cls: type, values: dict[str, Any], where: str) -> None:
     """Compares plain values with the field types of `cls`; raises ConfigError naming key, expected type and value."""
     hints = typing.get_type_hints(cls)

@@ -110,6 +110,11 @@ class PostRankProcessor:
         max_chars: int = 200,
         words: bool = False,
     ) -> None:
+        if not isinstance(max_history, int) or max_history < 0 or not isinstance(max_chars, int) or max_chars < 1:
+            raise ConfigError(
+                "A prompt needs whole numbers, max_history of at least 0 and max_chars of at least 1, got "
+                f"{max_history!r} and {max_chars!r}."
+            )
         self.tokenizer, self.config = tokenizer, config
         self.max_history, self.max_chars, self.words = max_history, max_chars, words
         self.template = template(config.template_version)
