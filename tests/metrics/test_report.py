@@ -239,7 +239,7 @@ def test_curves_from_a_trainer_log_and_thinning(tmp_path):
     log = [
         {"loss": 2.0, "learning_rate": 0.1, "step": 10},
         {"eval_loss": 1.5, "step": 10},
-        {"loss": float("nan"), "step": 20},
+        {"loss": None, "step": 20},
         {"train_runtime": 3.0, "step": 20},
     ]
     write_json(tmp_path / "one" / "log_history.json", log)
