@@ -31,6 +31,7 @@ from sidtune.core.text import parse_yaml, read_text
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 ERROR_FILE_VARIABLE = "SIDTUNE_ERROR_FILE"
+SEEDS = 2**32 - 1  # the largest seed that numpy, torch and transformers all take
 MANY = 1_000_000  # more beams, places or rows at once than this are a slip of the pen, and no memory holds them
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sidtune.core.config import as_dict, check_range, command
+from sidtune.core.config import SEEDS, as_dict, check_range, command
 from sidtune.core.errors import ConfigError, DataError, nearest
 from sidtune.core.folders import write_folder, write_run, writes
 from sidtune.core.pipeline import Step, check_there
@@ -85,7 +85,7 @@ class Arguments:
         check_range(self, 1, "samples", "keep", "top_k", "num_beams", "batch_size", "max_requests", "longest")
         check_range(self, 1, "max_reasoning_tokens")
         check_range(self, 0, "replay_share", "shortest")
-        check_range(self, 0, "seed", most=2**63)
+        check_range(self, 0, "seed", most=SEEDS)
         if not self.temperature > 0:
             raise ConfigError(f"temperature must be above 0, got {self.temperature}.")
         for aspect in self.aspects or []:

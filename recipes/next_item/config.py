@@ -133,7 +133,6 @@ class Arguments:
         for name in self.baselines:
             BASELINES.get(name)
         check_range(self, 10, "num_beams")  # to fill ten places
-        check_range(self, 0, "seeds", most=2**63)
         check_bootstrap(self.level, self.samples)
 
     def data(self) -> SequenceSource:
