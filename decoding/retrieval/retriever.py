@@ -139,7 +139,18 @@ class SidRetriever:
         Returns:
             leaves and scores (R, K) on the CPU; K is the number of SIDs where there are fewer.
         """
-        ids = self.prompter.encode(prompts)
+        return self.beams_of(self.prompter.encode(prompts), num_beams, batch_size, trie, progress, filters)
+
+    def beams_of(
+        self,
+        ids: Sequence[Sequence[int]],
+        num_beams: int,
+        batch_size: int = 32,
+        trie: SidTrie | None = None,
+        progress: Callable[[int], Any] | None = None,
+        filters: ItemFilter | None = None,
+    ) -> BeamOutput:
+        """`beams` of prompts that are token ids already."""
         order = np.argsort([-len(row) for row in ids], kind="stable")
         trie = self.trie if trie is None else trie
         num_beams = min(num_beams, max(1, trie.num_leaves))
