@@ -52,7 +52,7 @@ def describe(hint: Any) -> str:
         return "one of " + ", ".join(repr(option) for option in inner)
     if hint is type(None):
         return "null"
-    if origin is list:
+    if list in (hint, origin):
         return "a list" + (f" of {describe(inner[0])}" if inner else "")
     plain = {int: "an integer", float: "a number", str: "a text", bool: "true or false", dict: "a mapping"}
     return plain.get(hint, plain.get(origin, getattr(hint, "__name__", str(hint))))

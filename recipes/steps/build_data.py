@@ -47,6 +47,10 @@ class Arguments:
 
     def __post_init__(self) -> None:
         check_range(self, 0, "seed", most=SEEDS)
+        if self.reader == "shop_world" and self.path is not None:
+            raise ConfigError(
+                "path is read by no one, because reader is the embedded shop; name a reader, or leave path out."
+            )
         if self.path is not None:
             self.path = os.path.expanduser(os.path.expandvars(self.path))
             if "$" in self.path:
