@@ -436,7 +436,7 @@ def _load(templates: str | Path, base: str) -> tuple[dict[str, str], dict[str, s
     sources = {}
     for name, path in paths.items():
         try:
-            sources[name] = path.read_text(encoding="utf-8")
+            sources[name] = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"The template {path} cannot be read as UTF-8 text ({error}); write it again.") from None
         if any(mark in sources[name] for mark in _MARKS):

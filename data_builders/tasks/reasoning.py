@@ -242,7 +242,8 @@ def _without_marks(text: str) -> str:
 
 def reasoning_lines(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a file of reasonings, one JSON mapping each. Raises DataError where one is none, or a text is empty."""
-    rows = read_json_lines(path, {"request_id": str, "reasoning": str, "item_id?": str | None}, "file of reasonings")
+    what = "file of reasonings (JSON lines with 'request_id' and 'reasoning')"
+    rows = read_json_lines(path, {"request_id": str, "reasoning": str, "item_id?": str | None}, what)
     for row in rows:
         if not row["request_id"] or not row["reasoning"]:
             raise DataError(
