@@ -29,7 +29,8 @@ import pyarrow as pa
 from sidtune.core.config import check_range, check_types
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.ragged import owners, stretches
-from sidtune.data_builders.post_ranking.schema import PostRankField, PostRankTable, request_table
+from sidtune.data_builders.post_ranking.columns import request_table
+from sidtune.data_builders.post_ranking.schema import PostRankField, PostRankTable
 from sidtune.data_builders.post_ranking.upstream_ranker import PastMeans, fit_item_factors, fold_in
 from sidtune.data_builders.readers.movielens import AGES, Ratings
 
