@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from sidtune.core.errors import DataError
 from sidtune.core.folders import read_json, read_json_lines
 from sidtune.core.shapes import misfit
-from sidtune.core.text import read_text
+from sidtune.core.text import parse_json, read_text
 from sidtune.data_builders.tables.columns import encode
 from sidtune.data_builders.tables.findings import Findings
 from sidtune.data_builders.tables.table_files import read_table
@@ -59,8 +59,8 @@ def read_json_object(path: Path) -> tuple[dict[str, Any], int]:
         return made
 
     try:
-        value = json.loads(read_text(path), object_pairs_hook=first_wins)
-    except (json.JSONDecodeError, RecursionError) as error:
+        value = parse_json(read_text(path), first_wins)
+    except ValueError as error:
         raise DataError(f"The file {path} is not valid JSON ({error}); copy or download it again.") from None
     if not isinstance(value, dict):
         raise DataError(f"The file {path} must hold one JSON object, but holds a {type(value).__name__}.")

@@ -77,6 +77,11 @@ DAMAGED: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         "X.valid.csv, row 0, column 'user_id': an id belongs here, got None",
     ),
     "broken items": ("amazon_sid", lambda f: office(f, OFFICE, "{"), "X.item.json is not valid JSON"),
+    "half a character": (
+        "amazon_sid",
+        lambda f: office(f, OFFICE, '{"1": {"title": "a\\ud800b"}}'),
+        "X.item.json is not valid JSON \\(it holds half a character",
+    ),
     "items are a list": (
         "amazon_sid",
         lambda f: office(f, OFFICE, "[]"),
