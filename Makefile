@@ -41,10 +41,10 @@ $(VENV)/.lint: $(BIN)/python pyproject.toml constraints.txt
 quickstart: $(VENV)/.base
 	$(BIN)/sidtune run --config recipes/quickstart/pipeline.yaml --output_dir $(OUT)
 
-# The tests' models are tiny: a second thread only costs time.
+# The tests' models are tiny: a second thread only costs time, a second process halves it. The tests of a file share what they trained.
 test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -47,7 +47,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no_adaptation": {"adaptation": None},
     "no_aux": {"aux": False},
     "query_alone": {"query": "request"},
-    "ptpr": {"words": True},
+    "ptpr": {"words": True, "query": "request"},
 }
 _STEP = {"max_steps": 20, "per_device_train_batch_size": 16, "save_strategy": "no", "disable_tqdm": True}
 _SHAPE = {"model_type": "qwen3", "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64}

@@ -33,6 +33,7 @@ from sidtune.core.text import parse_yaml, read_text
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 ERROR_FILE_VARIABLE = "SIDTUNE_ERROR_FILE"
+SEEDS = 2**32 - 1  # the largest seed that numpy, torch and transformers all take
 MANY = 1_000_000  # more beams, places or rows at once than this are a slip of the pen, and no memory holds them
 
 
@@ -110,6 +111,13 @@ def check_range(config: Any, least: float, *names: str, most: float = MANY) -> N
             if one is not None and not least <= one <= most:
                 limit = f"at least {least:,}" if one < least else f"at most {most:,}"
                 raise ConfigError(f"{name} must be {limit}, got {one}; correct it.")
+
+
+def check_shares(config: Any, *names: str) -> None:
+    """Refuses numbers of `config` outside [0, 1). Raises ConfigError."""
+    for name in names:
+        if not 0 <= getattr(config, name) < 1:
+            raise ConfigError(f"{name} must be a share in [0, 1), got {getattr(config, name)}; correct it.")
 
 
 def check_types(cls: type, values: dict[str, Any], where: str) -> None:

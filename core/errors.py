@@ -97,10 +97,17 @@ def system_error(error: BaseException) -> SidtuneError | None:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The "did you mean" half-sentence: names the closest of `known`, or lists them when none is close."""
+    """The "did you mean" half-sentence: names the closest of `known`, or lists them when none is close.
+
+    Close is a slip of the pen (7 of 10 letters in order, in any case), or one name inside the other; a guess beyond that misleads.
+    """
     choices = sorted(known)
-    match = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    plain, written = name.lower(), {choice.lower(): choice for choice in reversed(choices)}
+    match = difflib.get_close_matches(plain, written, n=1, cutoff=0.7)
+    match += [
+        one for one in sorted(written, key=len) if min(len(one), len(plain)) > 3 and (one in plain or plain in one)
+    ]
     if match:
-        return f"did you mean '{match[0]}'?"
+        return f"did you mean '{written[match[0]]}'?"
     listed = ", ".join(choices[:12]) + (", ..." if len(choices) > 12 else "")
     return f"known are: {listed}." if choices else "nothing is known under such a name."

@@ -30,11 +30,12 @@ from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.inputs import RUN_FILE, fingerprint, inputs_of, same_inputs
 from sidtune.core.locks import locked
 from sidtune.core.shapes import misfit
-from sidtune.core.text import parse_json, read_text
+from sidtune.core.text import parse_json, read_lines, read_text
 
 __all__ = [
-    "RUN_FILE", "check_output", "fingerprint", "inputs_of", "is_whole", "locked", "read_json", "read_record", "read_run",
-    "same_inputs", "versions", "write_files", "write_folder", "write_json", "write_run", "writes",
+    "RUN_FILE", "check_output", "fingerprint", "inputs_of", "is_whole", "locked", "read_json", "read_json_lines",
+    "read_record", "read_run", "same_inputs", "versions", "write_files", "write_folder", "write_json", "write_run",
+    "writes",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -291,6 +292,21 @@ def read_json(path: str | Path, shape: Any = None) -> Any:
     if shape is not None and (why := misfit(value, shape)) is not None:
         raise DataError(f"The file {path} is not as it was written, because {why}; write it again.")
     return value
+
+
+def read_json_lines(path: str | Path, shape: Any, what: str = "file") -> list[Any]:
+    """The values of a file with one JSON value of a shape a line, empty lines aside. Raises DataError that names the line."""
+    found = []
+    for number, line in enumerate(read_lines(path, what), 1):
+        try:
+            why = misfit(value := parse_json(line), shape) if line.strip() else ""
+        except ValueError as error:
+            why = f"it is no JSON ({error})"
+        if why:
+            raise DataError(f"The {what} {path} is wrong in line {number}, because {why}; got {line.strip()[:80]!r}.")
+        if line.strip():
+            found.append(value)
+    return found
 
 
 def versions() -> dict[str, str]:

@@ -23,7 +23,18 @@ from typing import Any, ClassVar
 
 import yaml
 
-from sidtune.core.config import ERROR_FILE_VARIABLE, as_dict, build, check_keys, defaults_of, load_yaml, merged, renamed
+from sidtune.core.config import (
+    ERROR_FILE_VARIABLE,
+    SEEDS,
+    as_dict,
+    build,
+    check_keys,
+    check_range,
+    defaults_of,
+    load_yaml,
+    merged,
+    renamed,
+)
 from sidtune.core.console import LOGGED_VARIABLE
 from sidtune.core.errors import ConfigError, SidtuneError, nearest
 from sidtune.core.folders import RUN_FILE, is_whole, locked, read_json, same_inputs
@@ -84,6 +95,9 @@ class RunArguments:
     until: str | None = None
     force: list[str] = field(default_factory=list)
     root: str | None = None
+
+    def __post_init__(self) -> None:
+        check_range(self, 0, "seed", most=SEEDS)
 
 
 @dataclass

@@ -34,8 +34,8 @@ class Registry:
 
     def get(self, name: str) -> Any:
         """The object registered as `name`. Raises ConfigError that names the nearest known one."""
-        if name not in self._entries:
-            raise ConfigError(f"There is no {self.kind} named '{name}': {nearest(name, self._entries)}")
+        if not isinstance(name, str) or name not in self._entries:
+            raise ConfigError(f"There is no {self.kind} named '{name}': {nearest(str(name), self._entries)}")
         target = self._entries[name]
         if isinstance(target, str):
             module, _, attribute = target.partition(":")
@@ -52,7 +52,7 @@ class Registry:
         return cls(build(cls.config_class, dict(options or {}), f"Options of the {self.kind} '{name}'"))
 
     def __contains__(self, name: str) -> bool:
-        return name in self._entries
+        return isinstance(name, str) and name in self._entries
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)

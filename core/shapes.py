@@ -52,7 +52,7 @@ def describe(hint: Any) -> str:
         return "one of " + ", ".join(repr(option) for option in inner)
     if hint is type(None):
         return "null"
-    if origin is list:
+    if list in (hint, origin):
         return "a list" + (f" of {describe(inner[0])}" if inner else "")
     plain = {int: "an integer", float: "a number", str: "a text", bool: "true or false", dict: "a mapping"}
     return plain.get(hint, plain.get(origin, getattr(hint, "__name__", str(hint))))
@@ -74,6 +74,8 @@ def unusable(value: Any, place: str) -> tuple[str, str] | None:
     """Where in nested values something stands that no option takes, and what must be there; None where nothing does."""
     if isinstance(value, float) and not math.isfinite(value):
         return place, "a finite number, not NaN or infinity"
+    if isinstance(value, int) and abs(value) > 2**63:
+        return place, "a number that 64 bits hold"
     if isinstance(value, str) and ("\0" in value or not value.isascii() and _is_broken(value)):
         return place, "a text of UTF-8 without the character NUL"
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()

@@ -10,6 +10,7 @@ import gzip
 import json
 import re
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +19,7 @@ import yaml
 from sidtune.core.errors import ConfigError, DataError
 
 _OURS = ("timestamp", "value", "int", "float")  # what YAML makes of plain texts, and we do not or in our own way
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # half of a character, maybe without the other half
 _MOST = 1_000_000  # values in one YAML file; aliases of aliases can mean more than any memory holds
 
 
@@ -55,14 +57,23 @@ def read_lines(path: str | Path, what: str = "file") -> list[str]:
     return lines[:-1] if not lines[-1] else lines
 
 
-def parse_json(text: str) -> Any:
-    """JSON as RFC 8259 has it, so no NaN. Raises ValueError with the reason."""
+def parse_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """JSON as RFC 8259 has it, so no NaN, and with whole characters only. Raises ValueError with the reason.
+
+    Args:
+        pairs: makes an object of its keys and values; default a dict, where the last of equal keys counts.
+    """
 
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is no number")
 
     try:
-        return json.loads(text, parse_constant=refuse)
+        value = json.loads(text, parse_constant=refuse, object_pairs_hook=pairs)
+        if _HALF.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError:
+        raise ValueError("it holds half a character, such as '\\ud800'") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

@@ -30,7 +30,6 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from sidtune.core.errors import ConfigError
 from sidtune.decoding.engine.generation_settings import SidGenerationConfig, constrained_config
-from sidtune.decoding.engine.search import split_levels
 from sidtune.decoding.trie import SidTrie
 
 _NEVER = float("-inf")
@@ -81,7 +80,7 @@ class SidLogitsProcessor(LogitsProcessor):
         self.start_after, self.max_free_tokens, self.forbid_sids = start_after, max_free_tokens, forbid_sids
         self.free_processors = LogitsProcessorList(free_processors)
         self.num_sids, self.distinct = num_sids, distinct and num_sids > 1
-        level_tokens = split_levels(trie, sid_token_ids, None, trie.device)
+        level_tokens = trie.level_tokens(sid_token_ids)
         _check(self, torch.cat(level_tokens).tolist())
         self._set_tokens(level_tokens)
         self._widest = int(np.argmax(trie.max_children))

@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sidtune.core.errors import ConfigError, DataError
+from sidtune.core.errors import ConfigError
 from sidtune.decoding.beam_search import sid_beam_search
 from sidtune.decoding.engine.generation_settings import SidGenerationConfig, explicit_config
 from sidtune.decoding.engine.model_steps import evaluating
+from sidtune.decoding.engine.search import check_prompts
 from sidtune.decoding.items import BeamOutput
 from sidtune.decoding.trie import SidTrie
 
@@ -130,12 +131,14 @@ def reason_then_search(
         ConfigError: options or model that do not fit. DataError: prompts that do not fit. Before the model runs.
     """
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    ids = trie.token_ids if sid_token_ids is None else sid_token_ids
-    if ids is None:
-        raise ConfigError("The search needs `sid_token_ids`, or a trie that knows them (`SidTrie.bind`); pass one.")
-    tokens = torch.as_tensor(np.asarray(ids) if not isinstance(ids, Tensor) else ids).flatten().tolist()
+    tokens = torch.cat(trie.level_tokens(sid_token_ids)).tolist()
     _check_options(end_token_id, eos_token_id, tokens, max_reasoning_tokens, num_reasonings, do_sample)
-    _check_prompts(model, input_ids, mask, max_reasoning_tokens + 1 + trie.depth)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ConfigError(
+            "Reasoning and search in two calls needs a decoder-only model; give generate() a SidLogitsProcessor with "
+            "start_after for an encoder-decoder."
+        )
+    check_prompts(model, input_ids, mask, max_reasoning_tokens + 1 + trie.depth)
     device = model.device if hasattr(model, "device") else next(model.parameters()).device
     input_ids, mask = input_ids.to(device), mask.to(device=device, dtype=torch.int64)
     config = explicit_config(
@@ -158,7 +161,7 @@ def reason_then_search(
         input_ids=joined[0],
         attention_mask=joined[1],
         trie=trie,
-        sid_token_ids=ids,
+        sid_token_ids=sid_token_ids,
         num_beams=num_beams,
         **search,
     )
@@ -235,25 +238,3 @@ def _check_options(end: int, eos: int, sids: list[int], longest: int, reasonings
         )
     if reasonings > 1 and not do_sample:
         raise ConfigError(f"{reasonings} greedy reasonings would all be the same; set do_sample=True.")
-
-
-def _check_prompts(model: nn.Module, input_ids: Tensor, mask: Tensor, more: int) -> None:
-    config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        raise ConfigError(
-            "Reasoning and search in two calls needs a decoder-only model; give generate() a SidLogitsProcessor with "
-            "start_after for an encoder-decoder."
-        )
-    if input_ids.ndim != 2 or mask.shape != input_ids.shape or not bool(mask.bool().any(dim=-1).all()):
-        raise DataError(
-            f"Prompts must be an integer array (B, T) with a mask of the same shape and at least one token each, got "
-            f"{tuple(input_ids.shape)} and {tuple(mask.shape)}; tokenise them with padding=True."
-        )
-    if not bool((mask.long().diff(dim=1) >= 0).all()):
-        raise DataError("A decoder-only model needs prompts padded on the left; set tokenizer.padding_side = 'left'.")
-    limit, longest = getattr(config, "max_position_embeddings", None), int(mask.sum(dim=1).max()) + more - 1
-    if limit is not None and longest > limit:
-        raise DataError(
-            f"The longest prompt with its reasoning and SID needs {longest} positions but the model has {limit}; "
-            "shorten the prompts or max_reasoning_tokens."
-        )

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sidtune.core.errors import DataError
+from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import read_json, write_json
 from sidtune.core.hub import Published, resolve_folder
 
@@ -144,24 +144,43 @@ class SidTrie(Published):
         """The same trie that also knows the token of each code in one model's vocabulary; tensors are shared.
 
         A search then needs no `sid_token_ids`. They are saved with the trie, so one folder says all of a catalogue.
-
-        Args:
-            sid_token_ids: (sum(level_sizes),) distinct token ids, level by level, as `Vocabulary.sid_token_ids`.
-
-        Raises:
-            DataError: not one distinct, non-negative integer per code.
+        `sid_token_ids`: (sum(level_sizes),) ids, level by level, as `Vocabulary.sid_token_ids`; errors as `level_tokens`.
         """
-        ids = sid_token_ids if isinstance(sid_token_ids, Tensor) else torch.tensor(np.asarray(sid_token_ids))
-        expected = sum(self.level_sizes)
-        if ids.shape != (expected,) or ids.is_floating_point() or len(ids.unique()) != expected or int(ids.min()) < 0:
-            raise DataError(
-                f"sid_token_ids must hold one distinct token id per code of all {self.depth} levels, shape "
-                f"({expected},), got {tuple(ids.shape)}; pass the `sid_token_ids` of the vocabulary made for these SIDs."
-            )
         bound = object.__new__(SidTrie)
         bound.__dict__.update(self.__dict__)
-        bound.token_ids = ids.to(device=self.device, dtype=torch.int64)
+        bound.token_ids = torch.cat(self.level_tokens(sid_token_ids))
         return bound
+
+    def level_tokens(
+        self, sid_token_ids: np.ndarray | Tensor | None = None, vocabulary: int | None = None
+    ) -> list[Tensor]:
+        """The token ids of each level's codes, (k_level,) int64 each, on the device of the trie.
+
+        Args:
+            sid_token_ids: as in `bind`; default those the trie was bound to.
+            vocabulary: size of the model's vocabulary, None where it is not known.
+
+        Raises:
+            ConfigError: none given and none bound. DataError: not one distinct id of the vocabulary per code of all levels.
+        """
+        ids = self.token_ids if sid_token_ids is None else sid_token_ids
+        if ids is None:
+            raise ConfigError("Give `sid_token_ids`, or a trie that knows the tokens of its codes (`SidTrie.bind`).")
+        ids = ids if isinstance(ids, Tensor) else torch.tensor(np.asarray(ids))
+        expected = sum(self.level_sizes)
+        if ids.shape != (expected,) or ids.is_floating_point():
+            raise DataError(
+                f"sid_token_ids must hold one integer per code of all {self.depth} levels, shape ({expected},), got "
+                f"{tuple(ids.shape)}; pass the `sid_token_ids` of the vocabulary made for these SIDs."
+            )
+        ids = ids.to(device=self.device, dtype=torch.int64)
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or (vocabulary is not None and high >= vocabulary) or len(ids.unique()) != expected:
+            raise DataError(
+                f"sid_token_ids must be distinct ids of the model's vocabulary (size {vocabulary}), got ids from {low} to "
+                f"{high}; use the model, tokenizer and vocabulary of one folder."
+            )
+        return list(ids.split(list(self.level_sizes)))
 
     def children(self, nodes: Tensor, level: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The exact legal continuations of each node.
@@ -236,26 +255,6 @@ class SidTrie(Published):
             path.append(self.codes[node].long())
             node = torch.searchsorted(self.child_start, node, right=True) - 1
         return torch.stack(path[::-1], dim=-1).where((leaves >= 0)[..., None], -1)
-
-    def extended(self, codes: np.ndarray | Tensor) -> SidTrie:
-        """The trie with more SIDs, the same as one built from all codes at once; tokens stay bound, this trie stays as it is.
-
-        Every old SID stays legal with the same tokens. Leaves are numbered anew, because they stand in code order: old leaf
-        m is now `find(leaf_codes(m)) - level_starts[depth]`, so a filter must be made again.
-
-        Args:
-            codes: (n, depth) integers within the level sizes; codes that are there already change nothing.
-
-        Raises:
-            DataError: codes of another shape or outside their level, or a trie with a filter.
-        """
-        if self.alive is not None:
-            raise DataError("A filtered trie cannot be extended; extend the whole one and filter the result.")
-        array = codes.detach().cpu().numpy() if isinstance(codes, Tensor) else np.asarray(codes)
-        _check_codes(array, self.level_sizes)
-        old = self.leaf_codes(torch.arange(self.num_leaves, device=self.device)).cpu().numpy()
-        made = SidTrie.from_codes(np.concatenate([old, array]), self.level_sizes).to(self.device)
-        return made if self.token_ids is None else made.bind(self.token_ids)
 
     def restrict(self, leaf_mask: Tensor | np.ndarray) -> SidTrie:
         """A view in which a prefix is legal exactly if an allowed leaf lies below it.

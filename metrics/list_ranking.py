@@ -21,7 +21,7 @@ The random anchors are exact, list by list: each of the n! orders is equally lik
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ from sidtune.core.config import MANY
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.data_builders.post_ranking.targets import target_order
 from sidtune.metrics.ranking import RankingResult
-from sidtune.metrics.statistics.compare import SystemRow, compare_systems
+from sidtune.metrics.statistics.compare import SystemRow
 
 RANDOM, BEST = "random order (anchor)", "best order (bound)"
 SORTED, CLICKS = (
@@ -145,35 +145,8 @@ def random_anchor(relevance: Any, mask: Any = None, settings: ListMetrics | None
     return _result(made, judged)
 
 
-def compare_lists(
-    systems: Mapping[str, Any],
-    relevance: Any,
-    mask: Any = None,
-    settings: ListMetrics | None = None,
-    baselines: Sequence[str] = (),
-    **options: Any,
-) -> list[SystemRow]:
-    """The table of systems that re-ordered the same lists, always with the random anchor and the best order.
-
-    Args:
-        systems: name → (R, m) order. relevance, mask, settings: as in `evaluate_lists`.
-        baselines: names among the systems that the others are tested against.
-        options: `clusters`, `level`, `samples`, `seed` of `compare_systems`.
-
-    Returns:
-        One row for each system, in order, then `random order (anchor)` and `best order (bound)`.
-    """
-    settings = settings or ListMetrics()
-    results = {name: evaluate_lists(order, relevance, mask, settings) for name, order in systems.items()}
-    values, real = _checked(relevance, mask)
-    results[RANDOM] = random_anchor(values, real, settings)
-    best = target_order(values, real)
-    results[BEST] = evaluate_lists(np.where(np.take_along_axis(real, best, axis=1), best, -1), values, real, settings)
-    return compare_systems(results, baselines, bounds=(RANDOM, BEST), **options)
-
-
 def list_table(rows: Sequence[SystemRow], settings: ListMetrics | None = None, percent: bool = True) -> str:
-    """A Markdown table of `compare_lists` rows; marks `+`/`-` = better/worse than the best baseline (paired, Holm)."""
+    """A Markdown table of `compare_systems` rows; marks `+`/`-` = better/worse than the best baseline (paired, Holm)."""
     names = list(rows[0].metrics)
     scale, digits = (100.0, 2) if percent else (1.0, 4)
     lines = [f"{settings.description}.", ""] if settings else []

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sidtune.core.config import as_dict
+from sidtune.core.config import SEEDS, as_dict
 from sidtune.core.errors import ConfigError, nearest
 from sidtune.core.pipeline import RunArguments, resolve, run_pipeline
 from sidtune.metrics.ranking import check_metrics
@@ -15,10 +15,12 @@ from sidtune.metrics.statistics.bootstrap import PairedResult, holm
 
 
 def check_seeds(seeds: list[int], least: int = 1) -> None:
-    """Raises ConfigError unless there are at least so many (one or two), all different."""
+    """Raises ConfigError unless there are at least so many (one or two), all different and such that all libraries take."""
     if len(set(seeds)) != len(seeds) or len(seeds) < least:
         number = "at least two" if least > 1 else "one or more"
         raise ConfigError(f"seeds must be {number} different integers, got {seeds}.")
+    if not all(0 <= seed <= SEEDS for seed in seeds):
+        raise ConfigError(f"seeds must be between 0 and {SEEDS}, got {seeds}.")
 
 
 def run_all(pipelines: Sequence[RunArguments], evaluation: str, metrics: list[str], readmes: list[str]) -> None:

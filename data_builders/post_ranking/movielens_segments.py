@@ -26,9 +26,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 
+from sidtune.core.config import check_range, check_types
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.ragged import owners, stretches
-from sidtune.data_builders.post_ranking.schema import PostRankField, PostRankTable, request_table
+from sidtune.data_builders.post_ranking.columns import request_table
+from sidtune.data_builders.post_ranking.schema import PostRankField, PostRankTable
 from sidtune.data_builders.post_ranking.upstream_ranker import PastMeans, fit_item_factors, fold_in
 from sidtune.data_builders.readers.movielens import AGES, Ratings
 
@@ -73,11 +75,12 @@ class SegmentConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.size < 2 or self.history < 0 or self.width < 1 or self.d_q < 1 or self.shrink <= 0 or self.ridge <= 0:
-            raise ConfigError(
-                "Segments need size >= 2, history >= 0, width >= 1, d_q >= 1 and shrink and ridge above 0; got "
-                f"size {self.size}, history {self.history}, width {self.width}, d_q {self.d_q}."
-            )
+        check_types(type(self), vars(self), "Segments")
+        check_range(self, 2, "size")
+        check_range(self, 1, "width", "d_q")
+        check_range(self, 0, "history", "seed", "shrink", "ridge")
+        if not self.shrink or not self.ridge:
+            raise ConfigError(f"Segments need shrink and ridge above 0, got {self.shrink} and {self.ridge}.")
         shares = (self.upstream_share, self.valid_share, self.test_share)
         if min(shares) < 0 or max(shares) >= 1 or self.valid_share + self.test_share >= 1:
             raise ConfigError(f"The shares of segments must lie in [0, 1) and leave some for train, got {shares}.")

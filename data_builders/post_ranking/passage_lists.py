@@ -24,7 +24,8 @@ import pyarrow as pa
 
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.text import read_lines
-from sidtune.data_builders.post_ranking.schema import REQUEST_SCHEMA, PostRankField, PostRankTable
+from sidtune.data_builders.post_ranking.columns import REQUEST_SCHEMA
+from sidtune.data_builders.post_ranking.schema import PostRankField, PostRankTable
 from sidtune.data_builders.post_ranking.text_hashing import hashed_bag
 
 

@@ -29,55 +29,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from sidtune.core.errors import ConfigError, DataError, nearest
-from sidtune.core.ragged import offsets_of, side_by_side
+from sidtune.core.ragged import offsets_of, owners, side_by_side
+from sidtune.data_builders.post_ranking.columns import REQUEST_SCHEMA
 
 KINDS = ("id_embedding", "categorical", "numeric", "text_vector", "sid")
 SIDES = ("user", "item")
-REQUEST_SCHEMA = pa.schema(
-    [
-        ("request_id", pa.string()),
-        ("split", pa.string()),
-        ("query", pa.string()),
-        ("query_row", pa.int64()),
-        ("user_row", pa.int64()),
-        (
-            "candidates",
-            pa.list_(
-                pa.struct([("item_row", pa.int64()), ("init_score", pa.float32()), ("relevance", pa.float32())]),
-            ),
-        ),
-        ("history", pa.list_(pa.int64())),
-    ]
-)
-
-
-def request_table(
-    ids: Any,
-    splits: Any,
-    queries: Any,
-    query_rows: Any,
-    user_rows: Any,
-    candidates: tuple[np.ndarray, np.ndarray, np.ndarray],
-    history: tuple[np.ndarray, np.ndarray],
-) -> pa.Table:
-    """R requests as columns of `REQUEST_SCHEMA`.
-
-    Args:
-        ids, splits, queries, query_rows, user_rows: (R,) columns, Arrow arrays or what makes them.
-        candidates: item rows, scores and relevances, (R, n) each; NaN = unknown.
-        history: (R + 1,) offsets, and the item rows end to end.
-    """
-    items, scores, relevance = candidates
-    kind = REQUEST_SCHEMA.field("candidates").type.value_type
-    labels = pa.array(relevance.ravel(), pa.float32(), mask=np.isnan(relevance.ravel()))
-    flat = [pa.array(items.ravel(), pa.int64()), pa.array(scores.ravel(), pa.float32()), labels]
-    listed = pa.StructArray.from_arrays(flat, fields=list(kind))
-    places = pa.array(np.arange(len(items) + 1) * items.shape[1], pa.int32())
-    past = pa.ListArray.from_arrays(pa.array(history[0], pa.int32()), pa.array(history[1], pa.int64()))
-    columns = [ids, splits, queries, query_rows, user_rows, pa.ListArray.from_arrays(places, listed), past]
-    return pa.table(columns, schema=REQUEST_SCHEMA)
 
 
 @dataclass(frozen=True)
@@ -109,10 +68,8 @@ class PostRankField:
     def __post_init__(self) -> None:
         for what, value, known in (("kind", self.kind, KINDS), ("side", self.side, SIDES)):
             if value not in known:
-                raise ConfigError(
-                    f"The post-ranking field '{self.name}' has the {what} '{value}', which is unknown: "
-                    f"{nearest(value, known)}"
-                )
+                told = f"The post-ranking field '{self.name}' has the {what} '{value}', which is unknown"
+                raise ConfigError(f"{told}: {nearest(value, known)}")
         if self.dim < 1:
             raise ConfigError(f"The post-ranking field '{self.name}' must have at least one column, got {self.dim}.")
         if self.labels and len(self.labels) != self.dim:
@@ -222,11 +179,8 @@ class PostRankBatch:
 
         return replace(
             self,
-            item_fields={name: moved(value) for name, value in self.item_fields.items()},
-            item_present={name: moved(value) for name, value in self.item_present.items()},
-            item_rows=moved(self.item_rows),
-            init_score=moved(self.init_score),
-            relevance=moved(self.relevance),
+            **{n: {k: moved(v) for k, v in getattr(self, n).items()} for n in ("item_fields", "item_present")},
+            **{name: moved(getattr(self, name)) for name in ("item_rows", "init_score", "relevance")},
         )
 
 
@@ -278,8 +232,7 @@ class PostRankTable:
 
     def rows_of(self, split: str) -> np.ndarray:
         """(n,) rows of the requests of a split, in order."""
-        names = np.array(self.requests["split"].to_pylist(), dtype=object)
-        return np.flatnonzero(names == split)
+        return np.flatnonzero(pc.equal(self.requests["split"], split).fill_null(False))
 
     @cached_property
     def candidate_offsets(self) -> np.ndarray:
@@ -408,12 +361,10 @@ class PostRankTable:
         for what, values in numbers.items():
             if np.isinf(values).any():
                 raise DataError(f"The post-ranking {what} holds infinite values; repair them, or NaN for unknown ones.")
-        for name, texts, count in (
-            ("item", self.item_texts, counts["item"]),
-            ("user", self.user_texts, counts["user"]),
-        ):
-            if len(texts) not in (0, count):
-                raise DataError(f"There are {count} {name} rows but {len(texts)} {name} texts; give one each or none.")
+        for name, texts in (("item", self.item_texts), ("user", self.user_texts)):
+            if len(texts) not in (0, counts[name]):
+                found = f"There are {counts[name]} {name} rows but {len(texts)} {name} texts"
+                raise DataError(f"{found}; give one each or none.")
 
     def _check_rows(self) -> None:
         if (np.diff(self.candidate_offsets) < 1).any():
@@ -426,8 +377,7 @@ class PostRankTable:
         ):
             if len(rows) and (rows.min() < low or rows.max() >= count):
                 raise DataError(f"A {what} of the post-ranking table points outside its {count} rows; check the table.")
-        owner = np.repeat(np.arange(len(self)), np.diff(self.candidate_offsets))
-        pairs = owner * (len(self.item_ids) + 1) + self.candidate_rows
+        pairs = owners(self.candidate_offsets) * (len(self.item_ids) + 1) + self.candidate_rows
         if len(np.unique(pairs)) < len(pairs):
             raise DataError("A post-ranking request names an item twice among its candidates; keep each item once.")
 

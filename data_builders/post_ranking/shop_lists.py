@@ -22,7 +22,8 @@ import pyarrow as pa
 
 from sidtune.core.errors import ConfigError, DataError, nearest
 from sidtune.core.ragged import owners, stretches
-from sidtune.data_builders.post_ranking.schema import PostRankField, PostRankTable, request_table
+from sidtune.data_builders.post_ranking.columns import request_table
+from sidtune.data_builders.post_ranking.schema import PostRankField, PostRankTable
 from sidtune.data_builders.post_ranking.text_hashing import hashed_bag
 from sidtune.data_builders.shop_world import words
 from sidtune.data_builders.shop_world.catalogue import item_table, price_bucket

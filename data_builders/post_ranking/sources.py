@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from sidtune.core.config import build
+from sidtune.core.config import build, check_range
 from sidtune.core.errors import ConfigError, nearest
 from sidtune.data_builders.post_ranking.movielens_segments import SegmentConfig, movielens_segments
 from sidtune.data_builders.post_ranking.passage_lists import PassageFiles, passage_lists
@@ -80,8 +80,9 @@ class ShopSource:
             raise ConfigError(f"source.label: there is no label '{self.label}': {nearest(self.label, LABELS)}")
         if min(self.valid_share, self.test_share) < 0 or self.valid_share + self.test_share >= 1:
             raise ConfigError("source: valid_share and test_share must leave some sessions for training.")
-        if self.count < 10 or self.candidates < 2:
-            raise ConfigError(f"source: count must be >= 10 and candidates >= 2, got {self.count}, {self.candidates}.")
+        check_range(self, 10, "count")
+        check_range(self, 2, "candidates")
+        check_range(self, 0, "history", "seed")
         self._config()
 
     def load(self, folder: Path) -> Source:

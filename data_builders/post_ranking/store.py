@@ -53,7 +53,7 @@ def load_post_rank(folder: str | Path) -> PostRankTable:
     """
     folder = Path(folder)
     try:
-        known = json.loads((folder / "fields.json").read_text(encoding="utf-8"))
+        known = json.loads((folder / "fields.json").read_text(encoding="utf-8-sig"))
         fields = tuple(
             PostRankField(**{k: tuple(v) if isinstance(v, list) else v for k, v in one.items()})
             for one in known["fields"]

@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 from sidtune.core.errors import DataError
-from sidtune.data_builders.post_ranking.schema import REQUEST_SCHEMA, PostRankField, PostRankRequest, PostRankTable
+from sidtune.data_builders.post_ranking.columns import REQUEST_SCHEMA
+from sidtune.data_builders.post_ranking.schema import PostRankField, PostRankRequest, PostRankTable
 
 Pairs = list[tuple[str, str]]
 

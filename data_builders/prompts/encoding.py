@@ -12,6 +12,7 @@ popular query), so distinct ones are tokenised once and the rest is array work.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import re
@@ -232,7 +233,9 @@ def encode_prompts(
     learn = np.zeros(offsets[-1], bool)
     learn[offsets[1:] - 1] = True
     with_target[~learn] = codes
-    view = _WithTarget(encoder)
+    view = copy.copy(encoder)
+    view.starts, view.lengths = np.append(encoder.starts, 0), np.append(encoder.lengths, 0)
+    view.sid = np.append(encoder.sid, True)
     token_offsets, ids, _, rows, _ = _encode(
         view, offsets, with_target, learn, max_length, bos_id(tokenizer, bos), reserve
     )
@@ -246,16 +249,6 @@ def encode_prompts(
         bad = int(np.flatnonzero(np.diff(token_offsets) == 0)[0])
         raise DataError(f"Prompt {bad} has no tokens, so nothing can follow it; let head.jinja render some text.")
     return [part.tolist() for part in np.split(ids, token_offsets[1:-1])]
-
-
-class _WithTarget:
-    """An encoder with one more, empty, SID piece at the end."""
-
-    def __init__(self, encoder: PieceEncoder) -> None:
-        self.flat = encoder.flat
-        self.starts = np.append(encoder.starts, 0)
-        self.lengths = np.append(encoder.lengths, 0)
-        self.sid = np.append(encoder.sid, True)
 
 
 def encode_examples(

@@ -87,12 +87,11 @@ class Serializer:
         tokenizer: a transformers tokenizer with the SID tokens in it. None renders for the training of a new
             tokenizer: no eos, and nothing is checked against added tokens.
         templates: `plain` (short, for small models), `compact` (shorter still: context values without their names),
-            `chatml` (multi-turn `<|im_start|>` blocks), or a folder whose `.jinja` files override those of `base`.
+            `chatml` (multi-turn `<|im_start|>` blocks), or a folder whose `.jinja` files override those of `plain`.
         max_chars: longest field in characters, by field name; overrides single entries of `MAX_CHARS` (None: no
             limit).
         history_context: whether turns of the history show the context of their request. With false only the target
             turn does, which saves tokens and rules out whole-history training, where every turn is both.
-        base: the built-in templates a folder overrides.
         query_sids: gives the SID text of each query of a list, such as a `QueryCoder`; turns then show it
             behind the query (`query_sid`). Default: no turn shows one.
 
@@ -107,7 +106,6 @@ class Serializer:
         templates: str | Path = "plain",
         max_chars: Mapping[str, int | None] | None = None,
         history_context: bool = True,
-        base: str = "plain",
         query_sids: Callable[[Sequence[str]], Sequence[str]] | None = None,
     ) -> None:
         for name in max_chars or {}:
@@ -121,7 +119,7 @@ class Serializer:
         self.max_chars: dict[str, int | None] = {**MAX_CHARS, **(max_chars or {})}
         self.sanitizer = Sanitizer(tokenizer)
         self.query_sids = query_sids
-        self._paths, self.sources = _load(templates, base)
+        self._paths, self.sources = _load(templates)
         self._environment = ImmutableSandboxedEnvironment(
             loader=jinja2.FunctionLoader(lambda name: (self.sources[name], name, lambda: True)),
             undefined=jinja2.StrictUndefined,
@@ -410,11 +408,9 @@ def _line(error: BaseException, names: set[str]) -> int | None:
     return lines[-1] if lines else None
 
 
-def _load(templates: str | Path, base: str) -> tuple[dict[str, str], dict[str, str]]:
+def _load(templates: str | Path) -> tuple[dict[str, str], dict[str, str]]:
     """Names → where each template came from, names → source."""
-    if base not in BUILT_IN:
-        raise ConfigError(f"There are no base templates named '{base}': {nearest(base, BUILT_IN)}")
-    folder = Path(templates)
+    base, folder = "plain", Path(templates)
     if str(templates) in VARIANTS:
         base, folder = VARIANTS[str(templates)], _FOLDER / str(templates)
     if str(templates) in BUILT_IN:
@@ -436,7 +432,7 @@ def _load(templates: str | Path, base: str) -> tuple[dict[str, str], dict[str, s
     sources = {}
     for name, path in paths.items():
         try:
-            sources[name] = path.read_text(encoding="utf-8")
+            sources[name] = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"The template {path} cannot be read as UTF-8 text ({error}); write it again.") from None
         if any(mark in sources[name] for mark in _MARKS):

@@ -74,10 +74,10 @@ def read(folder: Path, chosen: Options) -> Tables:
 def _items(path: Path, findings: Findings, counts: dict[str, int]) -> pa.Table:
     rows: dict[str, dict[str, Any]] = {}
     nameless, repeated = [], 0
-    for number, row in json_rows(path):
+    for number, row in enumerate(json_rows(path)):
         key = row.get("parent_asin")
         if not isinstance(key, str) or not key:
-            nameless.append(number - 1)
+            nameless.append(number)
         elif key in rows:
             repeated += 1
         else:
@@ -130,10 +130,10 @@ def _picture(images: Any) -> str | None:
 
 def _events(path: Path, chosen: Options, findings: Findings, counts: dict[str, int]) -> pa.Table:
     good, wrong, unverified = [], [], 0
-    for number, row in json_rows(path):
+    for number, row in enumerate(json_rows(path)):
         user, item, time = row.get("user_id"), row.get("parent_asin") or row.get("asin"), row.get("timestamp")
         if not (isinstance(user, str) and user and isinstance(item, str) and item and type(time) is int):
-            wrong.append(number - 1)
+            wrong.append(number)
         elif chosen.verified and row.get("verified_purchase") is not True:
             unverified += 1
         else:

@@ -22,21 +22,23 @@ Descriptions are Python lists written as text, with HTML, CSS and entities; see 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sidtune.core.errors import ConfigError, DataError
+from sidtune.core.errors import ConfigError, DataError, nearest
+from sidtune.core.text import parse_json
 from sidtune.data_builders.readers.own import users_of
-from sidtune.data_builders.readers.raw_files import one_file, read_csv, read_json_object
+from sidtune.data_builders.readers.raw_files import one_file, read_json_object
 from sidtune.data_builders.readers.reader import reader
 from sidtune.data_builders.readers.text_cleaning import clean_html, parse_list_text
+from sidtune.data_builders.tables.findings import Findings
 from sidtune.data_builders.tables.history import History
 from sidtune.data_builders.tables.schema import Tables, table_from_columns, table_from_rows
 from sidtune.data_builders.tables.splits import candidate_lists
+from sidtune.data_builders.tables.table_files import csv_table
 
 _COLUMNS = ("user_id", "history_item_id", "item_id")
 _FILES = ("train", "valid", "test")
@@ -65,7 +67,6 @@ class _Row:
     history: list[str]
     target: str
     file: str
-    where: str
     title: str | None
 
 
@@ -123,22 +124,38 @@ def _category(value: Any) -> list[str] | None:
 
 def _read_rows(folder: Path, category: str, file: str) -> list[_Row]:
     path = one_file(folder, f"{category}.{file}.csv", needed=file == "test")
-    rows = []
-    for line, row in read_csv(path, _COLUMNS) if path else ():
-        try:
-            history = json.loads(row["history_item_id"])
-        except (json.JSONDecodeError, RecursionError):
-            history = None
-        if not isinstance(history, list) or not all(isinstance(part, (int, str)) for part in history):
-            raise DataError(
-                f"The file {path} has in line {line}, column 'history_item_id', no list of item ids but "
-                f"{row['history_item_id']!r:.60}; correct or remove the line."
-            )
-        if not row["user_id"] or not row["item_id"]:
-            raise DataError(f"The file {path} has no user_id or item_id in line {line}; correct or remove the line.")
-        window = [str(part) for part in history]
-        rows.append(_Row(row["user_id"], window, row["item_id"], file, f"{path}, line {line}", row.get("item_title")))
-    return rows
+    if path is None:
+        return []
+    findings, where = Findings(), str(path)
+    table = csv_table(path, where, findings)
+    for name in _COLUMNS:
+        if name not in table.column_names:
+            what = f"the column is missing ({nearest(name, table.column_names)})"
+            findings.table(where, name, what, "add it or correct its name", whole=True)
+    findings.raise_if_any()
+    texts = [table[name].to_pylist() for name in _COLUMNS]
+    windows = [_window(text) for text in texts[1]]
+    for name, values in zip(_COLUMNS, (texts[0], windows, texts[2]), strict=True):
+        wrong = [row for row, value in enumerate(values) if value is None]
+        seen = table[name].to_pylist()
+        what = [
+            f"{'a list of item ids' if name == _COLUMNS[1] else 'an id'} belongs here, got {seen[row]!r:.60}"
+            for row in wrong
+        ]
+        findings.rows(where, name, wrong, what.__getitem__, "correct or remove the row")
+    findings.raise_if_any()
+    titles = table["item_title"].to_pylist() if "item_title" in table.column_names else [None] * table.num_rows
+    return [_Row(*row, file, title) for *row, title in zip(texts[0], windows, texts[2], titles, strict=True)]
+
+
+def _window(text: str | None) -> list[str] | None:
+    """The item ids of a window, None where it is no list of them."""
+    try:
+        parts = parse_json(text or "")
+    except ValueError:
+        return None
+    good = isinstance(parts, list) and all(isinstance(part, (int, str)) for part in parts)
+    return [str(part) for part in parts] if good else None
 
 
 def _once(rows: list[_Row]) -> tuple[list[_Row], int]:

@@ -1,5 +1,4 @@
-"""Reader `kuaisearch`: the JSON lines of KuaiSearch (`users`, `items`, `recall`, `rank`; `relevance` by an own
-function).
+"""Reader `kuaisearch`: the JSON lines of KuaiSearch (`users`, `items`, `recall`, `rank`).
 
 * A `recall` line is a request: what was shown (in order), clicked and bought. `rank` lines of the same user, session
   and time are the same request seen item by item: they add the entrance to its context and prices to items. Rank
@@ -25,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sidtune.core.errors import DataError, nearest
-from sidtune.data_builders.readers.raw_files import first_rows, lists_of, pairs_of, read_json_lines
+from sidtune.data_builders.readers.raw_files import first_rows, lists_of, pairs_of, typed_json_lines
 from sidtune.data_builders.readers.reader import reader
 from sidtune.data_builders.readers.text_cleaning import clean_html
 from sidtune.data_builders.tables.columns import among
@@ -52,9 +51,6 @@ _LEVELS = [f"category_level{level}_name" for level in (1, 2, 3)]
 _ITEMS = pa.schema([("item_id", _INT), *((n, _TEXT) for n in ("item_title", "brand_name", "seller_name", *_LEVELS))])
 _PROFILE = ("gender", "age_bucket", "fre_country", "fre_province", "fre_city")
 _USERS = pa.schema([("user_id", _INT), *((name, _TEXT) for name in _PROFILE)])
-_RELEVANCE = pa.schema(
-    [*((n, _TEXT) for n in ("query", "item_title", "brand", "seller_name", "attr_value")), ("score", _INT)]
-)
 _SPLITS = {"train": "train", "valid": "valid", "val": "valid", "validation": "valid", "dev": "valid", "test": "test"}
 _NOTHING = ("", "UNKNOWN")
 
@@ -110,20 +106,11 @@ def read(folder: Path, chosen: Options) -> Tables:
     return Tables(items, users, requests, events, None if only_one else names, counts, notes)
 
 
-def read_relevance(path: str | Path) -> pa.Table:
-    """Reads `relevance.jsonl`: query, item_title, brand, seller_name, attr_value (text) and score (int, higher is
-    better).
-
-    The four tables have no place for judged pairs without ids; quality models and tests read them directly.
-    """
-    return read_json_lines(Path(path), _RELEVANCE, ("query", "item_title", "score"))
-
-
 def _read(folder: Path, name: str, schema: pa.Schema, required: tuple[str, ...]) -> pa.Table:
     path = folder / f"{name}.jsonl"
     if not path.is_file():
         raise DataError(f"The folder {folder} has no file {path.name}, which the reader 'kuaisearch' needs; add it.")
-    return read_json_lines(path, schema, required)
+    return typed_json_lines(path, schema, required)
 
 
 def _key_of(table: pa.Table) -> pa.Array:

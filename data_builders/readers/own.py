@@ -51,11 +51,12 @@ def complete(folder: DataFolder, *, users_given: bool, requests_from_events: boo
     else:
         requests = pa.concat_tables([folder.requests[part] for part in SPLITS])
         names = [part for part in SPLITS for _ in range(folder.requests[part].num_rows)]
-    made = without_repeats(Tables(folder.items, folder.users, requests, folder.events, names))
+    made = Tables(folder.items, folder.users, requests, folder.events, names)
     if not users_given:
         made.users = users_of(made.requests, made.events)
         made.counts["users_made_from_the_log"] = made.users.num_rows
     if not made.requests.num_rows and requests_from_events and made.events.num_rows:
+        made = without_repeats(made)  # a request made of each would hide that they are alike
         need(made.events, "events", ("user_id", "time", "action"))
         made.requests, rows = next_item_requests(made.events)
         made.events = tie_events(made.events, rows, made.requests["request_id"])

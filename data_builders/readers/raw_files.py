@@ -5,10 +5,8 @@ Shared by the readers: encoding, truncated gzip, broken JSON, missing columns an
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sidtune.core.errors import DataError, nearest
+from sidtune.core.errors import DataError
+from sidtune.core.folders import read_json, read_json_lines
+from sidtune.core.shapes import misfit
 from sidtune.core.text import parse_json, read_text
 from sidtune.data_builders.tables.columns import encode
 from sidtune.data_builders.tables.findings import Findings
 from sidtune.data_builders.tables.table_files import read_table
-
-_FIELD_LIMIT = 1 << 27
 
 
 def source_folder(path: str | Path, reader: str) -> Path:
@@ -61,38 +59,15 @@ def read_json_object(path: Path) -> tuple[dict[str, Any], int]:
         return made
 
     try:
-        value = json.loads(read_text(path), object_pairs_hook=first_wins)
-    except (json.JSONDecodeError, RecursionError) as error:
+        value = parse_json(read_text(path), first_wins)
+    except ValueError as error:
         raise DataError(f"The file {path} is not valid JSON ({error}); copy or download it again.") from None
     if not isinstance(value, dict):
         raise DataError(f"The file {path} must hold one JSON object, but holds a {type(value).__name__}.")
     return value, repeated
 
 
-def read_csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yields (line number, row) of a comma-separated file with a header that has at least `columns`."""
-    limit = csv.field_size_limit(_FIELD_LIMIT)
-    try:
-        rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
-        header = next(rows, [])
-        for name in columns:
-            if name not in header:
-                raise DataError(f"The file {path} has no column '{name}' ({nearest(name, header)})")
-        for row in rows:
-            if row and len(row) != len(header):
-                raise DataError(
-                    f"The file {path} has {len(row)} fields in line {rows.line_num}, its header has {len(header)}; "
-                    "correct or remove the line."
-                )
-            if row:
-                yield rows.line_num, dict(zip(header, row, strict=True))
-    except csv.Error as error:
-        raise DataError(f"The file {path} is not valid CSV in line {rows.line_num} ({error}); correct it.") from None
-    finally:
-        csv.field_size_limit(limit)
-
-
-def read_json_lines(path: Path, schema: pa.Schema, required: Sequence[str] = ()) -> pa.Table:
+def typed_json_lines(path: Path, schema: pa.Schema, required: Sequence[str] = ()) -> pa.Table:
     """Reads JSON lines into typed columns; keys that the schema lacks are dropped, absent ones become null.
 
     Raises:
@@ -107,32 +82,19 @@ def read_json_lines(path: Path, schema: pa.Schema, required: Sequence[str] = ())
     return table
 
 
-def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number, object) of each line of a JSON-lines file, or of each place of a file that holds one list of objects."""
-    text = read_text(path)
-    if text.lstrip()[:1] == "[":
-        rows: Iterator[tuple[int, Any]] = enumerate(_parsed(path, text, "1"), 1)
-    else:
-        lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
-        rows = ((number, _parsed(path, line, str(number))) for number, line in lines)
-    for number, row in rows:
-        if not isinstance(row, dict):
-            raise DataError(
-                f"The file {path} has in line {number} no object but {row!r:.60}; write one {{...}} a line."
-            )
-        yield number, row
-
-
-def _parsed(path: Path, text: str, line: str) -> Any:
-    try:
-        return parse_json(text)
-    except ValueError as error:
-        raise DataError(f"The file {path} is not valid JSON in line {line} ({error}); correct or remove it.") from None
+def json_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file, or of a `.json` file that holds one list of them."""
+    if ".jsonl" not in path.name and read_text(path).lstrip()[:1] == "[":
+        rows = read_json(path)
+        if why := misfit(rows, [dict]):
+            raise DataError(f"The file {path} is no list of objects, because {why}; correct it.")
+        return rows
+    return read_json_lines(path, dict)
 
 
 def json_table(path: Path) -> pa.Table:
     """A file of JSON objects as a table with the types that its values have; integers among texts become text."""
-    rows = [row for _, row in json_rows(path)]
+    rows = json_rows(path)
     columns = {}
     for name in dict.fromkeys(name for row in rows for name in row):
         values = [row.get(name) for row in rows]

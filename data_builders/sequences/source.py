@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.data_builders.registry import READERS
+from sidtune.data_builders.registry import READERS, reader_options
 from sidtune.data_builders.sequences.item_sequences import ItemSequences
 from sidtune.data_builders.tables.schema import Tables
 
@@ -30,7 +30,7 @@ class SequenceSource:
         self.path = os.path.expanduser(os.path.expandvars(self.path))
         if "$" in self.path:
             raise ConfigError(f"source.path {self.path} names an environment variable that is not set; set it.")
-        READERS.get(self.reader)
+        reader_options(self.reader, self.options, self.path)
 
     def read(self) -> tuple[Tables, ItemSequences]:
         """Its tables and sequences."""

@@ -1,4 +1,4 @@
-"""Best order of a list whose value is a sum over places and over neighbours: exact for short lists, beam above.
+"""Best order of a list whose value is a sum over places and over neighbours, found exactly.
 
 Own design. The value of an order o of n items, with weights w_0..w_{n-1} of the places, is
 
@@ -42,17 +42,11 @@ def order_value(
     return weights[: order.shape[1]] * own * (1.0 - 0.5 * interaction * loss)
 
 
-def best_order(
-    attraction: np.ndarray, similarity: np.ndarray, weights: np.ndarray, interaction: float, beam: int = 64
-) -> np.ndarray:
-    """(B, n) the best order: exact up to `EXACT_UP_TO` items, else beam search refined by swaps.
-
-    Args:
-        attraction, similarity, weights, interaction: as in `order_value`.
-        beam: width of the beam of longer lists.
+def best_order(attraction: np.ndarray, similarity: np.ndarray, weights: np.ndarray, interaction: float) -> np.ndarray:
+    """(B, n) the best order of at most `EXACT_UP_TO` items; arguments as in `order_value`.
 
     Raises:
-        DataError: shapes that do not fit.
+        DataError: more items, or shapes that do not fit.
     """
     n = attraction.shape[1]
     if similarity.shape != (len(attraction), n, n) or len(weights) < n:
@@ -61,7 +55,9 @@ def best_order(
             f"got {similarity.shape} and {len(weights)}."
         )
     if n > EXACT_UP_TO:
-        return beam_order(attraction, similarity, weights, interaction, beam)
+        raise DataError(
+            f"The best order is found exactly, for at most {EXACT_UP_TO} items, got {n}; give fewer candidates."
+        )
     step = max(1, _BLOCK // (2**n * n * 4))
     parts = [
         _exact(attraction[at : at + step], similarity[at : at + step], weights, interaction)
@@ -92,65 +88,6 @@ def _exact(attraction: np.ndarray, similarity: np.ndarray, weights: np.ndarray, 
         last = order[:, k]
         order[:, k - 1] = came_from[row, full, last]
         full = full ^ (1 << last)
-    return order
-
-
-def beam_order(
-    attraction: np.ndarray, similarity: np.ndarray, weights: np.ndarray, interaction: float, beam: int = 64
-) -> np.ndarray:
-    """(B, n) a good order: left-to-right beam search from the best prefix values, then swaps of any two places as long
-    as one helps. Not proved best; never worse than the order by attraction."""
-    B, n = attraction.shape
-    sorted_order = np.argsort(-attraction, axis=1, kind="stable")
-    made = _beam(attraction, similarity, weights, interaction, beam)
-    both = [sorted_order, made]
-    values = np.stack([order_value(attraction, similarity, weights, interaction, one).sum(axis=1) for one in both])
-    best = np.where((values[1] >= values[0])[:, None], made, sorted_order)
-    return _swaps(attraction, similarity, weights, interaction, best) if n > 1 and B else best
-
-
-def _beam(
-    attraction: np.ndarray, similarity: np.ndarray, weights: np.ndarray, interaction: float, beam: int
-) -> np.ndarray:
-    B, n = attraction.shape
-    row = np.arange(B)[:, None]
-    order = np.argsort(-attraction, axis=1, kind="stable")[:, : min(beam, n), None]
-    value = weights[0] * attraction[row, order[:, :, 0]]
-    for k in range(1, n):
-        last = order[:, :, -1]
-        before, after = weights[k - 1] * attraction[row, last], weights[k] * attraction
-        beside = similarity[row, last]
-        step = after[:, None, :] - 0.5 * interaction * beside * (before[:, :, None] + after[:, None, :])
-        total = value[:, :, None] + step
-        used = np.zeros(total.shape, bool)
-        np.put_along_axis(used, order, True, axis=2)
-        total[used] = -np.inf
-        flat = total.reshape(B, -1)
-        keep = np.argsort(-flat, axis=1, kind="stable")[:, : min(beam, flat.shape[1])]
-        value = np.take_along_axis(flat, keep, axis=1)
-        parent, item = keep // n, keep % n
-        order = np.concatenate([np.take_along_axis(order, parent[..., None], axis=1), item[..., None]], axis=2)
-    return order[:, 0]
-
-
-def _swaps(
-    attraction: np.ndarray, similarity: np.ndarray, weights: np.ndarray, interaction: float, order: np.ndarray
-) -> np.ndarray:
-    """Best swap of two places for every list at once, until none helps any list."""
-    B, n = order.shape
-    pairs = np.array(list(combinations(range(n), 2)))
-    places = np.tile(np.arange(n), (len(pairs), 1))
-    np.put_along_axis(places, pairs, pairs[:, ::-1].copy(), axis=1)
-    for _ in range(4 * n):
-        tried = order[:, places].reshape(-1, n)
-        many = [np.repeat(one, len(pairs), axis=0) for one in (attraction, similarity)]
-        value = order_value(*many, weights, interaction, tried).sum(axis=1).reshape(B, -1)
-        now = order_value(attraction, similarity, weights, interaction, order).sum(axis=1)
-        chosen = value.argmax(axis=1)
-        better = value[np.arange(B), chosen] > now + 1e-12
-        if not better.any():
-            break
-        order = np.where(better[:, None], np.take_along_axis(order, places[chosen], axis=1), order)
     return order
 
 

@@ -8,7 +8,7 @@ list (o_0, ..., o_{m-1}) shown to request r gets
 independent between places, with the interaction c in [0, 1]. Similarity is what a shopper sees: the weighted share of
 brand, colour, style, material and leaf that two items have in common. The utility of a list is its expected number of
 clicks, so the best list puts attractive items first *and* apart from their likes: it is not the list sorted by
-attraction. Utility is exact, the best list is found exactly up to `best_order.EXACT_UP_TO` candidates, and feedback on
+attraction. Utility is exact, the best list of up to `best_order.EXACT_UP_TO` candidates is found exactly, and feedback on
 any list can be sampled.
 """
 
@@ -20,7 +20,7 @@ from functools import cached_property
 import numpy as np
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.data_builders.shop_world.best_order import best_order, order_value, random_value
+from sidtune.data_builders.shop_world.best_order import EXACT_UP_TO, best_order, order_value, random_value
 from sidtune.data_builders.shop_world.world import ShopWorld
 
 
@@ -61,7 +61,7 @@ class ShopSessions:
     Args:
         world: the shop.
         rows: (B,) request rows.
-        items: (B, n) item rows in incoming order, each item once per list, n at most the page size.
+        items: (B, n) item rows in incoming order, each item once per list, n at most the page size and `EXACT_UP_TO`.
         config: see `SessionConfig`.
 
     Raises:
@@ -75,11 +75,9 @@ class ShopSessions:
         self.rows, self.items = np.asarray(rows, dtype=np.int64), np.asarray(items)
         if self.items.ndim != 2 or len(self.items) != len(self.rows) or not self.items.shape[1]:
             raise DataError(f"Sessions need candidates of shape ({len(self.rows)}, n), got {self.items.shape}.")
-        if self.items.shape[1] > world.config.page_size:
-            raise DataError(
-                f"A session shows at most {world.config.page_size} items (the page), got {self.items.shape[1]}; give "
-                "fewer candidates or raise page_size."
-            )
+        most = min(world.config.page_size, EXACT_UP_TO)  # the page, and what the best list is known of
+        if self.items.shape[1] > most:
+            raise DataError(f"A session shows at most {most} items, got {self.items.shape[1]}; give fewer candidates.")
         ordered = np.sort(self.items, axis=1)
         if (ordered[:, 1:] == ordered[:, :-1]).any():
             raise DataError("A session names an item twice among its candidates; keep each item once.")
@@ -117,7 +115,7 @@ class ShopSessions:
 
     @cached_property
     def best(self) -> np.ndarray:
-        """(B, n) the best list (exact for short lists, see `best_order.best_order`)."""
+        """(B, n) the best list."""
         return best_order(self.attraction, self.similarity, self.weights, self.config.interaction)
 
     @property

@@ -37,14 +37,16 @@ def among(pairs: np.ndarray, known: np.ndarray) -> np.ndarray:
 
 def repeated_rows(table: pa.Table) -> np.ndarray:
     """Places of the rows that equal an earlier row in every column, nulls alike."""
-    flat = [field.name for field in table.schema if not pa.types.is_nested(field.type)]
-    place = table.select(flat).append_column("", pa.array(np.arange(table.num_rows)))
-    first = place.group_by(flat, use_threads=False).aggregate([("", "min")])["_min"].to_numpy()
-    again = np.setdiff1d(np.arange(table.num_rows), first) if len(first) < table.num_rows else np.empty(0, np.int64)
-    if not len(again) or len(flat) == table.num_columns:
-        return again
-    # Lists are compared row by row, where all else repeats.
-    key = table[flat[0]]
-    rows = np.flatnonzero(pc.is_in(key, value_set=one_array(key.take(again))).to_numpy(zero_copy_only=False))
+    code = np.zeros(table.num_rows, np.uint64)
+    for column in table.columns[:4]:
+        part = pc.fill_null(column, -1).to_numpy() if pa.types.is_integer(column.type) else encode(column)[0]
+        code = code * np.uint64(0x9E3779B97F4A7C15) + part.astype(np.uint64)
+    ordered = np.sort(code)
+    alike = ordered[1:][ordered[1:] == ordered[:-1]]
+    rows = np.flatnonzero(np.isin(code, alike)) if len(alike) else np.empty(0, np.int64)
+    # Few rows agree in four columns: these are compared whole.
+    first: dict[str, int] = {}
     texts = [repr(row) for row in table.take(rows).to_pylist()]
-    return rows[np.setdiff1d(np.arange(len(rows)), np.unique(texts, return_index=True)[1])]
+    return np.array(
+        [row for row, text in zip(rows.tolist(), texts, strict=True) if first.setdefault(text, row) != row], np.int64
+    )

@@ -208,7 +208,7 @@ def read_meta(folder: Path, findings: Findings, *, needed: bool) -> dict[str, An
     if not path.is_file() and not needed:
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
         if isinstance(value, dict):
             return value
     except FileNotFoundError:

@@ -276,7 +276,7 @@ def conform(
             if misfit := _misfit(column.type, field.type, field.name):
                 findings.table(where, *misfit, whole=True)
             else:
-                columns[-1] = column.cast(field.type)
+                columns[-1] = column if column.type == field.type else column.cast(field.type)
         except pa.ArrowException as error:
             what = f"a value does not fit {field.type} ({_short(error)})"
             findings.table(where, field.name, what, "correct the value", whole=True)

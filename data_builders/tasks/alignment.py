@@ -18,6 +18,7 @@ sanitising are skipped and counted.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,98 +30,75 @@ from sidtune.data_builders.tables.columns import one_array, rows_of
 from sidtune.data_builders.tasks.behaviour import pieces_dataset
 from sidtune.data_builders.tasks.input import TaskInput
 
-Row = Mapping[str, Any]
-# Prompt and answer of one row, or None to skip it.
-Maker = Callable[[Row], "tuple[list[str], str] | None"]
+Row = Mapping[str, Any]  # of the items table; of a request with a query, with that query as `query`
 
 
 def item_to_sid(data: TaskInput, limit: int | None = None) -> Dataset:
     """Text of an item → its SID."""
-
-    def make(row: Row) -> tuple[list[str], str] | None:
-        fields = _fields(row)
-        if not _has_text(data, fields):
-            return None
-        return data.serializer.prompt("item_to_sid", **fields), data.sids[row["item_id"]]
-
-    return _item_examples(data, "item_to_sid", limit, make)
+    return _item_examples(data, "item_to_sid", limit, lambda row: _text(data, "item_to_sid", row), partial(_sid, data))
 
 
 def sid_to_item(data: TaskInput, limit: int | None = None) -> Dataset:
     """SID → title."""
-
-    def make(row: Row) -> tuple[list[str], str] | None:
-        if not data.serializer.field(row["title"], "title"):
-            return None
-        return data.serializer.prompt("sid_to_item", sid=data.sids[row["item_id"]]), data.serializer.answer(
-            row["title"]
-        )
-
-    return _item_examples(data, "sid_to_item", limit, make)
+    return _item_examples(data, "sid_to_item", limit, partial(_sid_prompt, data, "sid_to_item"), partial(_title, data))
 
 
 def sid_to_category(data: TaskInput, limit: int | None = None) -> Dataset:
     """SID → category path, coarse to fine, joined by " / "."""
-
-    def make(row: Row) -> tuple[list[str], str] | None:
-        path = _category(data, row)
-        prompt = data.serializer.prompt("sid_to_category", sid=data.sids[row["item_id"]])
-        return (prompt, path) if path else None
-
-    return _item_examples(data, "sid_to_category", limit, make)
+    task = "sid_to_category"
+    return _item_examples(data, task, limit, partial(_sid_prompt, data, task), partial(_category, data))
 
 
 def text_to_category(data: TaskInput, limit: int | None = None) -> Dataset:
     """Text of an item, without its category → category path."""
-
-    def make(row: Row) -> tuple[list[str], str] | None:
-        path, fields = _category(data, row), _fields(row, category=[])
-        if not path or not _has_text(data, fields):
-            return None
-        return data.serializer.prompt("text_to_category", **fields), path
-
-    return _item_examples(data, "text_to_category", limit, make)
+    task = "text_to_category"
+    return _item_examples(
+        data, task, limit, lambda row: _text(data, task, {**row, "category": []}), partial(_category, data)
+    )
 
 
 def query_to_sid(data: TaskInput, limit: int | None = None) -> Dataset:
     """Query of a train request → SID of its strongest positive."""
-
-    def make(query: str, row: Row) -> tuple[list[str], str]:
-        return data.serializer.prompt("query_to_sid", query=query), data.sids[row["item_id"]]
-
-    return _query_examples(data, "query_to_sid", limit, make)
+    return _query_examples(data, "query_to_sid", limit, partial(_query, data, "query_to_sid"), partial(_sid, data))
 
 
 def query_to_item_text(data: TaskInput, limit: int | None = None) -> Dataset:
     """Query of a train request → title of its strongest positive."""
-
-    def make(query: str, row: Row) -> tuple[list[str], str] | None:
-        if not data.serializer.field(row.get("title"), "title"):
-            return None
-        return data.serializer.prompt("query_to_item_text", query=query), data.serializer.answer(row["title"])
-
-    return _query_examples(data, "query_to_item_text", limit, make)
+    task = "query_to_item_text"
+    return _query_examples(data, task, limit, partial(_query, data, task), partial(_title, data))
 
 
 def item_text_to_query(data: TaskInput, limit: int | None = None) -> Dataset:
     """Text of the strongest positive of a train request → the query."""
-
-    def make(query: str, row: Row) -> tuple[list[str], str] | None:
-        fields = _fields(row)
-        if not _has_text(data, fields):
-            return None
-        return data.serializer.prompt("item_text_to_query", **fields), data.serializer.answer(query, "query")
-
-    return _query_examples(data, "item_text_to_query", limit, make)
+    task = "item_text_to_query"
+    return _query_examples(
+        data, task, limit, partial(_text, data, task), lambda row: data.serializer.answer(row["query"], "query")
+    )
 
 
-def _fields(row: Row, **changes: Any) -> dict[str, Any]:
-    return {name: row.get(name) for name in ITEM_FIELDS} | changes
-
-
-def _has_text(data: TaskInput, fields: Mapping[str, Any]) -> bool:
+def _text(data: TaskInput, task: str, row: Row) -> list[str]:
+    """A prompt of the item's text, [] where it has none."""
+    fields = {name: row.get(name) for name in ITEM_FIELDS}
     clean = data.serializer.item_fields(fields)
-    return any(clean[name] for name in ITEM_FIELDS if name != "price")
+    some = any(clean[name] for name in ITEM_FIELDS if name != "price")
+    return data.serializer.prompt(task, **fields) if some else []
+
+
+def _sid_prompt(data: TaskInput, task: str, row: Row) -> list[str]:
+    return data.serializer.prompt(task, sid=_sid(data, row))
+
+
+def _query(data: TaskInput, task: str, row: Row) -> list[str]:
+    return data.serializer.prompt(task, query=row["query"])
+
+
+def _sid(data: TaskInput, row: Row) -> str:
+    return data.sids[row["item_id"]]
+
+
+def _title(data: TaskInput, row: Row) -> str:
+    title = row.get("title")
+    return data.serializer.answer(title) if data.serializer.field(title, "title") else ""
 
 
 def _category(data: TaskInput, row: Row) -> str:
@@ -129,22 +107,29 @@ def _category(data: TaskInput, row: Row) -> str:
     return data.serializer.answer(path, "category_path") if path else ""
 
 
-def _item_examples(data: TaskInput, task: str, limit: int | None, make: Maker) -> Dataset:
+def _pair(row: Row, prompt: Callable[[Row], list[str]], answer: Callable[[Row], str]) -> list[str] | None:
+    """Prompt and answer as the pieces of an example, None where one of them is empty."""
+    before, after = prompt(row), answer(row)
+    return [*before, after] if before and after else None
+
+
+def _item_examples(
+    data: TaskInput, task: str, limit: int | None, prompt: Callable[[Row], list[str]], answer: Callable[[Row], str]
+) -> Dataset:
     known = rows_of(data.items["item_id"], data.sid_ids) >= 0
     table = data.items.select(["item_id", *ITEM_FIELDS])
 
-    def made(rows: np.ndarray) -> list[tuple[list[str], str] | None]:
+    def made(rows: np.ndarray) -> list[list[str] | None]:
         batches = table.take(pa.array(rows)).to_batches(10_000)
-        return [make(row) for batch in batches for row in batch.to_pylist()]
+        return [_pair(row, prompt, answer) for batch in batches for row in batch.to_pylist()]
 
-    rows, pairs = data.choose_made(task, np.flatnonzero(known), limit, "items_without_text", made)
+    rows, examples = data.choose_made(task, np.flatnonzero(known), limit, "items_without_text", made)
     data.count(task, items_without_sid=int((~known).sum()))
-    keys = one_array(data.items["item_id"].take(pa.array(rows)))
-    return pieces_dataset(task, [[*prompt, answer] for prompt, answer in pairs], keys)
+    return pieces_dataset(task, examples, one_array(data.items["item_id"].take(pa.array(rows))))
 
 
 def _query_examples(
-    data: TaskInput, task: str, limit: int | None, make: Callable[[str, Row], tuple[list[str], str] | None]
+    data: TaskInput, task: str, limit: int | None, prompt: Callable[[Row], list[str]], answer: Callable[[Row], str]
 ) -> Dataset:
     found = data.positives
     request, item = found.request[found.strongest], found.item[found.strongest]
@@ -152,9 +137,9 @@ def _query_examples(
     asked = np.flatnonzero(queries.is_valid().to_numpy(zero_copy_only=False))
     row_of_item = rows_of(data.sid_ids, data.items["item_id"])
     items = data.items.select(["item_id", *ITEM_FIELDS])
-    cache: dict[tuple[str, int], tuple[list[str], str] | None] = {}
+    cache: dict[tuple[str, int], list[str] | None] = {}
 
-    def made(places: np.ndarray) -> list[tuple[list[str], str] | None]:
+    def made(places: np.ndarray) -> list[list[str] | None]:
         # Items repeat: each is read and each (query, item) rendered once.
         distinct, which = np.unique(item[places], return_inverse=True)
         known = items.take(pa.array(np.maximum(row_of_item[distinct], 0))).to_pylist()
@@ -163,11 +148,10 @@ def _query_examples(
         pairs = list(zip(queries.take(pa.array(places)).to_pylist(), which.reshape(-1).tolist(), strict=True))
         for query, n in dict.fromkeys(pairs):
             if (query, distinct[n]) not in cache:
-                empty = not data.serializer.field(query, "query")
-                cache[query, distinct[n]] = None if empty else make(query, rows[n])
+                some = data.serializer.field(query, "query")
+                cache[query, distinct[n]] = _pair({**rows[n], "query": query}, prompt, answer) if some else None
         return [cache[query, distinct[n]] for query, n in pairs]
 
-    chosen, pairs = data.choose_made(task, asked, limit, "requests_without_text", made)
+    chosen, examples = data.choose_made(task, asked, limit, "requests_without_text", made)
     data.count(task, requests_without_query=int(found.strongest.sum()) - len(asked))
-    keys = one_array(data.requests["request_id"].take(pa.array(request[chosen])))
-    return pieces_dataset(task, [[*prompt, answer] for prompt, answer in pairs], keys)
+    return pieces_dataset(task, examples, one_array(data.requests["request_id"].take(pa.array(request[chosen]))))

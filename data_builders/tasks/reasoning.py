@@ -13,10 +13,9 @@ gives it when it serves.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from sidtune.core.errors import ConfigError, DataError, nearest
-from sidtune.core.folders import fingerprint
+from sidtune.core.folders import fingerprint, read_json_lines
 from sidtune.core.ragged import owners
 from sidtune.data_builders.prompts.encoding import encoder_of, token_ids
 from sidtune.data_builders.tables.columns import encode, one_array, rows_of
@@ -220,7 +219,7 @@ def read_reasonings(data: TaskInput, path: str | Path) -> Reasonings:
     Raises:
         DataError: an unreadable line, or a request, target or item that the training data does not have.
     """
-    rows = list(_lines(Path(path)))
+    rows = reasoning_lines(path)
     request = rows_of(pa.array([row["request_id"] for row in rows], pa.string()), data.requests["request_id"])
     _refuse_unknown(request, [row["request_id"] for row in rows], path, "request", "among the requests of this split")
     owner, target = strongest_targets(data)
@@ -241,25 +240,16 @@ def _without_marks(text: str) -> str:
     return text.strip().removeprefix(THINK).removesuffix(END)
 
 
-def _lines(path: Path) -> Iterable[dict[str, Any]]:
-    if not path.is_file():
-        raise DataError(f"The file of reasonings {path} does not exist; check the path.")
-    with path.open(encoding="utf-8", errors="strict") as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                good = isinstance(row, dict) and all(
-                    isinstance(row[k], str) and row[k] for k in ("request_id", "reasoning")
-                )
-            except (json.JSONDecodeError, KeyError):
-                good = False
-            if not good:
-                raise DataError(
-                    f"{path}, line {number}: expected JSON with the texts 'request_id' and 'reasoning', got {line.strip()[:80]!r}."
-                )
-            yield row
+def reasoning_lines(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a file of reasonings, one JSON mapping each. Raises DataError where one is none, or a text is empty."""
+    what = "file of reasonings (JSON lines with 'request_id' and 'reasoning')"
+    rows = read_json_lines(path, {"request_id": str, "reasoning": str, "item_id?": str | None}, what)
+    for row in rows:
+        if not row["request_id"] or not row["reasoning"]:
+            raise DataError(
+                f"{path}: expected the texts 'request_id' and 'reasoning', got {str(row)[:80]}; correct it."
+            )
+    return rows
 
 
 def _refuse_unknown(found: np.ndarray, names: Sequence[Any], path: Any, kind: str, what: str) -> None:

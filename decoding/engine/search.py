@@ -62,11 +62,16 @@ class GenerateCall:
         if config is None:
             for name in arguments:
                 if name not in _PLAIN_NAMES:
-                    hint = nearest(
-                        name,
-                        (*_PLAIN_NAMES, "trie", "sid_token_ids", "max_rows", "memory_budget", "filters", "num_beams"),
+                    known = (
+                        *_PLAIN_NAMES,
+                        "trie",
+                        "sid_token_ids",
+                        "max_rows",
+                        "memory_budget",
+                        "filters",
+                        "num_beams",
                     )
-                    raise ConfigError(f"{function} knows no argument '{name}'; did you mean '{hint}'?")
+                    raise ConfigError(f"{function} knows no argument '{name}'; {nearest(name, known)}")
             if mask is not None and arguments.get("attention_mask") is not None:
                 raise ConfigError("`mask` and `attention_mask` mean the same; pass one of them.")
             return cls(input_ids, arguments.get("attention_mask") if mask is None else mask)
@@ -128,10 +133,7 @@ class Search:
             raise ConfigError(f"`trie` must be a SidTrie, got {type(trie).__name__}; make one with SidTrie.from_codes.")
         self.device = model.device if hasattr(model, "device") else next(model.parameters()).device
         self.trie = trie.to(self.device)
-        ids = self.trie.token_ids if sid_token_ids is None else sid_token_ids
-        if ids is None:
-            raise ConfigError("The search needs `sid_token_ids`, or a trie that knows them (`SidTrie.bind`); pass one.")
-        self.level_tokens = split_levels(self.trie, ids, _vocabulary_size(model), self.device)
+        self.level_tokens = self.trie.level_tokens(sid_token_ids, _vocabulary_size(model))
         self.steps = ModelSteps(model, self.level_tokens, whole_vocabulary)
         self._encoded = None if call.encoded is None else call.encoded.to(self.device)
         ids = call.input_ids.to(self.device) if self._encoded is None else None
@@ -141,7 +143,7 @@ class Search:
             mask = torch.ones(like.shape, dtype=torch.int64)
         mask = mask.to(device=self.device, dtype=torch.int64)
         if ids is not None:
-            _check_prompts(model, self.steps, ids, mask, trie.depth)
+            check_prompts(model, ids, mask, trie.depth, self.steps.encoder_decoder)
             if self.steps.encoder_decoder:
                 ids, mask = _pad_right(ids, mask)
         self._ids, self._mask, self.prompts = ids, mask, len(mask)
@@ -201,36 +203,14 @@ class Search:
         self.steps.advance(self.level_tokens[level][codes], parents)
 
 
-def split_levels(trie: SidTrie, sid_token_ids: np.ndarray | Tensor, vocabulary: int | None, device) -> list[Tensor]:
-    """The token ids of each level's codes as tensors on `device`.
-
-    Raises:
-        DataError: not one distinct id per code of all levels, or an id outside the vocabulary (None: size unknown).
-    """
-    ids = sid_token_ids if isinstance(sid_token_ids, Tensor) else torch.tensor(sid_token_ids)
-    expected = sum(trie.level_sizes)
-    if ids.shape != (expected,) or ids.is_floating_point():
-        raise DataError(
-            f"sid_token_ids must hold one integer per code of all {trie.depth} levels, shape ({expected},), got "
-            f"{tuple(ids.shape)}; pass the `sid_token_ids` of the vocabulary made for these SIDs."
-        )
-    ids = ids.to(device=device, dtype=torch.int64)
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or (vocabulary is not None and high >= vocabulary) or len(ids.unique()) != expected:
-        raise DataError(
-            f"sid_token_ids must be distinct ids of the model's vocabulary (size {vocabulary}), got ids from {low} to "
-            f"{high}; use the model, tokenizer and vocabulary of one folder."
-        )
-    return list(ids.split(list(trie.level_sizes)))
-
-
 def _pad_right(input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Moves padding behind the prompt: encoders with learned positions (BART) count columns, padding included."""
     order = mask.argsort(dim=1, descending=True, stable=True)
     return input_ids.gather(1, order), mask.gather(1, order)
 
 
-def _check_prompts(model: nn.Module, steps: ModelSteps, input_ids: Tensor, mask: Tensor, depth: int) -> None:
+def check_prompts(model: Any, input_ids: Tensor, mask: Tensor, more: int, encoder_decoder: bool = False) -> None:
+    """Raises DataError unless these are padded prompts of the model that leave room for `more` tokens."""
     if input_ids.ndim != 2 or input_ids.numel() == 0 or input_ids.is_floating_point() or mask.shape != input_ids.shape:
         raise DataError(
             f"Prompts must be a non-empty integer array (B, T) with a mask of the same shape, got "
@@ -238,7 +218,7 @@ def _check_prompts(model: nn.Module, steps: ModelSteps, input_ids: Tensor, mask:
         )
     if not bool(((mask == 0) | (mask == 1)).all() and mask.any(dim=1).all()):
         raise DataError("The attention mask must be 0 or 1 and 1 somewhere in every prompt; give every prompt a token.")
-    if not steps.encoder_decoder and not bool((mask.diff(dim=1) >= 0).all()):
+    if not encoder_decoder and not bool((mask.diff(dim=1) >= 0).all()):
         raise DataError("A decoder-only model needs prompts padded on the left; set tokenizer.padding_side = 'left'.")
     vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None)
     low, high = int(input_ids.min()), int(input_ids.max())
@@ -247,10 +227,12 @@ def _check_prompts(model: nn.Module, steps: ModelSteps, input_ids: Tensor, mask:
             f"The prompts hold token ids from {low} to {high} but the model has a vocabulary of {vocabulary}; "
             "use the tokenizer of this model."
         )
-    limit = getattr(steps.config, "max_position_embeddings", None)
-    longest = int(mask.sum(dim=1).max()) + (0 if steps.encoder_decoder else depth - 1)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    longest = int(mask.sum(dim=1).max()) + (0 if encoder_decoder else more - 1)
     if limit is not None and longest > limit:
-        raise DataError(f"The longest prompt needs {longest} positions but the model has {limit}; shorten the prompts.")
+        raise DataError(
+            f"The longest prompt with what follows needs {longest} positions but the model has {limit}; shorten it."
+        )
 
 
 def _vocabulary_size(model: nn.Module) -> int | None:

@@ -1,9 +1,9 @@
-"""The items that can be found: titles, categories, stock, and the part of the trie that a filter leaves.
+"""The items that can be found: titles, categories, brands, prices, stock, and the part of the trie that a filter leaves.
 
 A filter on items is exact on two levels. The trie keeps every SID with at least one allowed item below it (`SidTrie.restrict`,
 so the search never spends a beam on anything else), and the list of items behind each SID keeps the allowed ones only.
-A *scope* is both, made once for a combination of categories and stock and remembered; what a single request adds (items
-it excludes, items it allows) becomes an `ItemFilter` of its scope. Our choice, no paper.
+A *scope* is both, made once for a combination of categories, brands, prices and stock and remembered; what a single request
+adds (items it excludes, items it allows) becomes an `ItemFilter` of its scope. Our choice, no paper.
 
 A scope costs O(N) time to make and about 9 bytes a node, 16 an item and 8 a SID to keep.
 """
@@ -28,7 +28,8 @@ from sidtune.decoding.trie import SidTrie
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 
 CATALOGUE_FILE = "catalogue.parquet"
-_COLUMNS = ("item_id", "title", "category")
+_COLUMNS = ("item_id", "title", "category", "brand", "price")
+_PLURAL = {"category": "categories", "brand": "brands", "price": "prices"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Catalogue:
     Args:
         sids: the catalogue's semantic IDs.
         titles: item id → title.
-        categories: item id → names from coarse to fine; None when the categories are not known.
+        items: table with `item_id` and what is known of `category` (names from coarse to fine), `brand` and `price`.
         remembered: how many scopes are kept.
     """
 
@@ -74,27 +75,26 @@ class Catalogue:
         self,
         sids: SemanticIds,
         titles: Mapping[str, str | None] | None = None,
-        categories: pa.Table | None = None,
+        items: pa.Table | None = None,
         remembered: int = 8,
     ) -> None:
         self.sids, self.titles = sids, dict(titles or {})
         self.texts = sids.texts()
         self.whole = Scope(SidTrie.from_semantic_ids(sids), LeafItems.from_semantic_ids(sids))
-        self._rows_of_category = None if categories is None else _rows_by_name(sids, categories)
+        known = [] if items is None else items.column_names
+        self._rows_of = {name: _rows_by_name(sids, items, name) for name in ("category", "brand") if name in known}
+        self._prices = _prices(sids, items) if "price" in known else None
         self._stock: np.ndarray | None = None
         self._scopes: OrderedDict[tuple, Scope] = OrderedDict()
         self._remembered = remembered
 
     @classmethod
     def from_table(cls, sids: SemanticIds, items: pa.Table | None) -> Catalogue:
-        """From a table with `item_id`, and `title` and `category` as far as there are any."""
+        """From a table with `item_id`, and `title`, `category`, `brand` and `price` as far as there are any."""
         if items is None:
             return cls(sids)
-        names = items.column_names
-        titles = (
-            dict(zip(items["item_id"].to_pylist(), items["title"].to_pylist(), strict=True)) if "title" in names else {}
-        )
-        return cls(sids, titles, items.select(["item_id", "category"]) if "category" in names else None)
+        titles = items["title"].to_pylist() if "title" in items.column_names else [None] * items.num_rows
+        return cls(sids, dict(zip(items["item_id"].to_pylist(), titles, strict=True)), items)
 
     @classmethod
     def from_bundle(cls, folder: str | Path, sids: SemanticIds) -> Catalogue:
@@ -113,7 +113,7 @@ class Catalogue:
     @property
     def categories(self) -> list[str] | None:
         """All category names, or None when they are not known."""
-        return None if self._rows_of_category is None else sorted(self._rows_of_category)
+        return sorted(self._rows_of["category"]) if "category" in self._rows_of else None
 
     @property
     def stock(self) -> int | None:
@@ -144,21 +144,35 @@ class Catalogue:
         for key in [key for key in self._scopes if key[1]]:
             del self._scopes[key]
 
-    def scope(self, categories: Iterable[str] = (), in_stock: bool = False) -> Scope:
-        """The items of any of these categories (all if none is named), and in stock if asked.
+    def scope(
+        self,
+        categories: Iterable[str] = (),
+        in_stock: bool = False,
+        brands: Iterable[str] = (),
+        prices: tuple[float | None, float | None] = (None, None),
+    ) -> Scope:
+        """The items of any of these categories and any of these brands (all if none is named), in stock and in a range of prices.
+
+        An item whose brand or price is not known is in none.
 
         Raises:
-            DataError: an unknown category, no categories or no stock list to choose by.
+            DataError: an unknown category or brand, nothing known of the items to choose by.
         """
-        key = (tuple(sorted(set(categories))), in_stock)
-        if key == ((), False):
+        key = (tuple(sorted(set(categories))), in_stock, tuple(sorted(set(brands))), prices)
+        if key == ((), False, (), (None, None)):
             return self.whole
         if key not in self._scopes:
             allowed = np.ones(len(self.sids), dtype=bool)
-            if key[0]:
-                allowed[:] = False
-                for name in key[0]:
-                    allowed[self._category(name)] = True
+            for column, names, field in (("category", key[0], "only_categories"), ("brand", key[2], "only_brands")):
+                if names:
+                    allowed &= self._named(column, names, field)
+            if prices != (None, None):
+                if self._prices is None:
+                    raise _not_known("price", "price_min and price_max")
+                low, high = (
+                    bound if one is None else one for one, bound in zip(prices, (-np.inf, np.inf), strict=True)
+                )
+                allowed &= (self._prices >= low) & (self._prices <= high)
             if in_stock:
                 if self._stock is None:
                     raise DataError(
@@ -178,7 +192,8 @@ class Catalogue:
             seen = self.rows([turn.item_id for turn in request.history], "the history", unknown)
             exclude = np.concatenate([exclude, seen])
         only = None if request.only_items is None else self.rows(request.only_items, "only_items", unknown)
-        scope = self.scope(request.only_categories, request.in_stock_only)
+        prices = (request.price_min, request.price_max)
+        scope = self.scope(request.only_categories, request.in_stock_only, request.only_brands, prices)
         return Target(request.k, request.beams, scope, exclude, only)
 
     def known_turns(self, history: Sequence[PastTurn], unknown: str = "error") -> list[PastTurn]:
@@ -189,16 +204,17 @@ class Catalogue:
             raise DataError(f"The item {quoted(first)} of the history is not in the catalogue; leave it out.")
         return known
 
-    def _category(self, name: str) -> np.ndarray:
-        if self._rows_of_category is None:
-            raise DataError(
-                "The categories of this catalogue are not known, so only_categories cannot be used; leave it out."
-            )
-        if name not in self._rows_of_category:
-            # Comparing a stranger's text with very many names takes long; it is only a hint.
-            known = list(self._rows_of_category)[:2000]
-            raise DataError(f"There is no category {quoted(name)}; {nearest(name[:100], known)}")
-        return self._rows_of_category[name]
+    def _named(self, column: str, names: Iterable[str], field: str) -> np.ndarray:
+        """(N,) bool: the items that have any of these names in a column."""
+        if column not in self._rows_of:
+            raise _not_known(column, field)
+        rows, found = self._rows_of[column], np.zeros(len(self.sids), dtype=bool)
+        for name in names:
+            if name not in rows:
+                # Comparing a stranger's text with very many names takes long; it is only a hint.
+                raise DataError(f"There is no {column} {quoted(name)}; {nearest(name[:100], list(rows)[:2000])}")
+            found[rows[name]] = True
+        return found
 
     def _part(self, allowed: np.ndarray) -> Scope:
         whole = self.whole
@@ -209,20 +225,32 @@ class Catalogue:
         return Scope(whole.trie.restrict(counts > 0), LeafItems(offsets_of(counts), rows))
 
 
-def _rows_by_name(sids: SemanticIds, table: pa.Table) -> dict[str, np.ndarray]:
-    """Category name → item rows."""
-    rows = sids.rows_of_ids(table["item_id"].to_pylist())
-    lists = table["category"].combine_chunks()
-    parent = pc.list_parent_indices(lists).to_numpy(zero_copy_only=False)
-    names = pc.list_flatten(lists).dictionary_encode()
+def _not_known(column: str, field: str) -> DataError:
+    return DataError(f"The {_PLURAL[column]} of this catalogue are not known, so {field} cannot be used; leave it out.")
+
+
+def _rows_by_name(sids: SemanticIds, items: pa.Table, column: str) -> dict[str, np.ndarray]:
+    """Name in a column of texts, or of lists of them → item rows."""
+    rows, names = sids.rows_of_ids(items["item_id"].to_pylist()), items[column].combine_chunks()
+    if pa.types.is_list(names.type):
+        rows = rows[pc.list_parent_indices(names).to_numpy(zero_copy_only=False)]
+        names = pc.list_flatten(names)
+    names = names.dictionary_encode()
     codes = names.indices.fill_null(-1).to_numpy(zero_copy_only=False)
-    owner = rows[parent]
-    kept = (codes >= 0) & (owner >= 0)
+    kept = (codes >= 0) & (rows >= 0)
     order = np.argsort(codes[kept], kind="stable")
-    owner, codes = owner[kept][order], codes[kept][order]
+    owner, codes = rows[kept][order], codes[kept][order]
     edges = np.searchsorted(codes, np.arange(len(names.dictionary) + 1))
     return {
         name: np.unique(owner[edges[place] : edges[place + 1]])
         for place, name in enumerate(names.dictionary.to_pylist())
         if name
     }
+
+
+def _prices(sids: SemanticIds, items: pa.Table) -> np.ndarray:
+    """(N,) float64 price of each item row, NaN where it is not known."""
+    rows = sids.rows_of_ids(items["item_id"].to_pylist())
+    found = np.full(len(sids), np.nan)
+    found[rows[rows >= 0]] = items["price"].cast(pa.float64()).to_numpy()[rows >= 0]
+    return found

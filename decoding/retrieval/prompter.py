@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from sidtune.core.errors import ConfigError, DataError
+from sidtune.core.errors import DataError
 from sidtune.data_builders.prompts.encoding import encode_prompts, encoder_of
 from sidtune.data_builders.prompts.serializer import Serializer
 from sidtune.decoding.retrieval.catalogue import Catalogue, Target
@@ -67,10 +67,7 @@ class Prompter:
 
         Raises:
             DataError: an item of the history is not in the catalogue.
-            ConfigError: k or num_beams below 1.
         """
-        if request.k < 1 or request.beams < 1:
-            raise ConfigError(f"k and num_beams must be at least 1, got {request.k} and {request.beams}.")
         head = self.serializer.head({"profile": _pairs(request.profile)})
         limit, turns = self.settings.max_history, self.catalogue.known_turns(request.history, unknown)
         pieces: list[str] = [head]
@@ -105,4 +102,4 @@ class Prompter:
 
 
 def _pairs(values: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
-    return [{"name": str(name), "value": str(value)} for name, value in values]
+    return [{"name": name, "value": value} for name, value in values]

@@ -22,7 +22,6 @@ from sidtune.core.errors import ConfigError
 from sidtune.core.ragged import pad
 from sidtune.data_builders.prompts.encoding import encode_prompts, token_ids
 from sidtune.data_builders.tasks.reasoning import leaks, mark_ids, marked
-from sidtune.decoding.beam_search import sid_beam_search
 from sidtune.decoding.reasoning import reason_then_search
 from sidtune.decoding.retrieval.retriever import SidRetriever
 
@@ -169,24 +168,8 @@ class Reasoner:
         self, prompts: Sequence[Sequence[int]], progress: Progress | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """(R, K) leaves and scores behind prompts that hold their reasoning, `</think>` included, already."""
-        leaves = np.full((len(prompts), self.num_beams), -1, np.int64)
-        scores = np.full(leaves.shape, -np.inf, np.float32)
-        order = np.argsort([-len(row) for row in prompts], kind="stable")
-        for first in range(0, len(order), self.batch_size):
-            rows = order[first : first + self.batch_size]
-            ids, mask = self._pad([prompts[row] for row in rows])
-            out = sid_beam_search(
-                self.retriever.model,
-                input_ids=ids,
-                attention_mask=mask,
-                trie=self.retriever.trie,
-                sid_token_ids=self._sid_ids,
-                num_beams=self.num_beams,
-            )
-            leaves[rows], scores[rows] = out.leaves.cpu().numpy(), out.scores.float().cpu().numpy()
-            if progress is not None:
-                progress(len(rows))
-        return leaves, scores
+        found = self.retriever.beams_of(prompts, self.num_beams, self.batch_size, progress=progress)
+        return found.leaves.numpy(), found.scores.numpy()
 
     def closed_ids(self, text: str) -> list[int]:
         """Token ids of a reasoning as training writes it, with both marks."""

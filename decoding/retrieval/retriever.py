@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,14 @@ from sidtune.decoding.retrieval.model_folder import (
     make_serializer,
 )
 from sidtune.decoding.retrieval.prompter import Prompter
-from sidtune.decoding.retrieval.search_request import PastTurn, SearchRequest
+from sidtune.decoding.retrieval.search_request import UNLIMITED, PastTurn, SearchRequest, parse_request
 from sidtune.decoding.trie import SidTrie
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 from sidtune.tokenizers.vocabulary.extension import Vocabulary
 
-MAX_QUERY_CHARS = 1000
+LIMITS = replace(UNLIMITED, max_query_chars=1000)  # of a request from Python
 
 __all__ = [
-    "MAX_QUERY_CHARS",
     "SERIALIZER_FILE",
     "TEMPLATES_FOLDER",
     "Hit",
@@ -139,7 +138,18 @@ class SidRetriever:
         Returns:
             leaves and scores (R, K) on the CPU; K is the number of SIDs where there are fewer.
         """
-        ids = self.prompter.encode(prompts)
+        return self.beams_of(self.prompter.encode(prompts), num_beams, batch_size, trie, progress, filters)
+
+    def beams_of(
+        self,
+        ids: Sequence[Sequence[int]],
+        num_beams: int,
+        batch_size: int = 32,
+        trie: SidTrie | None = None,
+        progress: Callable[[int], Any] | None = None,
+        filters: ItemFilter | None = None,
+    ) -> BeamOutput:
+        """`beams` of prompts that are token ids already."""
         order = np.argsort([-len(row) for row in ids], kind="stable")
         trie = self.trie if trie is None else trie
         num_beams = min(num_beams, max(1, trie.num_leaves))
@@ -202,48 +212,29 @@ class SidRetriever:
         items = [ids[row] for row in rows.tolist()]
         return [Hit(i, self.titles.get(i), texts[i], score) for i, score in zip(items, scores.tolist(), strict=True)]
 
-    def search_batch(self, requests: Sequence[SearchRequest], batch_size: int = 32) -> list[list[Hit]]:
+    def search_batch(self, requests: Sequence[SearchRequest | dict[str, Any]], batch_size: int = 32) -> list[list[Hit]]:
         """Answers requests, each as `search` would alone.
 
         Raises:
-            DataError: an item or a category that is not in the catalogue, a prompt that does not fit into the model.
-            ConfigError: k or num_beams below 1.
+            DataError: as `search` does.
         """
-        prompts = [self.prompter.pieces(request) for request in requests]
-        targets = [self.prompter.target(request) for request in requests]
+        asked = [one if isinstance(one, SearchRequest) else parse_request(one, LIMITS) for one in requests]
+        prompts = [self.prompter.pieces(request) for request in asked]
+        targets = [self.prompter.target(request) for request in asked]
         return [self.hits(*found) for found in self.rank_targets(prompts, targets, batch_size)]
 
-    def search(
-        self,
-        query: str | None = None,
-        *,
-        profile: Sequence[tuple[str, str]] = (),
-        context: Sequence[tuple[str, str]] = (),
-        history: Sequence[PastTurn] = (),
-        k: int = 10,
-        num_beams: int | None = None,
-        **filters: Any,
-    ) -> list[Hit]:
+    def search(self, query: str | None = None, **fields: Any) -> list[Hit]:
         """Answers one request; all texts are data and are sanitised.
 
         Args:
             query: what the user typed; None asks for recommendations.
-            profile, context: (name, value) pairs.
-            history: past turns, oldest first.
-            k: items wanted.
-            num_beams: default max(k, 10).
-            filters: `exclude_items`, `exclude_seen`, `only_items`, `only_categories`, `in_stock_only`; see
-                `SearchRequest`.
+            fields: the other fields of `SearchRequest`, in any form that `parse_request` takes.
 
         Raises:
-            DataError: an item of the history is not in the catalogue, or a text is too long.
+            DataError: an unknown field, a value of a wrong type, a text that is too long, an item or a category that is not
+                in the catalogue, a prompt that does not fit into the model.
         """
-        if query is not None and len(query) > MAX_QUERY_CHARS:
-            raise DataError(
-                f"The query has {len(query)} characters; at most {MAX_QUERY_CHARS} are allowed, shorten it."
-            )
-        request = SearchRequest(query, profile, context, history, k, num_beams, **filters)
-        return self.search_batch([request])[0]
+        return self.search_batch([{"query": query, **fields}])[0]
 
     def _placed(self, trie: SidTrie) -> SidTrie:
         """The trie on the model's device, copied there once and not for every batch."""
@@ -262,5 +253,5 @@ class SidRetriever:
 
 
 def catalogue_table(items: pa.Table) -> pa.Table:
-    """What a bundle carries of the catalogue: item id, title, category, clicks."""
-    return items.select(["item_id", "title", "category", "clicks"])
+    """What a bundle carries of the catalogue."""
+    return items.select(["item_id", "title", "category", "brand", "price", "clicks"])

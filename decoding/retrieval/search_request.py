@@ -1,27 +1,33 @@
-"""One request to a catalogue, and how untrusted input (a JSON body, a line of a file) becomes one.
+"""One request to a catalogue, and how untrusted input (a JSON body, a line of a file, a call from Python) becomes one.
 
-The HTTP server and the batch script read requests with `parse_request` and hence agree on names, types, limits and
-messages. A JSON value is checked field by field; the first fault is raised as one sentence that names the field.
+The HTTP server, the batch script and `SidRetriever.search` read requests with `parse_request` and hence agree on names,
+types and messages. A value is checked field by field; the first fault is raised as one sentence that names the field.
 Nothing here knows the catalogue: item ids and categories are looked up by `sidtune.decoding.retrieval.catalogue`. Our choice.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from sidtune.core.config import MANY
 from sidtune.core.errors import ConfigError, DataError, nearest
 
 
 @dataclass(frozen=True)
 class PastTurn:
-    """One past action of the user: the item, and what was asked when it was found."""
+    """One past action of the user: the item, and what was asked when it was found. Raises DataError for wrong types."""
 
     item_id: str
     query: str | None = None
     context: Sequence[tuple[str, str]] = ()
+
+    def __post_init__(self) -> None:
+        _set(self, _checked_turn(vars(self), "turn", UNLIMITED))
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,12 @@ class SearchRequest:
         exclude_seen: exclude the items of the history too.
         only_items: item ids that alone may be found; None for no such limit.
         only_categories: only items that have one of these names in their category path; empty for no such limit.
+        only_brands: only items of one of these brands; empty for no such limit.
+        price_min, price_max: only items whose price is known and not below or above; None for no such limit.
         in_stock_only: only items of the stock list.
+
+    Raises:
+        DataError: a value of a wrong type. All that `parse_request` takes is taken; None means the default.
     """
 
     query: str | None = None
@@ -51,7 +62,13 @@ class SearchRequest:
     exclude_seen: bool = False
     only_items: Sequence[str] | None = None
     only_categories: Sequence[str] = ()
+    only_brands: Sequence[str] = ()
+    price_min: float | None = None
+    price_max: float | None = None
     in_stock_only: bool = False
+
+    def __post_init__(self) -> None:
+        _set(self, _checked(vars(self), UNLIMITED))
 
     @property
     def beams(self) -> int:
@@ -69,7 +86,7 @@ class RequestLimits:
         max_pairs: pairs of a profile or context.
         max_history: past turns; the prompt takes the newest ones that its settings allow.
         max_items: ids in `exclude_items` and in `only_items`.
-        max_categories: names in `only_categories`.
+        max_categories: names in `only_categories` and in `only_brands`.
         max_k: items wanted. max_beams: beams.
     """
 
@@ -88,6 +105,7 @@ class RequestLimits:
                 raise ConfigError(f"{field.name} must be at least 1, got {getattr(self, field.name)}; raise it.")
 
 
+UNLIMITED = RequestLimits(*[MANY] * len(fields(RequestLimits)))
 FIELDS = tuple(field.name for field in fields(SearchRequest))
 _TURN_FIELDS = tuple(field.name for field in fields(PastTurn))
 _PAIR_FIELDS = ("name", "value")
@@ -135,7 +153,7 @@ def parse_request(values: Any, limits: RequestLimits | None = None) -> SearchReq
 
     Args:
         values: a mapping with the fields of `SearchRequest`. Pairs are a mapping name → text, or a list of
-            `{"name": ..., "value": ...}`; a turn of the history is an item id or
+            `{"name": ..., "value": ...}` or of tuples; a turn of the history is an item id, a `PastTurn` or
             `{"item_id": ..., "query": ..., "context": ...}`.
         limits: default `RequestLimits()`.
 
@@ -146,6 +164,20 @@ def parse_request(values: Any, limits: RequestLimits | None = None) -> SearchReq
     if not isinstance(values, dict):
         raise DataError(f'A request must be a JSON object such as {{"query": "red dress"}}, got {kind_of(values)}.')
     _known(values, FIELDS, "The request")
+    request = SearchRequest(**_checked(values, limits))
+    if request.beams > limits.max_beams:
+        raise DataError(f"k is {request.k} but at most {limits.max_beams} beams are allowed; lower k.")
+    return request
+
+
+def _set(made: Any, values: dict[str, Any]) -> None:
+    """Checked values into a frozen dataclass; what is not given gets its default."""
+    for field in fields(made):
+        object.__setattr__(made, field.name, values.get(field.name, field.default))
+
+
+def _checked(values: dict[str, Any], limits: RequestLimits) -> dict[str, Any]:
+    """The fields that are given (null is not), as `SearchRequest` holds them."""
     given = {name: value for name, value in values.items() if value is not None}
     made: dict[str, Any] = {}
     if "query" in given:
@@ -163,16 +195,19 @@ def parse_request(values: Any, limits: RequestLimits | None = None) -> SearchReq
         ("exclude_items", limits.max_items),
         ("only_items", limits.max_items),
         ("only_categories", limits.max_categories),
+        ("only_brands", limits.max_categories),
     ):
         if name in given:
             made[name] = _texts(given[name], name, most, limits.max_value_chars)
     for name in ("exclude_seen", "in_stock_only"):
         if name in given:
             made[name] = _flag(given[name], name)
-    request = SearchRequest(**made)
-    if request.beams > limits.max_beams:
-        raise DataError(f"k is {request.k} but at most {limits.max_beams} beams are allowed; lower k.")
-    return request
+    for name in ("price_min", "price_max"):
+        if name in given:
+            made[name] = _number(given[name], name)
+    if made.get("price_min", -math.inf) > made.get("price_max", math.inf):
+        raise DataError(f"'price_min' is {made['price_min']:g}, above 'price_max' {made['price_max']:g}; swap them.")
+    return made
 
 
 def shown(value: Any, most: int = 60) -> str:
@@ -218,6 +253,7 @@ def _text(value: Any, where: str, most: int) -> str:
 
 
 def _list(value: Any, where: str, most: int, what: str) -> Sequence[Any]:
+    value = value.tolist() if hasattr(value, "tolist") else value  # an array of numpy or Arrow
     if not isinstance(value, (list, tuple)):
         raise DataError(f"'{where}' must be a list, got {kind_of(value)}.")
     if len(value) > most:
@@ -236,6 +272,8 @@ def _pairs(value: Any, where: str, limits: RequestLimits) -> tuple[tuple[str, st
     made = []
     for place, pair in enumerate(_list(value, where, limits.max_pairs, "pairs")):
         here = f"{where}[{place}]"
+        if isinstance(pair, tuple) and len(pair) == len(_PAIR_FIELDS):  # JSON has none
+            pair = dict(zip(_PAIR_FIELDS, pair, strict=True))
         if not isinstance(pair, dict):
             raise DataError(f"'{here}' must be an object with 'name' and 'value', got {kind_of(pair)}.")
         _known(pair, _PAIR_FIELDS, f"'{here}'")
@@ -250,6 +288,8 @@ def _pairs(value: Any, where: str, limits: RequestLimits) -> tuple[tuple[str, st
 
 
 def _turn(value: Any, where: str, limits: RequestLimits) -> PastTurn:
+    if isinstance(value, PastTurn):
+        return value
     if isinstance(value, str):
         return PastTurn(_text(value, where, limits.max_value_chars))
     if not isinstance(value, dict):
@@ -257,20 +297,30 @@ def _turn(value: Any, where: str, limits: RequestLimits) -> PastTurn:
     _known(value, _TURN_FIELDS, f"'{where}'")
     if value.get("item_id") is None:
         raise DataError(f"'{where}' has no 'item_id'; name the item of this turn.")
+    return PastTurn(**_checked_turn(value, where, limits))
+
+
+def _checked_turn(value: dict[str, Any], where: str, limits: RequestLimits) -> dict[str, Any]:
     query, context = value.get("query"), value.get("context")
-    return PastTurn(
-        _text(value["item_id"], f"{where}.item_id", limits.max_value_chars),
-        None if query is None else _text(query, f"{where}.query", limits.max_query_chars),
-        () if context is None else _pairs(context, f"{where}.context", limits),
-    )
+    return {
+        "item_id": _text(value["item_id"], f"{where}.item_id", limits.max_value_chars),
+        "query": None if query is None else _text(query, f"{where}.query", limits.max_query_chars),
+        "context": () if context is None else _pairs(context, f"{where}.context", limits),
+    }
 
 
 def _count(value: Any, where: str, most: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise DataError(f"'{where}' must be a whole number, got {shown(value)}.")
     if not 1 <= value <= most:
         raise DataError(f"'{where}' must be between 1 and {most}, got {shown(value)}.")
-    return value
+    return int(value)
+
+
+def _number(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise DataError(f"'{where}' must be a number, got {shown(value)}.")
+    return float(value)
 
 
 def _flag(value: Any, where: str) -> bool:

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.decoding.engine.search import split_levels
 from sidtune.decoding.serving.engine_notes import readme
 from sidtune.decoding.trie import SidTrie
 from sidtune.tokenizers.vocabulary.extension import Vocabulary
@@ -58,10 +57,7 @@ def sid_grammar(
             f"A grammar can hold 1 to {max_sids:,} SIDs, but the trie allows {count:,}; restrict the trie, raise "
             "max_sids if your server takes such long requests, or serve with `sidtune serve`."
         )
-    ids = trie.token_ids if sid_token_ids is None else sid_token_ids
-    if ids is None:
-        raise ConfigError("The grammar needs `sid_token_ids`, or a trie that knows them (`SidTrie.bind`); pass one.")
-    levels = [tokens.tolist() for tokens in split_levels(trie, ids, None, "cpu")]
+    levels = [tokens.tolist() for tokens in trie.level_tokens(sid_token_ids)]
     rules = _rules(trie.to("cpu"), levels)
     if end_token_id is None:
         return "\n".join(["root ::= sid", *rules]) + "\n"
@@ -114,11 +110,8 @@ def leaves_of_tokens(trie: SidTrie, token_ids: Tensor, sid_token_ids: np.ndarray
             f"A SID has {trie.depth} tokens, but the answers have the shape {tuple(token_ids.shape)}; cut them to the "
             "tokens of the SID."
         )
-    ids = trie.token_ids if sid_token_ids is None else sid_token_ids
-    if ids is None:
-        raise ConfigError("Reading tokens needs `sid_token_ids`, or a trie that knows them (`SidTrie.bind`); pass one.")
     codes = torch.full(token_ids.shape, -1, dtype=torch.int64, device=trie.device)
-    for level, tokens in enumerate(split_levels(trie, ids, None, trie.device)):
+    for level, tokens in enumerate(trie.level_tokens(sid_token_ids)):
         given = token_ids[..., level].to(trie.device)
         order = tokens.argsort()
         place = torch.searchsorted(tokens[order], given.contiguous()).clamp(max=len(tokens) - 1)

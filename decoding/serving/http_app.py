@@ -58,6 +58,9 @@ _FIELDS = {
     "exclude_seen": {"type": "boolean", "default": False},
     "only_items": _TEXTS,
     "only_categories": _TEXTS,
+    "only_brands": _TEXTS,
+    "price_min": {"type": "number"},
+    "price_max": {"type": "number"},
     "in_stock_only": {"type": "boolean", "default": False},
 }
 _SEARCH_BODY = {

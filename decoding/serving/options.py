@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sidtune.core.config import check_range
+from sidtune.core.config import SEEDS, check_range
 from sidtune.core.errors import ConfigError
 
 
@@ -71,6 +71,6 @@ class BatchOptions:
             raise ConfigError("max_requests draws from a data folder; give data_dir, or shorten the file of requests.")
         check_range(self, 1, "k", "num_beams", "batch_size", "shard_size")
         check_range(self, 1, "max_requests", most=2**63)
-        check_range(self, 0, "seed", most=2**63)
+        check_range(self, 0, "seed", most=SEEDS)
         check_policy("unknown_items", self.unknown_items)
         check_policy("extra_columns", self.extra_columns)

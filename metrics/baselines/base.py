@@ -11,7 +11,7 @@ than k.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ import scipy.sparse as sp
 
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.ragged import Ragged
-from sidtune.metrics.baselines.tables import action_weights, event_counts, item_rows, popularity_order
+from sidtune.metrics.baselines.tables import event_counts, item_rows, popularity_order
 from sidtune.metrics.ranking import Relevance
 
 _BLOCK = 1 << 20  # scores held at once
@@ -94,7 +94,7 @@ class Baseline:
         if not items.num_rows:
             raise DataError("The catalogue is empty; a baseline needs at least one item.")
         self.items = items.num_rows
-        self.counts = self._popularity(items, events)
+        self.counts = event_counts(events, items)
         self.order = popularity_order(self.counts, items)
         self.place = np.empty(self.items, dtype=np.int64)
         self.place[self.order] = np.arange(self.items)
@@ -162,9 +162,6 @@ class Baseline:
             scores, banned = self._scores(requests.queries[start:stop], part)
             yield start, stop, scores, _binary(part, self.items) if self.excludes else banned
 
-    def _popularity(self, items: pa.Table, events: pa.Table) -> np.ndarray:
-        return event_counts(events, items)
-
     def _fit(self, items: pa.Table, events: pa.Table, requests: pa.Table | None) -> None:
         pass
 
@@ -176,33 +173,7 @@ class Baseline:
 
 
 class Popularity(Baseline):
-    """Ranks all items by training events, the same list for everyone.
-
-    Args:
-        actions: action → weight, for example `{"order": 1.0}`; None counts every event as 1.
-        half_life: the weight of an event halves with each such span (unit of `events.time`) before the last training
-            event; None for no decay.
-        exclude_seen: as in `Baseline`.
-    """
-
-    def __init__(
-        self,
-        actions: Mapping[str, float] | None = None,
-        half_life: float | None = None,
-        exclude_seen: bool | None = None,
-    ) -> None:
-        super().__init__(exclude_seen)
-        if half_life is not None and not half_life > 0:
-            raise ConfigError(f"The half life of popularity must be above 0 or null, got {half_life}.")
-        self.actions, self.half_life = actions, half_life
-
-    def _popularity(self, items: pa.Table, events: pa.Table) -> np.ndarray:
-        weights = action_weights(events, self.actions)
-        if self.half_life is not None and events.num_rows:
-            times = events["time"].to_numpy()
-            weights = weights * 0.5 ** ((times.max() - times) / self.half_life)
-        rows = item_rows(events["item_id"], items, "the events")
-        return np.bincount(rows, weights=weights, minlength=items.num_rows)
+    """Ranks all items by training events, the same list for everyone."""
 
 
 def repeat_share(events: pa.Table) -> float:

@@ -26,8 +26,7 @@ import pyarrow as pa
 import scipy.sparse as sp
 
 from sidtune.core.errors import ConfigError, DataError
-from sidtune.metrics.baselines.base import Baseline, _binary
-from sidtune.metrics.baselines.item_knn import last_of_each
+from sidtune.metrics.baselines.base import Baseline
 from sidtune.metrics.ranking import Relevance
 
 FIELDS = ("title", "brand", "category", "attributes", "description")
@@ -39,14 +38,12 @@ _UNSPACED = (
 
 
 class BM25(Baseline):
-    """Text search.
+    """Text search. A request without a query is answered by the text of the item clicked last, which is not ranked itself.
 
     Args:
         k1: how fast repeated terms saturate.
         b: how much long texts are discounted, 0 to 1.
         fields: text columns of the items table that are searched, joined.
-        history_items: a request without a query is answered by the text of this many items clicked last.
-        exclude_query_items: do not rank those items, since a text finds itself first.
         exclude_seen: as in `Baseline`.
     """
 
@@ -55,20 +52,15 @@ class BM25(Baseline):
         k1: float = 1.5,
         b: float = 0.75,
         fields: Sequence[str] = FIELDS,
-        history_items: int = 1,
-        exclude_query_items: bool = True,
         exclude_seen: bool | None = None,
     ) -> None:
         super().__init__(exclude_seen)
         if not (k1 >= 0 and 0 <= b <= 1):
             raise ConfigError(f"BM25 needs k1 of at least 0 and b between 0 and 1, got k1={k1!r} and b={b!r}.")
-        if not isinstance(history_items, int) or history_items < 1:
-            raise ConfigError(f"history_items of bm25 must be a positive integer, got {history_items!r}.")
         unknown = [field for field in fields if field not in FIELDS]
         if unknown or not len(fields):
             raise ConfigError(f"The fields of bm25 must be some of {', '.join(FIELDS)}, got {list(fields)}.")
         self.k1, self.b, self.fields = k1, b, tuple(fields)
-        self.history_items, self.exclude_query_items = history_items, exclude_query_items
 
     def _fit(self, items: pa.Table, events: pa.Table, requests: pa.Table | None) -> None:
         documents = [tokenise(text) for text in item_text(items, self.fields)]
@@ -86,11 +78,11 @@ class BM25(Baseline):
     def _scores(self, queries: Sequence[str | None], history: Relevance) -> tuple[sp.csr_matrix, sp.csr_matrix | None]:
         numbered = [[self.vocabulary[w] for w in tokenise(q) if w in self.vocabulary] if q else [] for q in queries]
         asked = np.fromiter((bool(q and q.strip()) for q in queries), dtype=bool, count=len(queries))
-        last = _binary(last_of_each(history, self.history_items), self.items)
-        last = sp.diags_array((~asked).astype(np.float64)).tocsr() @ last
+        shown = np.flatnonzero(~asked & (history.lengths > 0))
+        clicked = history.rows[history.offsets[shown + 1] - 1]
+        last = sp.csr_matrix((np.ones(len(shown)), (shown, clicked)), shape=(len(queries), self.items))
         wanted = _term_counts(numbered, len(self.vocabulary)) + last @ self.documents
-        banned = sp.csr_matrix(last) if self.exclude_query_items else None
-        return sp.csr_matrix(wanted @ self.weights), banned
+        return sp.csr_matrix(wanted @ self.weights), last
 
 
 def tokenise(text: str) -> list[str]:

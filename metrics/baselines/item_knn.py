@@ -29,24 +29,16 @@ class ItemKNN(Baseline):
     Args:
         neighbours: similar items kept for each item; None keeps all.
         shrinkage: added to the denominator; large values distrust pairs seen few times.
-        max_history: latest events of the history that are used; None uses all.
         exclude_seen: as in `Baseline`.
     """
 
-    def __init__(
-        self,
-        neighbours: int | None = 100,
-        shrinkage: float = 10.0,
-        max_history: int | None = None,
-        exclude_seen: bool | None = None,
-    ) -> None:
+    def __init__(self, neighbours: int | None = 100, shrinkage: float = 10.0, exclude_seen: bool | None = None) -> None:
         super().__init__(exclude_seen)
-        for name, value in (("neighbours", neighbours), ("max_history", max_history)):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ConfigError(f"{name} of item_knn must be a positive integer or null, got {value!r}.")
+        if neighbours is not None and (not isinstance(neighbours, int) or neighbours < 1):
+            raise ConfigError(f"neighbours of item_knn must be a positive integer or null, got {neighbours!r}.")
         if not shrinkage >= 0:
             raise ConfigError(f"shrinkage of item_knn must be at least 0, got {shrinkage!r}.")
-        self.neighbours, self.shrinkage, self.max_history = neighbours, shrinkage, max_history
+        self.neighbours, self.shrinkage = neighbours, shrinkage
 
     def _fit(self, items: pa.Table, events: pa.Table, requests: pa.Table | None) -> None:
         users = pc.dictionary_encode(events["user_id"].combine_chunks())
@@ -80,14 +72,4 @@ class ItemKNN(Baseline):
         return int(self.similarity.nnz)
 
     def _scores(self, queries: Sequence[str | None], history: Relevance) -> tuple[sp.csr_matrix, None]:
-        if self.max_history is not None:
-            history = last_of_each(history, self.max_history)
         return (_binary(history, self.items) @ self.similarity).tocsr(), None
-
-
-def last_of_each(history: Relevance, count: int) -> Relevance:
-    """The last `count` rows of each request."""
-    lengths = np.diff(history.offsets)
-    from_end = np.repeat(history.offsets[1:], lengths) - np.arange(len(history.rows))
-    offsets = np.concatenate([[0], np.cumsum(np.minimum(lengths, count))]).astype(np.int64)
-    return Relevance(offsets, history.rows[from_end <= count])

@@ -5,14 +5,13 @@ Counts are of the past only: `training_events` keeps what lies before the held-o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sidtune.core.errors import ConfigError, DataError, nearest
+from sidtune.core.errors import DataError
 from sidtune.data_builders.tables.past import Folder, past_events
 
 
@@ -50,30 +49,10 @@ def training_events(folder: Folder) -> pa.Table:
     return events
 
 
-def event_counts(events: pa.Table, items: pa.Table, weights: Mapping[str, float] | None = None) -> np.ndarray:
-    """(N,) float64 number of events of each item; `weights` counts each action by its weight and ignores the others.
-
-    Raises:
-        DataError: an event names an item outside the catalogue.
-        ConfigError: no action of `weights` occurs.
-    """
-    amounts = action_weights(events, weights)
-    return np.bincount(item_rows(events["item_id"], items, "the events"), weights=amounts, minlength=items.num_rows)
-
-
-def action_weights(events: pa.Table, weights: Mapping[str, float] | None) -> np.ndarray:
-    """(n,) float64 weight of each event: 1, or the weight of its action (0 for an action that is not named)."""
-    if weights is None:
-        return np.ones(events.num_rows)
-    actions = _strings(events["action"])
-    known = [a for a in pc.unique(actions).to_pylist() if a is not None]
-    missing = [name for name in weights if name not in known]
-    if len(missing) == len(weights):
-        first = missing[0] if missing else ""
-        raise ConfigError(f"No training event has an action of {list(weights)}: {nearest(first, known)}")
-    table = np.array([weights.get(name, 0.0) for name in known] + [0.0])
-    place = pc.fill_null(pc.index_in(actions, value_set=pa.array(known, pa.string())), len(known))
-    return table[place.to_numpy(zero_copy_only=False)]
+def event_counts(events: pa.Table, items: pa.Table) -> np.ndarray:
+    """(N,) float64 number of events of each item. Raises DataError for an event of an item outside the catalogue."""
+    rows = item_rows(events["item_id"], items, "the events")
+    return np.bincount(rows, minlength=items.num_rows).astype(np.float64)
 
 
 def popularity_order(counts: np.ndarray, items: pa.Table) -> np.ndarray:

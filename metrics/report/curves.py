@@ -6,19 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from sidtune.core.folders import read_json
-from sidtune.metrics.report.data import PanelCurves, StageCurve
+from sidtune.metrics.report.data import PanelCurves
 from sidtune.tokenizers.quantizers.base import CURVE_FILE
 from sidtune.tokenizers.sids.semantic_ids import LETTERS
 
 LOG = list[dict[str, float | None]]  # `log_history.json` of a trainer
 
 
-def stage_curves(folder: Path, stages: list[dict[str, Any]]) -> list[StageCurve]:
+def stage_curves(folder: Path, stages: list[dict[str, Any]]) -> list[PanelCurves]:
     """Losses and learning rate of the stages of `sft`."""
+    panels = {"loss": {"training": "loss", "held-out": "eval_loss"}, "learning rate": {"rate": "learning_rate"}}
+    files = {stage["name"]: folder / stage["name"] / "log_history.json" for stage in stages}
     return [
-        StageCurve.from_log_history(stage["name"], read_json(folder / stage["name"] / "log_history.json", LOG))
-        for stage in stages
-        if (folder / stage["name"] / "log_history.json").exists()
+        PanelCurves.from_log_history(name, read_json(file, LOG), panels, from_zero=False)
+        for name, file in files.items()
+        if file.exists()
     ]
 
 

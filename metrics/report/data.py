@@ -5,7 +5,7 @@ Only `title` is required. A field left empty leaves its section out, and the rep
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,57 +16,32 @@ Points = list[tuple[float, float]]
 
 
 @dataclass
-class StageCurve:
-    """Training curves of one stage, each a list of (step, value).
-
-    Attributes:
-        name: name of the stage.
-        loss: training loss. eval_loss: loss on held-out examples. rate: learning rate.
-    """
-
-    name: str
-    loss: Points = field(default_factory=list)
-    eval_loss: Points = field(default_factory=list)
-    rate: Points = field(default_factory=list)
-
-    @classmethod
-    def from_log_history(cls, name: str, log: Iterable[Mapping[str, Any]]) -> StageCurve:
-        """From `log_history` of a trainer's `trainer_state.json`; entries without a value are passed over."""
-        log = list(log)
-
-        def points(key: str) -> Points:
-            return [(float(e["step"]), float(e[key])) for e in log if e.get(key) is not None and "step" in e]
-
-        return cls(name, points("loss"), points("eval_loss"), points("learning_rate"))
-
-
-@dataclass
 class PanelCurves:
-    """Other curves of a training, side by side.
+    """Curves of a training, side by side.
 
     Attributes:
         name: name of the training.
         panels: title → {label → points}; a panel with one label has no legend.
-        unit: what a step is called.
+        unit: what a step is called. from_zero: whether the axes of the values begin at 0.
     """
 
     name: str
     panels: dict[str, dict[str, Points]] = field(default_factory=dict)
     unit: str = "step"
+    from_zero: bool = True
 
     @classmethod
     def from_log_history(
-        cls, name: str, log: Iterable[Mapping[str, Any]], panels: Mapping[str, Mapping[str, str]], unit: str = "step"
+        cls, name: str, log: Sequence[Mapping[str, Any]], panels: Mapping[str, Mapping[str, str]], **options: Any
     ) -> PanelCurves:
-        """From `log_history`: title → {label → key}; what was never logged is left out."""
-        log = list(log)
+        """From `log_history` of a trainer: title → {label → key}; what was never logged is left out."""
 
         def points(key: str) -> Points:
             return [(float(e["step"]), float(e[key])) for e in log if e.get(key) is not None and "step" in e]
 
         made = {title: {label: points(key) for label, key in keys.items()} for title, keys in panels.items()}
         made = {title: {label: p for label, p in lines.items() if p} for title, lines in made.items()}
-        return cls(name, {title: lines for title, lines in made.items() if lines}, unit)
+        return cls(name, {title: lines for title, lines in made.items() if lines}, **options)
 
 
 @dataclass
@@ -121,7 +96,7 @@ class ReportData:
         evaluation_notes: full sentences on how the metrics were taken (split, catalogue, invalid share, ...).
         slices: system → rows (`slice_rows`), the same slices for each system. slice_metric: the metric they hold.
         sid_quality: `SidQuality.to_dict()`, or None.
-        curves: training curves by stage.
+        curves: of the trainings, by stage.
         post_rank: rows of the post-ranking table, or empty. post_rank_metric: metric of its plot.
         post_rank_notes: full sentences on how it was made.
         samples: sample requests.
@@ -143,7 +118,7 @@ class ReportData:
     slices: dict[str, list[SliceRow]] = field(default_factory=dict)
     slice_metric: str = "ndcg@10"
     sid_quality: dict[str, Any] | None = None
-    curves: list[StageCurve | PanelCurves] = field(default_factory=list)
+    curves: list[PanelCurves] = field(default_factory=list)
     post_rank: list[SystemRow] = field(default_factory=list)
     post_rank_metric: str = ""
     post_rank_notes: list[str] = field(default_factory=list)

@@ -7,7 +7,6 @@ passed through.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,12 @@ from rich.text import Text
 
 from sidtune.core.errors import ConfigError, DataError, nearest
 from sidtune.metrics.report import plots as report_plots
-from sidtune.metrics.report.data import PanelCurves, ReportData, StageCurve
+from sidtune.metrics.report.data import ReportData
 from sidtune.metrics.statistics.compare import Estimate, SystemRow
 from sidtune.metrics.statistics.slices import SliceRow
 
 TEMPLATE = "report.html.jinja"
 MARKS = {"better": "▲", "worse": "▼", "": ""}
-Rows = Sequence[SystemRow] | Sequence[Mapping[str, Any]]
 
 # key of SidQuality.to_dict() → label, format, what it says
 _SID_FACTS = (
@@ -55,7 +53,7 @@ _LEVEL_COLUMNS = (
 
 
 def write_report(path: str | Path, data: ReportData) -> Path:
-    """Writes the report as one HTML file; an older one is replaced only when the new one is complete.
+    """Writes the report as one HTML file.
 
     Raises:
         DataError: rows of the slices differ between systems.
@@ -63,10 +61,8 @@ def write_report(path: str | Path, data: ReportData) -> Path:
     path = Path(path)
     text = render_report(data)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
     # A lone surrogate in a stranger's title must not stop the report.
-    temporary.write_bytes(text.encode("utf-8", "replace"))
-    os.replace(temporary, path)
+    path.write_bytes(text.encode("utf-8", "replace"))
     return path
 
 
@@ -90,7 +86,7 @@ def render_report(data: ReportData) -> str:
         "levels": report_plots.level_plot(quality.get("levels") or []),
         "post_rank": report_plots.metric_plot(data.post_rank, data.post_rank_metric, data.level),
     }
-    curves = [(curve.name, Markup(_curve_plot(curve))) for curve in data.curves]  # noqa: S704
+    curves = [(curve.name, Markup(report_plots.panel_plot(curve))) for curve in data.curves]  # noqa: S704
     post_rank = _metrics(data.post_rank)
     return environment.get_template(TEMPLATE).render(
         data=data,
@@ -110,14 +106,8 @@ def render_report(data: ReportData) -> str:
     )
 
 
-def markdown_table(rows: Rows, metrics: Sequence[str] | None = None) -> str:
-    """Rows as a GitHub table.
-
-    Args:
-        rows: `SystemRow`s (each metric as `0.1234 [0.1200, 0.1270] ▲`, marked against the best baseline), or mappings,
-            whose keys become columns in order of first appearance.
-        metrics: metrics or keys to show; default all.
-    """
+def markdown_table(rows: Sequence[SystemRow], metrics: Sequence[str] | None = None) -> str:
+    """Rows as a GitHub table, each of the metrics (default all) as `0.1234 [0.1200, 0.1270] ▲`."""
     header, lines = _grid(rows, metrics, estimate_text)
     numeric = [all(_is_number(line[n]) for line in lines) for n in range(len(header))]
     parts = ["| " + " | ".join(_cell(name) for name in header) + " |"]
@@ -126,16 +116,15 @@ def markdown_table(rows: Rows, metrics: Sequence[str] | None = None) -> str:
     return "\n".join(parts) + "\n"
 
 
-def console_table(rows: Rows, title: str | None = None, metrics: Sequence[str] | None = None) -> Table:
+def console_table(rows: Sequence[SystemRow], metrics: Sequence[str] | None = None) -> Table:
     """The same as a rich table, `rich.print(console_table(rows))`; below each mean half the width of its interval."""
     header, lines = _grid(rows, metrics, _short_text)
-    table = Table(title=None if title is None else Text(title), title_justify="left", header_style="bold")
+    table = Table(header_style="bold")
     for place, name in enumerate(header):
         right = all(_is_number(line[place]) for line in lines)
         table.add_column(Text(name), justify="right" if right else "left", overflow="fold")
     for row, line in zip(rows, lines, strict=True):
-        kind = row.kind if isinstance(row, SystemRow) else ""
-        style = {"model": "bold", "bound": "italic dim"}.get(kind, "")
+        style = {"model": "bold", "bound": "italic dim"}.get(row.kind, "")
         # Text, not markup: a name may hold square brackets.
         table.add_row(*(Text(value) for value in line), style=style)
     return table
@@ -174,19 +163,14 @@ def _short_text(estimate: Estimate) -> str:
 
 
 def _grid(
-    rows: Rows, wanted: Sequence[str] | None, show: Callable[[Estimate], str]
+    rows: Sequence[SystemRow], wanted: Sequence[str] | None, show: Callable[[Estimate], str]
 ) -> tuple[list[str], list[list[str]]]:
-    if all(isinstance(row, SystemRow) for row in rows):
-        known = _metrics(rows)  # type: ignore[arg-type]
-        metrics = _chosen(known, wanted)
-        lines = []
-        for row in rows:
-            cells = [row.metrics.get(metric) for metric in metrics]  # type: ignore[union-attr]
-            label = f"{row.name} (upper bound)" if row.kind == "bound" else row.name  # type: ignore[union-attr]
-            lines.append([label, *("–" if cell is None else show(cell) for cell in cells)])
-        return ["system", *metrics], lines
-    header = _chosen(list(dict.fromkeys(str(key) for row in rows for key in row)), wanted)  # type: ignore[union-attr]
-    return header, [[format_value(row.get(key)) for key in header] for row in rows]  # type: ignore[union-attr]
+    metrics, lines = _chosen(_metrics(rows), wanted), []
+    for row in rows:
+        cells = [row.metrics.get(metric) for metric in metrics]
+        label = f"{row.name} (upper bound)" if row.kind == "bound" else row.name
+        lines.append([label, *("–" if cell is None else show(cell) for cell in cells)])
+    return ["system", *metrics], lines
 
 
 def _chosen(known: list[str], wanted: Sequence[str] | None) -> list[str]:
@@ -204,10 +188,6 @@ def _best(systems: Sequence[SystemRow], metrics: Sequence[str]) -> dict[str, flo
     """Metric → highest mean of the systems that are no upper bound and no anchor."""
     rows = [row for row in systems if row.kind not in ("bound", "anchor")]
     return {m: max((row.metrics[m].value for row in rows if m in row.metrics), default=0.0) for m in metrics}
-
-
-def _curve_plot(curve: StageCurve | PanelCurves) -> str:
-    return report_plots.panel_plot(curve) if isinstance(curve, PanelCurves) else report_plots.curve_plot(curve)
 
 
 def _slice_lines(slices: Mapping[str, Sequence[SliceRow]]) -> list[tuple[SliceRow, list[SliceRow]]]:

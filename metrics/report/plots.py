@@ -17,7 +17,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sidtune.metrics.report.data import PanelCurves, Points, StageCurve
+from sidtune.metrics.report.data import PanelCurves, Points
 from sidtune.metrics.statistics.compare import SystemRow
 from sidtune.metrics.statistics.slices import SliceRow
 
@@ -136,27 +136,6 @@ def level_plot(levels: Sequence[Mapping]) -> str:
         return _svg(figure, "Utilisation and entropy of each level")
 
 
-def curve_plot(curve: StageCurve) -> str:
-    """Loss (training and held-out) and learning rate of one stage; empty text when nothing was logged."""
-    if not (curve.loss or curve.eval_loss or curve.rate):
-        return ""
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(9, 2.1), layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=[2, 1])
-        for number, (points, label) in enumerate(((curve.loss, "training"), (curve.eval_loss, "held-out"))):
-            _line(left, points, series(number), label)
-        left.set_title("loss")
-        if left.get_legend_handles_labels()[0]:
-            left.legend(fontsize=8)
-        _line(right, curve.rate, _MUTED, "rate")
-        right.set_title("learning rate")
-        for axes in (left, right):
-            axes.set_xlabel("step")
-            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-            axes.grid(False, axis="x")
-        return _svg(figure, f"Training curves of stage {curve.name}")
-
-
 def panel_plot(curves: PanelCurves) -> str:
     """The panels of a training side by side; empty text when nothing was logged."""
     if not curves.panels:
@@ -166,12 +145,13 @@ def panel_plot(curves: PanelCurves) -> str:
         row = figure.subplots(1, len(curves.panels), squeeze=False)[0]
         for axes, (title, lines) in zip(row, curves.panels.items(), strict=True):
             for number, (label, points) in enumerate(lines.items()):
-                _line(axes, points, series(number), label)
-            axes.set_title(title)
+                _line(axes, points, series(number), short(label))
+            axes.set_title(short(title))
             if len(lines) > 1:
                 axes.legend(fontsize=8)
             axes.set_xlabel(short(curves.unit))
-            axes.set_ylim(bottom=0)
+            if curves.from_zero:
+                axes.set_ylim(bottom=0)
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             axes.grid(False, axis="x")
         return _svg(figure, f"Curves of {curves.name}")

@@ -16,7 +16,7 @@ All counts come from training data. Each family of slices splits the requests wi
 
 The target is the relevant item with the most training events. Items with equal counts fall in the same group, so no
 slice depends on the order of a tie. Queries are compared after NFKC, lower case and collapsed white space. The limits
-are our choice and can be changed by argument.
+are our choice.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sidtune.core.errors import ConfigError, DataError
+from sidtune.core.errors import DataError
 from sidtune.core.ragged import Ragged
 from sidtune.metrics.baselines.tables import Folder, event_counts, training_events
 from sidtune.metrics.statistics.bootstrap import bootstrap_interval
 
 SHARES = (0.5, 0.9)
 FREQUENT = 10
-HISTORY_EDGES = (0, 1, 5, 20)
+HISTORY_EDGES = (0, 1, 5, 20)  # the lowest length of each slice
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,6 @@ def build_slices(
     requests: pa.Table,
     relevance: Ragged,
     history_lengths: Any,
-    shares: tuple[float, float] = SHARES,
-    frequent: int = FREQUENT,
-    history_edges: Sequence[int] = HISTORY_EDGES,
 ) -> dict[str, np.ndarray]:
     """All slices of the evaluated requests.
 
@@ -74,7 +71,6 @@ def build_slices(
         requests: the R evaluated requests, in the order of the predictions.
         relevance: relevant item rows of each.
         history_lengths: (R,) number of events of the user before the request.
-        shares, frequent, history_edges: limits, see the table of this module.
 
     Returns:
         slice name → (R,) bool mask, in the order of the table.
@@ -83,9 +79,9 @@ def build_slices(
         DataError: lengths differ.
     """
     counts = event_counts(training_events(folder), folder.items)
-    masks = popularity_slices(counts, relevance, shares)
-    masks |= query_slices(folder.requests["train"]["query"], requests["query"], frequent)
-    masks |= history_slices(history_lengths, history_edges)
+    masks = popularity_slices(counts, relevance)
+    masks |= query_slices(folder.requests["train"]["query"], requests["query"])
+    masks |= history_slices(history_lengths)
     wrong = [name for name, mask in masks.items() if len(mask) != requests.num_rows]
     if wrong:
         raise DataError(
@@ -95,22 +91,20 @@ def build_slices(
     return masks
 
 
-def popularity_groups(counts: Any, shares: tuple[float, float] = SHARES) -> np.ndarray:
+def popularity_groups(counts: Any) -> np.ndarray:
     """(N,) int8 group of each item: 0 head, 1 torso, 2 tail, 3 unseen, by its training count (N,)."""
-    if not 0 < shares[0] <= shares[1] <= 1:
-        raise ConfigError(f"The shares of head and head+torso must rise within 0 to 1, got {shares}.")
     counts = np.asarray(counts, dtype=np.float64)
     levels, level_of_item = np.unique(counts, return_inverse=True)
     mass = np.bincount(level_of_item, weights=counts, minlength=len(levels))
     above = (mass.sum() - np.cumsum(mass)) / max(mass.sum(), 1e-300)
-    group = (above >= shares[0]).astype(np.int8) + (above >= shares[1]).astype(np.int8)
+    group = (above >= SHARES[0]).astype(np.int8) + (above >= SHARES[1]).astype(np.int8)
     group[levels <= 0] = 3
     return group[level_of_item]
 
 
-def popularity_slices(counts: Any, relevance: Ragged, shares: tuple[float, float] = SHARES) -> dict[str, np.ndarray]:
+def popularity_slices(counts: Any, relevance: Ragged) -> dict[str, np.ndarray]:
     """Masks (R,) by the group of the most clicked relevant item; a request without relevant items is in none."""
-    groups = popularity_groups(counts, shares)
+    groups = popularity_groups(counts)
     offsets, rows = np.asarray(relevance.offsets), np.asarray(relevance.rows, dtype=np.int64)
     best = np.full(len(offsets) - 1, 4, dtype=np.int8)
     np.minimum.at(best, np.repeat(np.arange(len(best)), np.diff(offsets)), groups[rows])
@@ -126,10 +120,8 @@ def normalise_queries(queries: Any) -> pa.Array:
     return pc.if_else(pc.equal(queries, ""), pa.scalar(None, pa.string()), queries)
 
 
-def query_slices(train_queries: Any, queries: Any, frequent: int = FREQUENT) -> dict[str, np.ndarray]:
+def query_slices(train_queries: Any, queries: Any) -> dict[str, np.ndarray]:
     """Masks (R,) by how often the query stands among the training requests."""
-    if frequent < 2:
-        raise ConfigError(f"A query is frequent from at least 2 training requests on, got {frequent}.")
     known = pc.value_counts(normalise_queries(train_queries).drop_null())
     queries = normalise_queries(queries)
     place = pc.index_in(queries, value_set=known.field("values"))
@@ -138,24 +130,18 @@ def query_slices(train_queries: Any, queries: Any, frequent: int = FREQUENT) -> 
     return {
         "query/none": null,
         "query/unseen": ~null & (counts == 0),
-        "query/rare": ~null & (counts > 0) & (counts < frequent),
-        "query/frequent": ~null & (counts >= frequent),
+        "query/rare": ~null & (counts > 0) & (counts < FREQUENT),
+        "query/frequent": ~null & (counts >= FREQUENT),
     }
 
 
-def history_slices(lengths: Any, edges: Sequence[int] = HISTORY_EDGES) -> dict[str, np.ndarray]:
-    """Masks (R,) by history length; `edges` are the lowest lengths of the slices and start at 0."""
+def history_slices(lengths: Any) -> dict[str, np.ndarray]:
+    """Masks (R,) by history length."""
     lengths = np.asarray(lengths)
-    if list(edges) != sorted(set(edges)) or not len(edges) or edges[0] != 0:
-        raise ConfigError(f"The edges of history slices must rise from 0, got {list(edges)}.")
     if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or (len(lengths) and lengths.min() < 0):
         raise DataError(f"History lengths must be counts, one for each request, got {lengths.dtype} {lengths.shape}.")
-    place = np.searchsorted(np.asarray(edges), lengths, side="right") - 1
-    names = [
-        f"{low}" if high == low else f"{low}-{high}"
-        for low, high in zip(edges[:-1], (edge - 1 for edge in edges[1:]), strict=True)
-    ] + [f"{edges[-1]}+"]
-    return {f"history/{name}": place == number for number, name in enumerate(names)}
+    place = np.searchsorted(HISTORY_EDGES, lengths, side="right") - 1
+    return {f"history/{name}": place == number for number, name in enumerate(("0", "1-4", "5-19", "20+"))}
 
 
 def slice_rows(

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sidtune.core.config import as_dict, build
+from sidtune.core.config import as_dict, build, check_range, check_shares, check_types
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.finite import check_weights
 from sidtune.core.folders import read_json, write_json
@@ -75,16 +75,20 @@ class NextItemConfig:
     ahead: int = 0
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self), "A next-item network")
         if not self.level_sizes or min(self.level_sizes) < 1 or self.num_items < 1:
             raise ConfigError("A next-item network needs level_sizes and num_items of the catalogue it writes.")
-        if min(self.width, self.layers, self.heads, self.feed_forward, self.code_layers) < 1:
-            raise ConfigError("width, layers, heads, feed_forward and code_layers must be 1 or more.")
+        check_range(self, 1, "width", "layers", "heads", "feed_forward", "code_layers", "head_dim")
+        check_range(self, 0, "user_tokens", "ahead")
+        check_shares(self, "dropout")
         if self.network != "t5" and (self.head_dim is not None or self.width % (2 * self.heads)):
             raise ConfigError(
                 f"The width {self.width} must divide into {self.heads} heads of an even size, and head_dim is for t5 only."
             )
-        if not 0 <= self.dropout < 1 or min(self.user_tokens, self.ahead) < 0:
-            raise ConfigError("dropout must be a share in [0, 1), user_tokens and ahead 0 or more.")
+        if self.head_dim is None and self.width % self.heads:
+            raise ConfigError(
+                f"The width {self.width} must divide into {self.heads} heads; change one, or set head_dim."
+            )
 
     @property
     def depth(self) -> int:

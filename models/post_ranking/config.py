@@ -19,13 +19,16 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from sidtune.core.config import check_range
 from sidtune.core.errors import ConfigError, DataError, nearest
+from sidtune.core.shapes import misfit
 
 KINDS = ("id_embedding", "categorical", "numeric", "text_vector", "sid")
 SIDES = ("user", "item")
 MAIN_LOSSES = ("tokens", "permutation")
 ADAPTERS = ("qia", "mlp", "mlp_query")
 NUMERIC = "numeric"
+_NUMBERS = {"d_q": int, "d_h": int, "aux_weight": float}
 
 
 @dataclass(frozen=True)
@@ -215,8 +218,10 @@ class PostRankConfig(PreTrainedConfig):
             raise ConfigError(f"Field names must differ on one side, got {names}.")
         if not any(spec.side == "item" for spec in specs):
             raise ConfigError("The post-ranking model has no item field; give at least one FieldSpec with side 'item'.")
-        if min(self.d_q, self.d_h) < 1:
-            raise ConfigError(f"d_q and d_h must be at least 1, got {self.d_q} and {self.d_h}.")
+        if why := misfit({name: getattr(self, name) for name in _NUMBERS}, _NUMBERS):
+            raise ConfigError(f"The post-ranking config: {why}; correct it.")
+        check_range(self, 1, "d_q", "d_h")
+        check_range(self, 0, "aux_weight")
         if self.user_token_id == self.item_token_id or min(self.user_token_id, self.item_token_id) < size:
             raise ConfigError(
                 f"user_token_id and item_token_id must differ and lie outside the vocabulary of {size} tokens, got "

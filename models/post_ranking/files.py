@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from sidtune.core.errors import ConfigError, DataError
+from sidtune.core.errors import ConfigError, DataError, nearest
 from sidtune.core.finite import check_weights
 from sidtune.core.folders import read_json, write_json
 from sidtune.core.hub import push_folder, resolve_folder
@@ -37,6 +37,19 @@ LORA_FILE = "adapter_config.json"
 SIDES = ("qia_user", "qia_item")
 _SPLIT = ("q_proj", "k_proj")
 _FUSED = ("c_attn", "W_pack", "qkv_proj", "query_key_value", "Wqkv")
+
+
+def check_lora(where: str = "LoRA", *, r: Any = 32, alpha: Any = 32, dropout: Any = 0.1, targets: Any = None) -> None:
+    """Raises ConfigError for options of `add_lora` that make no LoRA."""
+    known = {
+        "r": (isinstance(r, int) and r >= 1, "a whole number of at least 1", r),
+        "alpha": (isinstance(alpha, (int, float)) and 0 < alpha < float("inf"), "a number above 0", alpha),
+        "dropout": (isinstance(dropout, (int, float)) and 0 <= dropout < 1, "a share in [0, 1)", dropout),
+        "targets": (targets is None or (isinstance(targets, (list, tuple)) and targets), "names of layers", targets),
+    }
+    for name, (fine, wanted, value) in known.items():
+        if not fine:
+            raise ConfigError(f"{where}: {name} must be {wanted}, got {value!r}; correct it.")
 
 
 def lora_targets(language_model: nn.Module) -> tuple[str, ...]:
@@ -79,6 +92,10 @@ def add_lora(
         raise ConfigError(
             f"The layout must be 'A' (one PEFT adapter) or 'B' (LoRA inside, for ZeRO-3), got {layout!r}."
         )
+    check_lora(r=r, alpha=alpha, dropout=dropout, targets=targets)
+    inner = {name.rpartition(".")[2] for name, _ in model.language_model.named_modules()}
+    if unknown := sorted({*(targets or ())} - inner):
+        raise ConfigError(f"LoRA: the language model has no layer '{unknown[0]}': {nearest(unknown[0], inner - {''})}")
     names = "|".join(re.escape(name) for name in targets or lora_targets(model.language_model))
     settings = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout}
     settings["fan_in_fan_out"] = any(type(module).__name__ == "Conv1D" for module in model.language_model.modules())

@@ -110,6 +110,11 @@ class PostRankProcessor:
         max_chars: int = 200,
         words: bool = False,
     ) -> None:
+        if not isinstance(max_history, int) or max_history < 0 or not isinstance(max_chars, int) or max_chars < 1:
+            raise ConfigError(
+                "A prompt needs whole numbers, max_history of at least 0 and max_chars of at least 1, got "
+                f"{max_history!r} and {max_chars!r}."
+            )
         self.tokenizer, self.config = tokenizer, config
         self.max_history, self.max_chars, self.words = max_history, max_chars, words
         self.template = template(config.template_version)
@@ -184,7 +189,7 @@ class PostRankProcessor:
 
     def _aux(self, item: _Input, pair: tuple[np.ndarray, np.ndarray, int], answer: bool) -> _Row:
         row, slots = self._lists(item), self.template
-        for head, order in ((slots.list_one, pair[0]), (slots.list_two, pair[1])):
+        for head, order in zip((slots.list_one, slots.list_two), pair[:2], strict=True):
             row.add(self._literal(head) + [self.config.label_token_ids[place] for place in order])
         row.add(self._literal(slots.which))
         if answer:
@@ -241,18 +246,17 @@ class PostRankProcessor:
         if orders is not None:
             requests = [presented(one, order) for one, order in zip(requests, orders, strict=True)]
         if task == "fa":
-            requests = [presented(one, [place]) for one in requests for place in range(len(one.candidates))]
-            requests = [replace(one, history=(), history_texts=()) for one in requests]
-        requests = [self._shorter(one) for one in requests]
+            alone = [replace(one, history=(), history_texts=()) for one in requests]
+            requests = [presented(one, [place]) for one in alone for place in range(len(one.candidates))]
         for sources in {tuple(one.sources.items()) for one in requests if one.sources}:
             self.config.check_sources(dict(sources))
         if not requests:
             raise DataError("There are no post-ranking requests; give at least one.")
+        requests = [self._shorter(one) for one in requests]
         arrays = self._arrays(requests)
         has_user = self._has_user(arrays["user_fields"], len(requests))
         said = [_Input(r.query, has_user[n], len(r.history), len(r.candidates), r) for n, r in enumerate(requests)]
-        relevance = [one.relevance for one in requests]
-        rows = self._rows(said, relevance, task, pairs, targets, answers)
+        rows = self._rows(said, [one.relevance for one in requests], task, pairs, targets, answers)
         return self._finish(rows, arrays, said, task, answers, padding_side)
 
     def from_batch(
@@ -271,9 +275,7 @@ class PostRankProcessor:
         Shuffle with `batch.reordered` first.
         """
         if task not in ("main", "aux") or self.words:
-            raise ConfigError(
-                "from_batch makes main and aux prompts with soft tokens; use from_requests for fa and for words."
-            )
+            raise ConfigError("from_batch makes main and aux prompts with soft tokens; else use from_requests.")
         past = batch.history_mask.copy()
         past &= np.cumsum(past[:, ::-1], axis=1)[:, ::-1] <= self.max_history
         past_fields, past_present = batch.history_fields, batch.history_present
@@ -289,8 +291,8 @@ class PostRankProcessor:
         self._check_fields(arrays)
         has_user, counts = self._has_user(arrays["user_fields"], len(queries)), batch.item_mask.sum(axis=1)
         said = [_Input(q, has_user[n], int(past[n].sum()), int(counts[n])) for n, q in enumerate(queries)]
-        relevance = [row[:count] for row, count in zip(batch.relevance, counts, strict=True)]
-        rows = self._rows(said, relevance, task, pairs, targets, answers)
+        known = [row[:count] for row, count in zip(batch.relevance, counts, strict=True)]
+        rows = self._rows(said, known, task, pairs, targets, answers)
         return self._finish(rows, arrays, said, task, answers, padding_side)
 
     def _rows(
@@ -314,15 +316,11 @@ class PostRankProcessor:
             raise DataError(
                 f"The request '{request.request_id}' has no text for each candidate; features as words need item_texts."
             )
-        latest = len(request.history) - self.max_history
-        if latest <= 0:
-            return request
+        latest = max(len(request.history) - self.max_history, 0)
         return replace(request, history=request.history[latest:], history_texts=request.history_texts[latest:])
 
     def _arrays(self, requests: Sequence[PostRankRequest]) -> dict[str, Any]:
-        items = [[*request.history, *request.candidates] for request in requests]
-        if self.words:
-            items = [[] for _ in requests]
+        items = [[] if self.words else [*request.history, *request.candidates] for request in requests]
         width = max(len(row) for row in items)
         mask = np.arange(width) < np.array([len(row) for row in items])[:, None]
         query = np.zeros((len(requests), self.config.d_q), np.float32)
@@ -344,13 +342,11 @@ class PostRankProcessor:
 
     def _check_fields(self, arrays: dict[str, Any]) -> None:
         for spec in self.config.field_specs:
-            side = arrays[f"{spec.side}_fields"]
-            if spec.name not in side or side[spec.name].shape[-1] != spec.dim:
-                got = side[spec.name].shape[-1] if spec.name in side else "none"
-                raise DataError(
-                    f"The model wants {spec.dim} columns of the {spec.side} field '{spec.name}', got {got}."
-                )
-            values = side[spec.name]
+            values = arrays[f"{spec.side}_fields"].get(spec.name)
+            if values is None or values.shape[-1] != spec.dim:
+                got = "none" if values is None else values.shape[-1]
+                wanted = f"{spec.dim} columns of the {spec.side} field '{spec.name}'"
+                raise DataError(f"The model wants {wanted}, got {got}; give the fields it was trained on.")
             if spec.coded and values.size and (np.nan_to_num(values, nan=-1) >= np.array(spec.level_sizes)).any():
                 raise DataError(
                     f"The {spec.side} field '{spec.name}' has codes outside of its sizes {list(spec.level_sizes)}; use -1 for "
@@ -385,20 +381,18 @@ class PostRankProcessor:
             del inputs["task_id"]
         return inputs
 
-    # -- files ----------------------------------------------------------------------------------------------------
-
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes tokenizer, config and settings beside the model's weights."""
         folder = Path(folder)
         self.tokenizer.save_pretrained(folder)
         self.config.save_pretrained(folder)
-        settings = {"max_history": self.max_history, "max_chars": self.max_chars, "words": self.words}
+        settings = {name: getattr(self, name) for name in ("max_history", "max_chars", "words")}
         write_json(folder / PROCESSOR_FILE, {**settings, "template_version": self.config.template_version})
 
     @classmethod
     def from_pretrained(cls, folder_or_repo: str | Path, **hub: Any) -> PostRankProcessor:
         """Loads what `save_pretrained` wrote. Raises DataError when it is not there."""
         folder = find_folder(folder_or_repo, **hub)
-        settings = read_json(folder / PROCESSOR_FILE)
-        settings.pop("template_version", None)
+        shape = {"max_history": int, "max_chars": int, "words": bool}
+        settings = {name: one for name, one in read_json(folder / PROCESSOR_FILE, shape).items() if name in shape}
         return cls(AutoTokenizer.from_pretrained(folder), PostRankConfig.from_pretrained(folder), **settings)

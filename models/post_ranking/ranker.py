@@ -90,11 +90,13 @@ class PostRanker:
             ConfigError: a window longer than the labels, or a negative number of shuffles.
         """
         labels = len(self.processor.config.label_token_ids)
-        if window > labels or shuffles < 0:
+        if window > labels or min(shuffles, seed) < 0:
             raise ConfigError(
-                f"A window may hold as many candidates as there are labels ({labels}), and shuffles cannot be negative; got "
-                f"{window} and {shuffles}."
+                f"A window may hold as many candidates as there are labels ({labels}), and shuffles and seed cannot be negative; "
+                f"got {window}, {shuffles} and {seed}."
             )
+        if min(num_beams, self.batch_size) < 1:
+            raise ConfigError(f"num_beams and batch_size must be at least 1, got {num_beams} and {self.batch_size}.")
         self.counts = RankCounts()
         settings = {"method": method, "num_beams": num_beams}
         was_training = self.model.training

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sidtune.core.config import as_dict, check_range, command
+from sidtune.core.config import SEEDS, as_dict, check_range, command
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import write_folder, write_json, write_run, writes
 from sidtune.core.pipeline import Step
@@ -69,7 +69,7 @@ class Arguments:
         check_metrics(self.ks, self.metrics, self.primary)
         check_labels(self.labels)
         check_range(self, 1, "num_beams", "max_requests", "batch_size", "max_reasoning_tokens", "hard_k")
-        check_range(self, 0, "seed", most=2**63)
+        check_range(self, 0, "seed", most=SEEDS)
         if self.num_beams < max(self.ks):
             raise ConfigError(
                 f"{self.num_beams} num_beams do not fill the {max(self.ks)} places of ks; raise num_beams."

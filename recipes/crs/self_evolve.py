@@ -28,11 +28,12 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow.parquet as pq
 
-from sidtune.core.config import as_dict, build, check_range, command, merged, renamed
+from sidtune.core.config import SEEDS, as_dict, build, check_range, command, merged, renamed
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import fingerprint, read_json, write_json, write_run, writes
 from sidtune.core.pipeline import Step, do_step, launch_options, run_step
 from sidtune.core.scripts import find_script
+from sidtune.core.shapes import misfit
 from sidtune.metrics.statistics.bootstrap import PairedResult, check_bootstrap, paired_bootstrap
 
 LAUNCH = "alone"
@@ -85,7 +86,7 @@ class Arguments:
 
     def __post_init__(self) -> None:
         check_range(self, 0, "rounds")
-        check_range(self, 0, "seed", most=2**63)
+        check_range(self, 0, "seed", most=SEEDS)
         check_bootstrap(self.level, self.samples)
         launch_options(self.launch)
         for name in ("seeds", "cold_start", "hard", "grpo", "trajectories", "sft", "validate"):
@@ -197,7 +198,7 @@ class Loop:
         """The config of an SFT step with the file of reasonings in its stage, identified by its content."""
         config = getattr(self.arguments, name)
         stages = config.get("stages", [{"name": "reason", "tasks": {"reason_to_sid": {}}}])
-        if not isinstance(stages, list) or len(stages) != 1 or "reason_to_sid" not in (stages[0].get("tasks") or {}):
+        if misfit(stages, [{"tasks": {"reason_to_sid": dict | None}}]) or len(stages) != 1:
             raise ConfigError(f"{name}: give it exactly one stage, and that stage the task reason_to_sid.")
         given = {} if file is None else {"file": str(file), "sha256": fingerprint(file)}
         return {**config, "stages": [merged(stages[0], {"tasks": {"reason_to_sid": {"options": given}}}, name)]}

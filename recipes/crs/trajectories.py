@@ -21,12 +21,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sidtune.core.config import as_dict, check_range, command
+from sidtune.core.config import SEEDS, as_dict, check_range, command
 from sidtune.core.errors import ConfigError, DataError, nearest
 from sidtune.core.folders import write_folder, write_run, writes
 from sidtune.core.pipeline import Step, check_there
 from sidtune.core.ragged import drawn, own_rows
-from sidtune.core.text import read_lines
 from sidtune.data_builders.tasks.input import rows_of
 
 FILE = "trajectories.jsonl"
@@ -85,7 +84,7 @@ class Arguments:
         check_range(self, 1, "samples", "keep", "top_k", "num_beams", "batch_size", "max_requests", "longest")
         check_range(self, 1, "max_reasoning_tokens")
         check_range(self, 0, "replay_share", "shortest")
-        check_range(self, 0, "seed", most=2**63)
+        check_range(self, 0, "seed", most=SEEDS)
         if not self.temperature > 0:
             raise ConfigError(f"temperature must be above 0, got {self.temperature}.")
         for aspect in self.aspects or []:
@@ -238,7 +237,9 @@ def _write(arguments: Arguments, source: Any, lines: list[dict], counts: dict[st
 def _replayed(arguments: Arguments, own: int) -> list[dict]:
     if arguments.replay is None or arguments.replay_share == 0 or own == 0:
         return []
-    lines = [json.loads(line) for line in read_lines(arguments.replay, "file of trajectories") if line.strip()]
+    from sidtune.data_builders.tasks.reasoning import reasoning_lines
+
+    lines = reasoning_lines(arguments.replay)
     count = min(len(lines), max(1, round(own * arguments.replay_share)))
     chosen = np.random.default_rng([arguments.seed, 7]).choice(len(lines), count, replace=False)
     return [lines[row] for row in np.sort(chosen).tolist()]

@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sidtune.core.config import as_dict, build, check_range, command
+from sidtune.core.config import SEEDS, as_dict, build, check_range, command
 from sidtune.core.errors import ConfigError, nearest
 from sidtune.core.folders import fingerprint, inputs_of, read_json, write_json, write_run, writes
 from sidtune.core.pipeline import Step, check_there
@@ -107,7 +107,7 @@ class Arguments:
             raise ConfigError("post_rank needs at least one method.")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(f"seeds must be different integers, at least one, got {self.seeds}.")
-        check_range(self, 0, "seeds", most=2**63)
+        check_range(self, 0, "seeds", most=SEEDS)
         check_range(self, 1, "max_train", "max_test")
         check_bootstrap(self.level, self.samples)
         self.train_settings()

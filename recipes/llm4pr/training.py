@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from sidtune.core.config import check_range
+from sidtune.core.config import check_range, check_types
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import RUN_FILE, read_json, write_run
 from sidtune.core.resume import Work
@@ -71,6 +71,7 @@ class Training:
     d_h: int = 512
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self), "training")
         for name, known in (
             ("train", ("lora", "all")),
             ("adaptation_trains", ("adapters", "all")),
@@ -91,19 +92,26 @@ class Training:
         unknown = set(self.lora) - {"r", "alpha", "dropout", "targets"}
         if unknown:
             raise ConfigError(f"training.lora knows r, alpha, dropout and targets, got {sorted(unknown)}.")
-        check_range(self, 0, "max_history", "adapter_learning_rate")
-        check_range(self, 1, "d_h")
-        if not 0 <= self.shuffle <= 1 or self.aux_weight < 0 or not 2 <= self.max_candidates <= 26:
+        if self.words and (self.adapter != "qia" or self.query == "personal" or self.label_sum):
             raise ConfigError(
-                "training: shuffle lies in [0, 1], aux_weight is not negative, max_candidates is 2 to 26."
+                "training: with words features are text, so adapter, query: personal and label_sum would change nothing; leave "
+                "them out."
             )
+        if self.lora and self.train != "lora":
+            raise ConfigError("training: options of LoRA need train: lora, but train is 'all'; change one of them.")
+        check_range(self, 0, "max_history", "adapter_learning_rate", "aux_weight")
+        check_range(self, 1, "d_h")
+        check_range(self, 0, "shuffle", most=1)
+        check_range(self, 2, "max_candidates", most=26)
         self._check_heavy()
 
     def _check_heavy(self) -> None:
         """What the libraries say of the arguments of each step, and of a backbone from scratch."""
+        from sidtune.models.post_ranking.files import check_lora
         from sidtune.tokenizers.base_models.from_scratch import check_model
         from sidtune.trainers.post_ranking.trainer import checked_paper
 
+        check_lora("training.lora", **self.lora)
         for name in ("adaptation", "post_rank", "drill"):
             checked_paper(getattr(self, name) or {}, f"training.{name}")
         if self.backbone is None:

@@ -53,7 +53,11 @@ class System:
             raise ConfigError(
                 f"{where}: a packed row holds several users, so it has no user token; choose one of both."
             )
-        full = self.network.get("network") == "t5" and not self.network.get("causal_encoder", True)
+        kind = self.network.get("network", "items")
+        for option, value, kinds in (("causal_encoder", True, ("t5",)), ("code_layers", 1, ("items", "t5"))):
+            if self.network.get(option, value) != value and kind not in kinds:
+                raise ConfigError(f"{where}.network: {option} is for {' and '.join(kinds)} only; leave it out.")
+        full = kind == "t5" and not self.network.get("causal_encoder", True)
         if full and (self.examples == "whole" or self.packed):
             raise ConfigError(
                 f"{where}: an encoder with full attention (causal_encoder: false) takes windows, not packed."
@@ -129,7 +133,6 @@ class Arguments:
         for name in self.baselines:
             BASELINES.get(name)
         check_range(self, 10, "num_beams")  # to fill ten places
-        check_range(self, 0, "seeds", most=2**63)
         check_bootstrap(self.level, self.samples)
 
     def data(self) -> SequenceSource:

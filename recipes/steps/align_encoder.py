@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sidtune.core.config import build, check_range, command
+from sidtune.core.config import SEEDS, build, check_range, command
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import write_json, write_run, writes
 from sidtune.core.processes import launch, on_main
@@ -92,7 +92,7 @@ class Arguments:
         checked_aligned_args(self.args)
         made_by(ENCODERS, {"name": "tfidf_svd", **self.base}, self.seed)
         check_range(self, 1, "max_length", "k")
-        check_range(self, 0, "seed", most=2**63)
+        check_range(self, 0, "seed", most=SEEDS)
         if self.backbone is None and self.revision is not None:
             raise ConfigError(
                 "revision is of a backbone on the hub, and there is none; name it, or leave revision out."

@@ -10,7 +10,7 @@ import os
 import time
 from dataclasses import dataclass, field
 
-from sidtune.core.config import as_dict, build, command
+from sidtune.core.config import SEEDS, as_dict, build, check_range, command
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import write_folder, write_run, writes
 from sidtune.core.pipeline import Step, check_there
@@ -46,6 +46,11 @@ class Arguments:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_range(self, 0, "seed", most=SEEDS)
+        if self.reader == "shop_world" and self.path is not None:
+            raise ConfigError(
+                "path is read by no one, because reader is the embedded shop; name a reader, or leave path out."
+            )
         if self.path is not None:
             self.path = os.path.expanduser(os.path.expandvars(self.path))
             if "$" in self.path:

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import rich
 from tqdm.auto import tqdm
 
-from sidtune.core.config import as_dict, check_range, command
+from sidtune.core.config import SEEDS, as_dict, check_range, command
 from sidtune.core.errors import ConfigError, DataError, SidtuneError
 from sidtune.core.folders import write_folder, write_json, write_run, writes
 from sidtune.core.pipeline import Step, check_there
@@ -80,7 +80,7 @@ class Arguments:
     labels: list[str] = field(default_factory=lambda: list(LABELS))
     baselines: list[str] = field(default_factory=lambda: ["popularity", "bm25", "item_knn"])
     upper_bound: bool = True
-    compare_to: dict = field(default_factory=dict)
+    compare_to: dict[str, str] = field(default_factory=dict)
     max_requests: int | None = None
     batch_size: int = 64
     samples: int = 1000
@@ -93,13 +93,15 @@ class Arguments:
         check_labels(self.labels)
         check_bootstrap(self.level, self.samples)
         check_range(self, 1, "num_beams", "max_requests", "batch_size")
-        check_range(self, 0, "sample_requests", "seed", most=2**63)
+        check_range(self, 0, "sample_requests", "seed", most=SEEDS)
         if self.num_beams < max(self.ks):
             raise ConfigError(
                 f"{self.num_beams} num_beams do not fill the {max(self.ks)} places of ks; raise num_beams."
             )
         for name in self.baselines:
             BASELINES.get(name)
+        if self.start_dir is None and self.start_name != "start":
+            raise ConfigError("start_name names the model of start_dir, and there is none; leave it out.")
         if self.start_dir is not None and self.start_name in (MODEL, "oracle", *self.baselines, *self.compare_to):
             raise ConfigError(f"start_name '{self.start_name}' is the name of another system; choose another one.")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sidtune.core.config import command
+from sidtune.core.config import check_range, command
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import write_folder, write_run, writes
 
@@ -40,6 +40,7 @@ class Arguments:
     end_token: str | None = None
 
     def __post_init__(self) -> None:
+        check_range(self, 1, "max_sids", most=2**63)
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ConfigError(f"dtype must be float32, bfloat16 or float16, got '{self.dtype}'.")
 

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import safetensors.numpy
 
-from sidtune.core.config import as_dict, build, command
+from sidtune.core.config import SEEDS, as_dict, build, check_range, command
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import write_folder, write_json, write_run, writes
 from sidtune.core.ragged import drawn
@@ -78,6 +78,7 @@ class Arguments:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_range(self, 0, "seed", most=SEEDS)
         if not 0 <= self.held_out_share < 1:
             raise ConfigError(f"held_out_share is a share in [0, 1), got {self.held_out_share}.")
         build(updates.DriftLimits, self.limits, "limits")

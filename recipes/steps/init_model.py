@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sidtune.core.config import check_range, command
+from sidtune.core.config import SEEDS, check_range, command
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import write_folder, write_run, writes
 from sidtune.core.pipeline import Step
@@ -67,7 +67,7 @@ class Arguments:
 
         check_options(self.init, self.pad_to_multiple_of)
         check_range(self, 0, "pad_to_multiple_of", "text_vocab_size")
-        check_range(self, 0, "seed", most=2**63)
+        check_range(self, 0, "seed", most=SEEDS)
         check_words(self.extra_tokens)
         check_dtype(self.dtype)
         if self.base is None and self.revision is not None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import safetensors.numpy
 
-from sidtune.core.config import check_range, command
+from sidtune.core.config import SEEDS, check_range, command
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.folders import write_folder, write_json, write_run, writes
 from sidtune.core.pipeline import Step, check_there
@@ -89,7 +89,7 @@ class Arguments:
             raise ConfigError("Give either suffix: true or collisions, not both; suffix is collisions: {name: suffix}.")
         if not 0 < self.learn_share <= 1:
             raise ConfigError(f"learn_share is a share in (0, 1], got {self.learn_share}.")
-        check_range(self, 0, "seed", most=2**63)
+        check_range(self, 0, "seed", most=SEEDS)
         encoder, quantizer, _ = self.parts()
         if self.queries:
             check_text_encoder(encoder)

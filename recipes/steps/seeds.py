@@ -44,6 +44,7 @@ class Arguments(RunArguments):
     readme: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_seeds(self.seeds, 2)
 
     def pipeline_of(self, seed: int) -> RunArguments:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from sidtune.core.config import check_range, command
+from sidtune.core.config import SEEDS, check_range, command
 from sidtune.core.errors import ConfigError
 from sidtune.core.folders import read_run, write_run, writes
 from sidtune.core.pipeline import Step, check_there
@@ -70,7 +70,7 @@ class Arguments:
             where = f"stage '{stage.name}', args"
             checked_sft(stage.args, max_length=stage.max_length, evaluate=bool(stage.eval_tasks), where=where)
         check_range(self, 0, "prompt_max_history")
-        check_range(self, 0, "seed", most=2**63)
+        check_range(self, 0, "seed", most=SEEDS)
         check_range(self, 2, "prompt_max_length")
 
     def examples(self) -> TaskExamples:

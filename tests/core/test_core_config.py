@@ -100,3 +100,20 @@ def test_a_command_ends_with_exit_code_2_and_no_trace(tmp_path):
     good = subprocess.run([sys.executable, script, "--steps", "3"], capture_output=True, text=True)
     assert good.returncode == 0 and good.stdout.strip() == "3"
     assert "--steps" in subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "hint"),
+    [
+        ("price_max", ["query", "profile", "history", "k"], None),
+        ("colour", ["query", "context", "order"], None),
+        ("lr", ["hr", "k"], None),
+        ("qurey", ["query", "profile"], "query"),
+        ("NDCG", ["ndcg", "map"], "ndcg"),
+        ("rate", ["learning_rate", "epochs"], "learning_rate"),
+        ("query_text", ["query", "profile"], "query"),
+    ],
+)
+def test_a_suggestion_is_near_or_there_is_none(name, known, hint):
+    found = nearest(name, known)
+    assert found == (f"did you mean '{hint}'?" if hint else f"known are: {', '.join(sorted(known))}.")

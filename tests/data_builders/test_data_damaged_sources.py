@@ -54,29 +54,34 @@ DAMAGED: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "window is no list": (
         "amazon_sid",
         spoil(lambda f: office(f, OFFICE), "X.valid.csv", lambda b: b + b"u,t,__import__('os'),2\n"),
-        "X.valid.csv has in line 3, column 'history_item_id', no list of item ids but",
+        "X.valid.csv, row 1, column 'history_item_id': a list of item ids belongs here, got \"__import",
     ),
     "short csv row": (
         "amazon_sid",
         spoil(lambda f: office(f, OFFICE), "X.valid.csv", lambda b: b + b"u,t\n"),
-        "X.valid.csv has 2 fields in line 3, its header has 4",
+        "X.valid.csv, row 1: the row has 2 fields, the header 4",
     ),
     "open quote": (
         "amazon_sid",
         spoil(lambda f: office(f, OFFICE), "X.valid.csv", lambda b: b + b'u,"never closed,[1],2\n'),
-        "X.valid.csv is not valid CSV in line",
+        "X.valid.csv: the file is no CSV",
     ),
     "renamed column": (
         "amazon_sid",
         spoil(lambda f: office(f, OFFICE), "X.valid.csv", lambda b: b.replace(b"history_item_id", b"history_items")),
-        "X.valid.csv has no column 'history_item_id' \\(did you mean 'history_items'",
+        "X.valid.csv, column 'history_item_id': the column is missing \\(did you mean 'history_items'",
     ),
     "no user": (
         "amazon_sid",
         lambda f: office(f, {"valid": [("", [1], 2)], "test": TEST}),
-        "no user_id or item_id in line 2",
+        "X.valid.csv, row 0, column 'user_id': an id belongs here, got None",
     ),
     "broken items": ("amazon_sid", lambda f: office(f, OFFICE, "{"), "X.item.json is not valid JSON"),
+    "half a character": (
+        "amazon_sid",
+        lambda f: office(f, OFFICE, '{"1": {"title": "a\\ud800b"}}'),
+        "X.item.json is not valid JSON \\(it holds half a character",
+    ),
     "items are a list": (
         "amazon_sid",
         lambda f: office(f, OFFICE, "[]"),

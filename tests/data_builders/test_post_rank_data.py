@@ -10,9 +10,10 @@ import pytest
 from post_rank_sources import dat, rating_rows, recbole, toy_table
 
 from sidtune.core.errors import ConfigError, DataError
+from sidtune.data_builders.post_ranking.columns import REQUEST_SCHEMA
 from sidtune.data_builders.post_ranking.movielens_segments import PSEUDO_QUERIES, SegmentConfig, movielens_segments
 from sidtune.data_builders.post_ranking.passage_lists import PassageFiles, passage_lists
-from sidtune.data_builders.post_ranking.schema import REQUEST_SCHEMA, PostRankField, PostRankTable
+from sidtune.data_builders.post_ranking.schema import PostRankField, PostRankTable
 from sidtune.data_builders.post_ranking.store import load_post_rank, save_post_rank
 from sidtune.data_builders.post_ranking.targets import target_order
 from sidtune.data_builders.post_ranking.text import field_texts, render_request, request_of, table_from_requests

@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from sidtune.data_builders.readers.kuaisearch import read_relevance
 from sidtune.data_builders.readers.letter import read_sid_index
 from sidtune.data_builders.registry import READERS
 from sidtune.data_builders.tables.history import History
@@ -232,7 +231,6 @@ def test_kuaisearch_equals_a_plain_reading(real_data):
     assert tables.counts["unknown_items_added"] == 25_063 and tables.items.num_rows == 25_263
     prices = dict(zip(tables.items["item_id"].to_pylist(), tables.items["price"].to_pylist(), strict=True))
     assert prices[str(rank["target_item_id"])] == rank["target_item_price"]
-    assert read_relevance(folder / "relevance.jsonl").num_rows == 200
 
 
 def test_kuaisearch_can_drop_what_does_not_join(real_data):

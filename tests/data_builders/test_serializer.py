@@ -116,8 +116,6 @@ def test_a_folder_overrides_some_files(tmp_path):
     (tmp_path / "README.md").write_text("my templates")
     s = Serializer(made.byte_bpe(), tmp_path)
     assert s.turn("shoes", CONTEXT) == "\nQ shoes A" and s.head(None) == "user"
-    chat = Serializer(made.byte_bpe(), tmp_path, base="chatml")
-    assert chat.turn("shoes", CONTEXT) == "\nQ shoes A" and chat.head(None).startswith("<|im_start|>system")
 
 
 def test_saved_templates_render_the_same(tmp_path):
@@ -177,8 +175,6 @@ def test_other_mistakes(tmp_path):
         Serializer(made.byte_bpe(), tmp_path)
     with pytest.raises(ConfigError, match="did you mean 'chatml'"):
         Serializer(made.byte_bpe(), "chat_ml")
-    with pytest.raises(ConfigError, match="did you mean 'plain'"):
-        Serializer(made.byte_bpe(), base="plan")
     with pytest.raises(ConfigError, match="<\\|im_start\\|>"):
         Serializer(made.metaspace(), "chatml")
     with pytest.raises(ConfigError, match="did you mean 'item_to_sid'"):

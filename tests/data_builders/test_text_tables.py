@@ -190,12 +190,12 @@ def test_hub_tells_all_problems_of_its_files(tmp_path):
         assert part in text, part
     (tmp_path / "items.csv").unlink()
     (tmp_path / "items.jsonl").write_text('{"item_id": "1"}\n{"item_id": \n')
-    with pytest.raises(DataError, match="items.jsonl is not valid JSON in line 2"):
+    with pytest.raises(DataError, match="items.jsonl is wrong in line 2, because it is no JSON"):
         hub(tmp_path, {})
     (tmp_path / "items.jsonl").write_text(
         '{"item_id": "1", "title": 5}\n{"item_id": "2", "title": "x", "price": 1}\n[]\n'
     )
-    with pytest.raises(DataError, match="has in line 3 no object but"):
+    with pytest.raises(DataError, match="items.jsonl is wrong in line 3, because it must be a mapping, got .."):
         hub(tmp_path, {})
     (tmp_path / "items.jsonl").write_text('{"item_id": "1", "title": 5.5}\n{"item_id": "2", "title": ["x"]}\n')
     with pytest.raises(DataError, match="column 'title': the type is binary, expected a text"):

@@ -240,7 +240,7 @@ def test_self_consistency_forgets_the_incoming_order():
     fair._prompted = lambda asked, shown, settings: [np.argsort(-asked[0].relevance[p], kind="stable") for p in shown]
     one[0].relevance[:] = [2, 4, 1, 3]
     assert fair.rank(one, shuffles=5)[0].tolist() == [1, 3, 0, 2]
-    with pytest.raises(ConfigError, match="shuffles cannot be negative"):
+    with pytest.raises(ConfigError, match="shuffles and seed cannot be negative"):
         fair.rank(one, shuffles=-1)
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from sidtune.data_builders.post_ranking.schema import REQUEST_SCHEMA, PostRankField, PostRankTable
+from sidtune.data_builders.post_ranking.columns import REQUEST_SCHEMA
+from sidtune.data_builders.post_ranking.schema import PostRankField, PostRankTable
 
 GENRES = ("Action", "Comedy", "Drama", "Sci-Fi")
 

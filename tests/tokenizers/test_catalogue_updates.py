@@ -231,25 +231,6 @@ def test_the_report_refuses_what_does_not_fit():
         DriftLimits(max_icr_drop=-0.1)
 
 
-def test_an_extended_trie_is_the_trie_of_all_codes_and_keeps_every_old_leaf():
-    sids, _, quantizer, later = catalogue()
-    made = extend_catalogue(sids, quantizer, names(later), later)
-    tokens = np.arange(100, 100 + sum(SIZES))
-    before = SidTrie.from_semantic_ids(sids).bind(tokens)
-    trie, whole = before.extended(made.codes[200:]), SidTrie.from_semantic_ids(made)
-    assert torch.equal(trie.codes, whole.codes) and torch.equal(trie.child_start, whole.child_start)
-    assert trie.level_sizes == SIZES and torch.equal(trie.token_ids, before.token_ids)
-    assert trie.num_leaves > before.num_leaves
-    old = before.leaf_codes(torch.arange(before.num_leaves))
-    leaves = trie.find(old) - trie.level_starts[trie.depth]
-    assert (leaves >= 0).all() and torch.equal(trie.leaf_codes(leaves), old)
-    assert torch.equal(before.extended(sids.codes).codes, before.codes)
-    with pytest.raises(DataError, match="filtered trie"):
-        before.restrict(torch.ones(before.num_leaves, dtype=torch.bool)).extended(sids.codes)
-    with pytest.raises(DataError, match="expected 0 to 3"):
-        before.extended(np.array([[0, 0, 4]]))
-
-
 def test_a_trained_model_scores_old_sids_as_before():
     draw = np.random.default_rng(1)
     codes = np.stack([draw.integers(0, size, 10) for size in LEVEL_SIZES], axis=1)

@@ -285,11 +285,11 @@ def test_measures_are_those_of_the_formula():
 def test_refusals(tmp_path):
     with pytest.raises(ConfigError, match="'eval_steps' cannot be set here"):
         FitSettings(args={"eval_steps": 3})
-    with pytest.raises(ConfigError, match="average must be in"):
+    with pytest.raises(ConfigError, match="average must be a share in"):
         FitSettings(average=1.0)
     with pytest.raises(ConfigError, match="label_smoothing"):
         LossConfig(label_smoothing=1.0)
-    with pytest.raises(ConfigError, match="shares in"):
+    with pytest.raises(ConfigError, match="codes must be a share in"):
         NoiseConfig(codes=1.5)
     with pytest.raises(ConfigError, match="0 heads for them; set both or none"):
         train(tmp_path / "a", loss=LossConfig(ahead=1.0))

@@ -162,15 +162,9 @@ def check_model(config: dict[str, Any] | None, vocab_size: int) -> None:
     check_vocab_size(vocab_size)
     kind, made = _config(config, vocab_size, 0, None, 1)
     where = f"The config of the {kind} model"
-    check_fields(config, where)
     with told(kind), torch.device("meta"):
         model = _family(made).from_config(made)
     check_weights(model, where)
-    heads, shared = (getattr(made, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
-    if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
-        raise ConfigError(
-            f"{where}: {heads} num_attention_heads cannot share {shared} num_key_value_heads; make it a divisor."
-        )
 
 
 def check_fields(config: dict[str, Any] | None, where: str) -> None:
@@ -226,7 +220,9 @@ def _config(
     fields = dict(config or {})
     kind = checked_kind(fields.pop("model_type", "qwen3"))
     known = _config_fields(kind)
-    check_keys(fields, known, f"The config of the {kind} model")
+    where = f"The config of the {kind} model"
+    check_keys(fields, known, where)
+    check_fields(fields, where)
     tokens = {
         "vocab_size": vocab_size,
         "pad_token_id": pad,
@@ -242,6 +238,11 @@ def _config(
     tokens = {key: value for key, value in tokens.items() if key in known or key in always}
     with told(kind):
         made = AutoConfig.for_model(kind, **{**_SMALL.get(kind, {}), **fields, **tokens})
+    heads, shared = (getattr(made, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
+        raise ConfigError(
+            f"{where}: {heads} num_attention_heads cannot share {shared} num_key_value_heads; make it a divisor."
+        )
     if made.is_encoder_decoder and getattr(made, "decoder_start_token_id", None) is None:
         made.decoder_start_token_id = pad
     return kind, made

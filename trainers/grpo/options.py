@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sidtune.core.config import build, check_range
+from sidtune.core.config import SEEDS, build, check_range
 from sidtune.core.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class GRPOOptions:
                 " and ".join(divided),
             )
         check_range(self, 1, "max_requests", "max_length", most=10**9)
-        check_range(self, 0, "seed", most=2**63)
+        check_range(self, 0, "seed", most=SEEDS)
 
     @property
     def corrects_exposure(self) -> bool:

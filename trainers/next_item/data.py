@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from sidtune.core.config import check_range, check_shares, check_types
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.data_builders.sequences.item_sequences import ItemSequences, SequenceExamples, padded
 
@@ -32,8 +33,11 @@ class NoiseConfig:
     shared_levels: int = 2
 
     def __post_init__(self) -> None:
-        if not (0 <= self.codes < 1 and 0 <= self.items < 1) or self.shared_levels < 1:
-            raise ConfigError("Noise on codes and items must be shares in [0, 1), shared_levels 1 or more.")
+        check_types(type(self), vars(self), "noise")
+        check_shares(self, "codes", "items")
+        check_range(self, 1, "shared_levels")
+        if self.shared_levels != 2 and not self.items:
+            raise ConfigError("noise: shared_levels is of noise on items, which is 0; set items or leave it out.")
 
 
 class Neighbours:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sidtune.core.config import check_range, check_shares, check_types
 from sidtune.core.errors import ConfigError
 from sidtune.decoding.trie import SidTrie
 from sidtune.models.next_item.network import NextItemNetwork, NextTargets
@@ -41,9 +42,14 @@ class LossConfig:
     ahead: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing < 1 or self.contrastive < 0 or self.ahead < 0 or not self.temperature > 0:
+        check_types(type(self), vars(self), "loss")
+        check_shares(self, "label_smoothing")
+        check_range(self, 0, "contrastive", "ahead")
+        if not self.temperature > 0:
+            raise ConfigError(f"loss: temperature must be above 0, got {self.temperature}; correct it.")
+        if self.temperature != 0.1 and not self.contrastive:
             raise ConfigError(
-                "label_smoothing must be a share in [0, 1), contrastive and ahead 0 or more, temperature above 0."
+                "loss: temperature is of the contrastive term, which is 0; set contrastive or leave it out."
             )
 
 

@@ -31,6 +31,7 @@ from torch import nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from sidtune.core.config import check_range, check_shares, check_types
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.ragged import drawn, gathered, own_rows
 from sidtune.data_builders.sequences.item_sequences import ItemSequences, SequenceExamples
@@ -54,6 +55,7 @@ RESERVED = {
     **dict.fromkeys(("metric_for_best_model", "greater_is_better"), "models are chosen by validation NDCG@10"),
     "load_best_model_at_end": "the best checkpoint is always taken",
     "gradient_checkpointing": "the networks are small",
+    "label_smoothing_factor": "set label_smoothing of the loss",
     "group_by_length": "rows of like length always share a batch",
 }
 logger = logging.getLogger(__name__)
@@ -82,10 +84,11 @@ class FitSettings:
     patience: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.average < 1 or not self.evaluate_every > 0 or (self.patience or 1) < 1:
-            raise ConfigError("average must be in [0, 1), evaluate_every above 0, patience 1 or more or null.")
-        if self.valid_users is not None and self.valid_users < 1:
-            raise ConfigError(f"valid_users must be 1 or more, or null for all, got {self.valid_users}.")
+        check_types(type(self), vars(self), "fit")
+        check_shares(self, "average")
+        check_range(self, 1, "valid_users", "patience")
+        if not self.evaluate_every > 0:
+            raise ConfigError(f"evaluate_every must be above 0, got {self.evaluate_every}; correct it.")
         self.args = checked_fields(TrainingArguments, RESERVED, self.args, "training args")
         check_together(TrainingArguments, self.args, "training args")
 

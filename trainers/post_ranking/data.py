@@ -154,7 +154,7 @@ class PostRankExamples(Dataset):
         if self.step == "adaptation":
             requests = [request_of(self.table, int(row), 0) for row in self._owner[places]]
             orders = [[int(place)] for place in self._place[places]]
-            return self.processor.from_requests(requests, "fa", orders=orders, padding_side="left")
+            return self.processor.from_requests(requests, "fa", orders=orders)
         batch = self.table.batch(self.rows[places], self.processor.max_history)
         draws = [np.random.default_rng([self.seed, int(number)]) for number in numbers]
         counts = batch.item_mask.sum(axis=1)
@@ -184,24 +184,24 @@ class PostRankExamples(Dataset):
     ) -> dict[str, Any]:
         batch = presented_batch(batch, orders)
         queries = [self._queries[row] for row in batch.rows]
-        made = [self.processor.from_batch(batch, queries, targets=targets, padding_side="left")]
+        made = [self.processor.from_batch(batch, queries, targets=targets)]
         with_pair = np.array([pair is not None for pair in pairs])
         if with_pair.any():
             some = batch.map(lambda value: value[with_pair])
             asked = [self._queries[row] for row in some.rows]
             chosen = [pair for pair in pairs if pair is not None]
-            made.append(self.processor.from_batch(some, asked, "aux", pairs=chosen, padding_side="left"))
+            made.append(self.processor.from_batch(some, asked, "aux", pairs=chosen))
         return joined(made, self.processor.config.end_token_id)
 
     def _words(
         self, batch: PostRankBatch, orders: list[np.ndarray], targets: list[np.ndarray], pairs: list[Pair | None]
     ) -> dict[str, Any]:
         requests = [request_of(self.table, int(row), self.processor.max_history) for row in batch.rows]
-        made = [self.processor.from_requests(requests, orders=orders, targets=targets, padding_side="left")]
+        made = [self.processor.from_requests(requests, orders=orders, targets=targets)]
         kept = [place for place, pair in enumerate(pairs) if pair is not None]
         if kept:
             asked, shown, chosen = ([values[place] for place in kept] for values in (requests, orders, pairs))
-            made.append(self.processor.from_requests(asked, "aux", orders=shown, pairs=chosen, padding_side="left"))
+            made.append(self.processor.from_requests(asked, "aux", orders=shown, pairs=chosen))
         return joined(made, self.processor.config.end_token_id)
 
 

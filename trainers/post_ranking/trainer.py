@@ -75,7 +75,11 @@ def checked_paper(changes: dict[str, Any], where: str = "The arguments of post-r
         "ddp_find_unused_parameters": False,
         "prediction_loss_only": True,
     }
-    reserved = {"output_dir": "the run has its own folder", "remove_unused_columns": "batches are made here"}
+    reserved = {
+        "output_dir": "the run has its own folder",
+        "remove_unused_columns": "batches are made here",
+        "label_smoothing_factor": "the model has its own loss",
+    }
     values = {**preset, **checked_fields(TrainingArguments, reserved, changes, where)}
     if values["lr_scheduler_type"] == "cosine_with_min_lr":
         # As a share: transformers cannot work it out from an optimizer that DeepSpeed has wrapped.
