@@ -37,6 +37,8 @@ def quiet() -> None:
         one.addFilter(_is_ours_or_an_error)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", module=r"(sidtune\.|__main__)")
+        warnings.showwarning = lambda message, *_, **__: logging.getLogger("sidtune").warning("%s", message)
 
 
 def _is_ours_or_an_error(record: logging.LogRecord) -> bool:

@@ -17,7 +17,8 @@ def main(arguments):
     from tqdm.auto import tqdm
     for _ in tqdm(range(3)):
         pass
-    warnings.warn("a library's warning")
+    warnings.warn_explicit("a library's warning", UserWarning, "there.py", 1, module="library.there")
+    warnings.warn("our sentence")
     for name in ("transformers.trainer", "DeepSpeed"):
         logger = logging.getLogger(name)
         logger.setLevel(logging.WARNING)  # as libraries do when they are imported
@@ -37,11 +38,14 @@ def run(**environment: str) -> tuple[list[str], list[str]]:
 
 
 def test_our_lines_are_shown_and_the_noise_of_libraries_is_not():
-    assert run() == (["a table"], ["our line", "our warning"])
+    assert run() == (["a table"], ["our sentence", "our line", "our warning"])
 
 
 def test_a_step_of_a_pipeline_writes_its_lines_into_its_log_and_only_warnings_on_the_console():
-    assert run(SIDTUNE_LOGGED="1") == (["our line", "our warning", "a table"], ["our warning"])
+    assert run(SIDTUNE_LOGGED="1") == (
+        ["our sentence", "our line", "our warning", "a table"],
+        ["our sentence", "our warning"],
+    )
 
 
 @pytest.mark.parametrize("word", ["a library's warning", "a library's word", "3/3"])
