@@ -175,7 +175,11 @@ def _add_pairs(
         one, other = (np.concatenate([values[arguments.metric] for values in found[n]]) for n in (name, base))
         # A user of one seed's shop is another person than the user of that name in another's.
         users = [f"{n}/{user}" for n, values in enumerate(found[name]) for user in values["users"]]
-        pairs[name] = paired_bootstrap(one, other, arguments.level, arguments.samples, clusters=users)
+        by_seed = [
+            float((one[arguments.metric] - other[arguments.metric]).mean())
+            for one, other in zip(found[name], found[base], strict=True)
+        ]
+        pairs[name] = paired_bootstrap(one, other, arguments.level, arguments.samples, clusters=users, seeds=by_seed)
     for name, pair in adjusted(pairs).items():
         rows[name][key] = pair
 
@@ -207,9 +211,11 @@ def markdown(record: dict[str, Any]) -> str:
             told, p_value = _pair_cells(row.get("against_base"))
             cells += [f"{row['base']}: {told}" if told else "", p_value]
         lines.append(cells)
+    pairs = [row["against_start"] for row in rows.values() if "against_start" in row]
+    trainings = " and trainings" if any(pair.get("seeds", 1) > 1 for pair in pairs) else ""
     told = (
         f"Mean ± standard deviation over seeds {', '.join(map(str, record['seeds']))}; {counted(record['requests'])} "
-        f"{record['split']} requests each; paired bootstrap over users."
+        f"{record['split']} requests each; paired bootstrap over users{trainings}."
     )
     return "\n".join([*table(head, lines), "", told]) + "\n"
 
