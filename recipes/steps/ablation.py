@@ -24,6 +24,7 @@ from sidtune.core.config import as_dict, command, load_yaml
 from sidtune.core.errors import ConfigError, DataError, nearest
 from sidtune.core.folders import versions, writes
 from sidtune.core.pipeline import RunArguments
+from sidtune.core.shapes import misfit
 from sidtune.metrics.report.readme_table import publish
 from sidtune.metrics.statistics.bootstrap import check_bootstrap, paired_bootstrap
 from sidtune.recipes.over_seeds import adjusted, check_seeds, counted, difference, means, run_all, spread, table
@@ -97,6 +98,9 @@ class Arguments:
         root = Path(self.root or ".")
         file = root / self.pipeline
         base = load_yaml(file)
+        shape = {"steps": [{"name": str, "config?": str | None, "inputs?": dict}], "launch?": dict}
+        if (why := misfit(base, shape)) is not None:
+            raise ConfigError(f"The pipeline {file} is none, because {why}; correct it.")
         names = [step["name"] for step in base["steps"]]
         if self.start not in names:
             raise ConfigError(f"The pipeline {file} has no step '{self.start}'; it has {', '.join(names)}.")
