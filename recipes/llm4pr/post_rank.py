@@ -47,9 +47,10 @@ from sidtune.metrics.list_ranking import (
 )
 from sidtune.metrics.ranking import RankingResult
 from sidtune.metrics.report.readme_table import check_readme, replace_table
-from sidtune.metrics.statistics.bootstrap import check_bootstrap, holm, paired_bootstrap
+from sidtune.metrics.statistics.bootstrap import check_bootstrap, paired_bootstrap
 from sidtune.metrics.statistics.compare import compare_systems
 from sidtune.recipes.llm4pr.training import Training, table_for, train_system
+from sidtune.recipes.over_seeds import adjusted
 
 LAUNCH = "alone"
 RESULT_FILE = "result.json"
@@ -291,7 +292,7 @@ def compare(
         "seeds": arguments.seeds,
         "systems": [as_dict(row.to_dict()) for row in rows],
         "each_seed": spread,
-        "against": _against(arguments, results, options),
+        "against": _against(arguments, results, spread, options),
         "notes": data.source.table.notes,
     }
     return record, "\n".join([list_table(rows, arguments.list_metrics()), _differences(record)]), results
@@ -334,18 +335,20 @@ def _results(
     return results, spread
 
 
-def _against(arguments: Arguments, results: dict[str, RankingResult], options: dict[str, Any]) -> dict[str, Any]:
+def _against(
+    arguments: Arguments, results: dict[str, RankingResult], spread: dict[str, list[float]], options: dict[str, Any]
+) -> dict[str, Any]:
     """`llm4pr` minus every other system on the primary metric, p-values adjusted together (Holm)."""
     others = [name for name in results if name not in (MAIN, RANDOM, SORTED, BEST)]
     if MAIN not in results or not others:
         return {}
     own, kept = results[MAIN].values(arguments.primary), results[MAIN].included
     options = {**options, "clusters": [u for u, keep in zip(options["clusters"], kept, strict=True) if keep]}
-    pairs = {name: paired_bootstrap(own, results[name].values(arguments.primary), **options) for name in others}
-    adjusted = holm([pair.p_value for pair in pairs.values()])
-    return {
-        name: {**as_dict(pair), "adjusted_p_value": p} for (name, pair), p in zip(pairs.items(), adjusted, strict=True)
-    }
+    pairs = {}
+    for name in others:
+        seeds = [a - b for a, b in zip(spread[MAIN], spread[name], strict=True)]
+        pairs[name] = paired_bootstrap(own, results[name].values(arguments.primary), **options, seeds=seeds)
+    return adjusted(pairs)
 
 
 def _differences(record: dict[str, Any]) -> str:
@@ -362,7 +365,8 @@ def _differences(record: dict[str, Any]) -> str:
         seeds = ", ".join(f"{a - b:+.4f}" for a, b in zip(own, record["each_seed"][name], strict=True))
         interval = f"[{pair['low']:+.4f}, {pair['high']:+.4f}]"
         lines.append(f"| {name} | {pair['difference']:+.4f} | {interval} | {pair['adjusted_p_value']:.3f} | {seeds} |")
-    note = "Paired over requests (means of the seeds), users resampled; the last column is seed by seed."
+    trainings = " and trainings" if any(pair.get("seeds", 1) > 1 for pair in record["against"].values()) else ""
+    note = f"Paired over requests (means of the seeds), users{trainings} resampled; the last column is seed by seed."
     return "\n".join([*lines, "", note, ""])
 
 
