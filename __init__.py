@@ -89,6 +89,7 @@ if TYPE_CHECKING:
     from sidtune.trainers.grpo.logps.group_logps import group_logps as group_logps
     from sidtune.trainers.grpo.rollout_rewards import SidCatalogue as SidCatalogue
     from sidtune.trainers.grpo.trainer import DebiasedGRPOTrainer as DebiasedGRPOTrainer
+    from sidtune.trainers.grpo.trl_rewards import as_trl_reward as as_trl_reward
     from sidtune.trainers.rewards.batch import CombinedReward as CombinedReward
     from sidtune.trainers.rewards.batch import build_rewards as build_rewards
     from sidtune.trainers.sft.mixture import StageConfig as StageConfig

@@ -99,11 +99,11 @@ def system_error(error: BaseException) -> SidtuneError | None:
 def nearest(name: str, known: Iterable[str]) -> str:
     """The "did you mean" half-sentence: names the closest of `known`, or lists them when none is close.
 
-    Close is a slip of the pen (7 of 10 letters in order, in any case), or one name inside the other; a guess beyond that misleads.
+    Close is a slip of the pen (two of three letters in order, in any case), or one name inside the other; more would mislead.
     """
     choices = sorted(known)
     plain, written = name.lower(), {choice.lower(): choice for choice in reversed(choices)}
-    match = difflib.get_close_matches(plain, written, n=1, cutoff=0.7)
+    match = difflib.get_close_matches(plain, written, n=1, cutoff=0.66)
     match += [
         one for one in sorted(written, key=len) if min(len(one), len(plain)) > 3 and (one in plain or plain in one)
     ]

@@ -63,6 +63,11 @@ def difference(pair: Mapping[str, Any]) -> str:
     return f"{pair['difference']:+.4f} [{pair['low']:+.4f}, {pair['high']:+.4f}]"
 
 
+def over(pair: Mapping[str, Any]) -> str:
+    """What a test resampled beside users, as ` (users and 3 trainings)`; nothing where the trainings are not in it."""
+    return f" (users and {pair['seeds']} trainings)" if pair.get("seeds", 1) > 1 else ""
+
+
 def means(row: Mapping[str, Any], metrics: Iterable[str]) -> list[str]:
     """The cells `0.1234 ± 0.0012` of a row's metrics."""
     return [f"{row['metrics'][metric]['mean']:.4f} ± {row['metrics'][metric]['std']:.4f}" for metric in metrics]

@@ -12,8 +12,9 @@ from sidtune.metrics.statistics.slices import SliceRow
 
 METRICS = {
     "split": str, "requests": int, "requests_without_feedback": int, "catalogue": int, "primary": str, "level": float,
+    "resampled?": str,
     "systems": list[SystemRow], "slices": dict[str, list[SliceRow]], "against?": dict[str, PairedResult],
-    "decoding": {"num_beams": int, "requests_per_second": float, "invalid_share": float},
+    "decoding": {"num_beams": int, "requests_per_second": float},
 }  # fmt: skip
 SAMPLES = [
     {

@@ -130,6 +130,12 @@ def read(path: str, chosen: Options) -> Tables:
             requests = {part: tables.pop(part, tables["requests"]) for part in SPLITS}
         elif name == "requests":
             requests = {ALL: tables.pop(ALL)}
+    events = tables["events"]
+    if "requests" not in sources and events["request_id"].null_count < events.num_rows:
+        place = events.schema.get_field_index("request_id")
+        nothing = pa.nulls(events.num_rows, pa.string())
+        tables["events"] = events.set_column(place, events.schema.field(place), nothing)
+        notes.append("The source has no requests, so the request ids of its events are left out.")
     folder = DataFolder(tables["items"], tables["users"], tables["events"], requests, files=files)
     findings.told[META_FILE, None] = None  # there is none, and a catalogue alone is a source too
     validate_loaded(folder, findings)

@@ -231,6 +231,11 @@ def apply_split(tables: Tables, kind: str | None = None, **options: Any) -> tupl
         names = split_names(tables)
         split = {"kind": kind, **_bounds_of(times, names)}
     made = dataclasses.replace(tables, requests=requests, split_of_request=names.tolist(), counts=counts)
+    if kind != "source" and tables.split_of_request is not None:
+        made.notes = [
+            *tables.notes,
+            f"The split that the source prescribes is not used; requests are split by '{kind}'.",
+        ]
     late = _of_train(made, names) & _after(made.events, training_cut(requests, names, split))
     if late.any():
         counts["events_after_the_cut_untied_from_train_requests"] = int(late.sum())

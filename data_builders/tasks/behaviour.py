@@ -153,16 +153,16 @@ def _request_examples(
 ) -> Dataset:
     found = data.positives
     chosen = np.arange(len(found.request)) if all_positives else np.flatnonzero(found.strongest)
-    known = len(chosen)
+    data.count(task, requests_without_positive=data.requests.num_rows - int(found.strongest.sum()))
+
+    def past(places: np.ndarray) -> list[bool | None]:
+        offsets, _ = window(data, data.requests.take(pa.array(found.request[places])))
+        return [True if some else None for some in np.diff(offsets).tolist()]
+
     if need_history:
-        offsets, _ = window(data, data.requests.take(pa.array(found.request[chosen])))
-        chosen = chosen[np.diff(offsets) > 0]
-    data.count(
-        task,
-        requests_without_positive=data.requests.num_rows - int(found.strongest.sum()),
-        requests_without_history=known - len(chosen),
-    )
-    chosen = data.choose(task, chosen, limit)
+        chosen, _ = data.choose_made(task, chosen, limit, "requests_without_history", past)
+    else:
+        chosen = data.choose(task, chosen, limit)
     requests = data.requests.take(pa.array(found.request[chosen]))
     texts, offsets, codes = _windowed(data, requests, found.item[chosen], asks=asks)
     learn = np.zeros(len(codes), bool)

@@ -93,7 +93,7 @@ class ReportData:
         versions: package → version.
         warnings: full sentences shown at the top.
         systems: rows of the metric table (`compare_systems`). level: of the intervals. primary: metric of the plot.
-        evaluation_notes: full sentences on how the metrics were taken (split, catalogue, invalid share, ...).
+        evaluation_notes: full sentences on how the metrics were taken (split, catalogue, what is resampled, ...).
         slices: system → rows (`slice_rows`), the same slices for each system. slice_metric: the metric they hold.
         sid_quality: `SidQuality.to_dict()`, or None.
         curves: of the trainings, by stage.

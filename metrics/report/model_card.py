@@ -7,7 +7,7 @@ that strangers wrote (queries, names) is escaped, so it can neither break the YA
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import jinja2
@@ -23,7 +23,7 @@ class CardData:
         index_rows: `{"metric": name, "value": float}` for the hub's model index.
         catalogue, requests: counts of items and evaluated requests.
         split: evaluated split. level: confidence level of the intervals.
-        invalid: share of decoded items outside the catalogue, 0 to 1.
+        resampled: what the intervals resample.
         command: the command that made the model.
         data_revision: SHA-256 of the data folder. dataset_name, dataset_type: how the data is called.
         stages: names of the training stages. level_sizes, icr, collision_rate: the SIDs.
@@ -38,7 +38,7 @@ class CardData:
     requests: int
     split: str
     level: float
-    invalid: float
+    resampled: str
     command: str
     data_revision: str
     dataset_name: str
@@ -52,7 +52,6 @@ class CardData:
     license: str = "apache-2.0"
     base_model: str | None = None
     sample_query: str = ""
-    extra: dict = field(default_factory=dict)
 
 
 def _escape_markdown(text: str) -> str:

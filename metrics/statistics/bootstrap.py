@@ -5,6 +5,13 @@ whole users are resampled (the mean stays the mean over requests, a ratio of two
 intervals; the paired test shifts the resampled differences to zero (the bootstrap shift test, Efron and Tibshirani
 1993, 16.4), two-sided: p = (1 + #{|d* - d| >= |d|}) / (1 + samples).
 
+Below `FEW` users (or requests) percentile intervals cover too little, so there each resample is measured in its own standard
+error (the bootstrap-t, Efron and Tibshirani 1993, 12.5; the error of a ratio by the delta method), at most 5 of them. No interval
+repairs that one user has most of the requests.
+
+All this is the chance of the draw of users. A difference of two trainings also has the chance of the trainings, which users do
+not show: with the differences of several `seeds`, their standard error, by Student's t, is added to each resample.
+
 Metrics take few distinct values (NDCG@10 with one relevant item takes eleven), so where they do, one multinomial draw
 over the distinct values replaces drawing every request: the same distribution at a fraction of the cost. Memory stays
 bounded: resamples are drawn in blocks.
@@ -21,6 +28,7 @@ import numpy as np
 from sidtune.core.config import MANY
 from sidtune.core.errors import ConfigError, DataError
 
+FEW = 200
 _BLOCK = 1 << 22  # drawn numbers held at once: 32 MB
 
 
@@ -30,7 +38,7 @@ class Interval:
 
     Attributes:
         mean: mean over the requests.
-        low, high: bounds of the percentile interval.
+        low, high: bounds of the interval.
         level: confidence level, 0 to 1.
         requests: number of values. clusters: number of independent units (equal to `requests` without clusters).
         samples: number of resamples.
@@ -50,9 +58,10 @@ class PairedResult:
     """Difference of two systems on the same requests.
 
     Attributes:
-        difference: mean of a minus mean of b. low, high: its percentile interval.
+        difference: mean of a minus mean of b. low, high: its interval.
         p_value: two-sided; never below 1 / (samples + 1).
         level, requests, clusters, samples: as in `Interval`.
+        seeds: trainings whose chance is in interval and p-value, 1 for none but that of the users.
     """
 
     difference: float
@@ -63,12 +72,13 @@ class PairedResult:
     requests: int
     clusters: int
     samples: int
+    seeds: int = 1
 
 
 def bootstrap_interval(
     values: Any, level: float = 0.95, samples: int = 1000, seed: int = 0, clusters: Sequence[Any] | None = None
 ) -> Interval:
-    """Percentile interval of a mean.
+    """Interval of a mean.
 
     Args:
         values: (n,) finite numbers, one for each request.
@@ -95,10 +105,12 @@ def paired_bootstrap(
     samples: int = 1000,
     seed: int = 0,
     clusters: Sequence[Any] | None = None,
+    seeds: Sequence[float] = (),
 ) -> PairedResult:
     """Compares two systems on the same requests: mean of `a` minus mean of `b`, its interval, and a two-sided p-value.
 
-    Args and errors as `bootstrap_interval`; `a` and `b` are (n,) values of the same requests in the same order.
+    Args and errors as `bootstrap_interval`; `a` and `b` are (n,) values of the same requests in the same order, means over
+    several trainings where there are, of which `seeds` holds the differences, one each.
     """
     a, b = _check_values(a, "the first system"), _check_values(b, "the second system")
     if len(a) != len(b):
@@ -106,11 +118,16 @@ def paired_bootstrap(
     sums, sizes = _clusters(a - b, clusters)
     means = _resample(sums, sizes, samples, level, seed)
     difference = float((a - b).mean())
+    if len(seeds) > 1:
+        error = np.std(seeds, ddof=1) / np.sqrt(len(seeds))
+        means = means + error * np.random.default_rng([seed, 1]).standard_t(len(seeds) - 1, samples)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     tolerance = 1e-12 * max(1.0, float(np.abs(a - b).max()))
     extreme = np.abs(means - difference) >= abs(difference) - tolerance
     p_value = (1 + int(extreme.sum())) / (1 + samples)
-    return PairedResult(difference, float(low), float(high), p_value, level, len(a), len(sums), samples)
+    return PairedResult(
+        difference, float(low), float(high), p_value, level, len(a), len(sums), samples, max(1, len(seeds))
+    )
 
 
 def check_bootstrap(level: float, samples: int) -> None:
@@ -166,6 +183,13 @@ def _clusters(values: np.ndarray, clusters: Sequence[Any] | None) -> tuple[np.nd
     return sums, sizes
 
 
+def resampled(clusters: Sequence[Any] | None, count: int) -> str:
+    """What an interval of `count` values resamples, for the words beside a table: "60 users" or "900 requests"."""
+    if clusters is None or not any(label is not None for label in clusters):
+        return f"{count:,} requests"
+    return f"{int(_codes(clusters).max()) + 1:,} users"
+
+
 def _codes(labels: Sequence[Any]) -> np.ndarray:
     """Numbers the labels by first appearance; null labels get a number each."""
     if isinstance(labels, np.ndarray) and labels.dtype.kind in "iuUS":
@@ -196,6 +220,8 @@ def _resample(sums: np.ndarray, sizes: np.ndarray, samples: int, level: float, s
     if len(pairs) == 1:
         means[:] = sums[0] / sizes[0]
         return means
+    if units < FEW:
+        return _studentised(sums, sizes, samples, generator)
     equal = bool((sizes == sizes[0]).all())
     few = 8 * len(pairs) <= units
     width = len(pairs) if few else units
@@ -210,3 +236,18 @@ def _resample(sums: np.ndarray, sizes: np.ndarray, samples: int, level: float, s
             drawn = np.stack([sums[rows].sum(axis=1), total], axis=1)
         means[start : start + block] = drawn[:, 0] / drawn[:, 1]
     return means
+
+
+def _studentised(sums: np.ndarray, sizes: np.ndarray, samples: int, generator: np.random.Generator) -> np.ndarray:
+    """(samples,) numbers with the bootstrap-t as their quantiles: the mean less each resample's t, in errors of the data."""
+    units, mean = len(sums), sums.sum() / sizes.sum()
+    moments = np.stack([sums, sizes, sums**2, sums * sizes, sizes**2], axis=1)
+
+    def error(total: np.ndarray, ratio: Any) -> Any:
+        spread = total[..., 2] - 2 * ratio * total[..., 3] + ratio**2 * total[..., 4]
+        return np.sqrt(np.maximum(spread, 0) * units / (units - 1)) / total[..., 1]
+
+    drawn = generator.multinomial(units, np.full(units, 1 / units), size=samples) @ moments
+    away = drawn[:, 0] / drawn[:, 1] - mean
+    own = np.maximum(error(drawn, away + mean), np.abs(away) / 5)
+    return mean - np.divide(away, own, out=np.zeros(samples), where=own > 0) * error(moments.sum(axis=0), mean)

@@ -185,27 +185,16 @@ class PositionBias:
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> PositionBias:
         """Reads what `save_pretrained` wrote. Raises DataError when the file is missing or damaged."""
-        record = read_json(Path(folder) / FILE)
-        try:
-            made = cls(
-                np.array(record["positions"], np.int64),
-                np.array(record["examination"], np.float64),
-                np.array([np.nan if x is None else x for x in record["standard_error"]], np.float64),
-                np.array(record["impressions"], np.int64),
-                str(record["method"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"The file {Path(folder) / FILE} is damaged ({error}); estimate the bias again.") from None
-        sizes = {len(made.positions), len(made.examination), len(made.standard_error), len(made.impressions)}
-        theta = made.examination
-        if (
-            len(sizes) != 1
-            or not len(theta)
-            or not ((theta >= 0) & (theta <= 1)).all()
-            or (np.diff(made.positions) <= 0).any()
-        ):
-            raise DataError(f"The file {Path(folder) / FILE} is damaged; estimate the bias again.")
-        return made
+        numbers = {"positions": list[int], "examination": list[float], "impressions": list[int]}
+        file = Path(folder) / FILE
+        record = read_json(file, {**numbers, "standard_error": list[float | None], "method": str})
+        theta = np.array(record["examination"], np.float64)
+        positions, impressions = (np.array(record[name], np.int64) for name in ("positions", "impressions"))
+        errors = np.array([np.nan if x is None else x for x in record["standard_error"]], np.float64)
+        fits = len({len(positions), len(theta), len(errors), len(impressions)}) == 1 and len(theta)
+        if not fits or not ((theta >= 0) & (theta <= 1)).all() or (np.diff(positions) <= 0).any():
+            raise DataError(f"The file {file} is damaged; estimate the bias again.")
+        return cls(positions, theta, errors, impressions, record["method"])
 
 
 @dataclass(frozen=True)
@@ -232,13 +221,8 @@ class Cells:
         return replace(self, shown=np.bincount(cell, weight, size), clicked=np.bincount(cell, weight * log.click, size))
 
 
-def components(log: PositionLog) -> np.ndarray:
+def components(cells: Cells) -> np.ndarray:
     """(P,) component of each position: positions are comparable only if groups with a click link them."""
-    cells, _ = Cells.of(log)
-    return _components(cells)
-
-
-def _components(cells: Cells) -> np.ndarray:
     alive = np.bincount(cells.group, cells.clicked, cells.groups) > 0
     used = alive[cells.group]
     rows, columns = cells.place[used], cells.places + cells.group[used]
@@ -250,7 +234,7 @@ def _components(cells: Cells) -> np.ndarray:
 
 
 def refuse_unlinked(log: PositionLog, cells: Cells) -> None:
-    labels = _components(cells)
+    labels = components(cells)
     if labels.max(initial=0) == 0:
         return
     parts = [log.positions[labels == label].tolist() for label in range(min(4, int(labels.max()) + 1))]

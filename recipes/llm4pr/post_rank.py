@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -47,9 +47,10 @@ from sidtune.metrics.list_ranking import (
 )
 from sidtune.metrics.ranking import RankingResult
 from sidtune.metrics.report.readme_table import check_readme, replace_table
-from sidtune.metrics.statistics.bootstrap import check_bootstrap, holm, paired_bootstrap
+from sidtune.metrics.statistics.bootstrap import check_bootstrap, paired_bootstrap
 from sidtune.metrics.statistics.compare import compare_systems
 from sidtune.recipes.llm4pr.training import Training, table_for, train_system
+from sidtune.recipes.over_seeds import adjusted
 
 LAUNCH = "alone"
 RESULT_FILE = "result.json"
@@ -247,34 +248,23 @@ def trained(
     training = replace(arguments.train_settings(), **(changes or {}))
     with work.finish("post_rank_variant") as scratch:
         from sidtune.models.post_ranking.files import save_post_rank
+        from sidtune.models.post_ranking.ranker import PostRanker
 
         table = table_for(training, data.source.table, data.train)
         kept = kept or folder.parent / f"common_{data.identity[:16]}"
         model, processor, told = train_system(training, table, data.train, seed, work.folder, kept)
-        methods = arguments.methods[:1] if changes else arguments.methods
-        orders = _answers(model, processor, table, data, training, dict.fromkeys(methods))
-        named = {name if place == 0 else f"{name} ({m})": orders[m] for place, m in enumerate(orders)}
+        requests = [request_of(table, int(row), training.max_history) for row in data.test]
+        ranker, window = PostRanker(model, processor), min(20, training.max_candidates)
+        orders = {}
+        for place, method in enumerate(arguments.methods[:1] if changes else dict.fromkeys(arguments.methods)):
+            ranked = ranker.rank(requests, method, window=window, stride=max(1, window // 2))
+            rows = [order.tolist() + [-1] * (data.width - len(order)) for order in ranked]
+            orders[f"{name} ({method})" if place else name] = rows
         save_post_rank(model, scratch / "model", processor)
-        found = {"orders": named, "told": told}
+        found = {"orders": orders, "told": told}
         write_json(scratch / RESULT_FILE, found)
         write_run(scratch, step="post_rank_variant", config={"name": name, "seed": seed})
     return found
-
-
-def _answers(model: Any, processor: Any, table: Any, data: Data, training: Training, methods: Any) -> dict[str, list]:
-    """The test lists as each method orders them: rows of `data.width` places, −1 behind the last candidate (JSON-ready)."""
-    from sidtune.models.post_ranking.ranker import PostRanker
-
-    requests = [request_of(table, int(row), training.max_history) for row in data.test]
-    window = min(20, training.max_candidates)
-    options = {"window": window, "stride": max(1, window // 2)}
-    ranker = PostRanker(model, processor)
-    return {
-        method: [
-            order.tolist() + [-1] * (data.width - len(order)) for order in ranker.rank(requests, method, **options)
-        ]
-        for method in methods
-    }
 
 
 def orders_of(found: Sequence[dict[str, Any]]) -> dict[str, list[np.ndarray]]:
@@ -302,7 +292,7 @@ def compare(
         "seeds": arguments.seeds,
         "systems": [as_dict(row.to_dict()) for row in rows],
         "each_seed": spread,
-        "against": _against(arguments, results, options),
+        "against": _against(arguments, results, spread, options),
         "notes": data.source.table.notes,
     }
     return record, "\n".join([list_table(rows, arguments.list_metrics()), _differences(record)]), results
@@ -313,14 +303,23 @@ def _results(
 ) -> tuple[dict[str, RankingResult], dict[str, list[float]]]:
     """(metrics of each system as means over the seeds, primary metric of each seed); with both bounds."""
     from sidtune.data_builders.post_ranking.targets import target_order
+    from sidtune.data_builders.shop_world.sessions import ShopSessions
 
     table, settings = data.source.table, arguments.list_metrics()
     batch = table.batch(data.test, 0)
     relevance, mask = batch.relevance, batch.item_mask
-    value = _Utility(data)
+    whole, sessions = data.source.sessions, None
+    if whole is not None:
+        sessions = ShopSessions(whole.world, whole.rows[data.test], whole.items[data.test], whole.config)
+
+    def clicked(result: RankingResult, clicks: Callable[[ShopSessions], np.ndarray]) -> RankingResult:
+        if sessions is None:
+            return result
+        kept = np.where(result.included, clicks(sessions), np.nan)
+        return RankingResult({**result.per_request, CLICKS: kept}, result.included)
 
     def scored(order: np.ndarray) -> RankingResult:
-        return value.added(evaluate_lists(order, relevance, mask, settings), order)
+        return clicked(evaluate_lists(order, relevance, mask, settings), lambda known: known.utility(order))
 
     results, spread = {}, {}
     for name, seeds in orders.items():
@@ -329,45 +328,27 @@ def _results(
         results[name] = RankingResult(mean, each[0].included)
         spread[name] = [float(one.values(arguments.primary).mean()) for one in each]
     best = target_order(np.where(mask, relevance, np.nan), mask)
-    results[RANDOM] = value.added(random_anchor(relevance, mask, settings), None)
-    if value.sessions is not None:
-        results[SORTED] = scored(value.sessions.by_attraction())
+    results[RANDOM] = clicked(random_anchor(relevance, mask, settings), lambda known: known.random_utility)
+    if sessions is not None:
+        results[SORTED] = scored(sessions.by_attraction())
     results[BEST] = scored(np.where(np.take_along_axis(mask, best, axis=1), best, -1))
     return results, spread
 
 
-class _Utility:
-    """Adds the simulator's expected clicks of a list, where there is a simulator."""
-
-    def __init__(self, data: Data) -> None:
-        from sidtune.data_builders.shop_world.sessions import ShopSessions
-
-        whole = data.source.sessions
-        self.sessions = None
-        if whole is not None:
-            self.sessions = ShopSessions(whole.world, whole.rows[data.test], whole.items[data.test], whole.config)
-
-    def added(self, result: RankingResult, order: np.ndarray | None) -> RankingResult:
-        """The result with `expected clicks`; no order means a random one."""
-        if self.sessions is None:
-            return result
-        value = self.sessions.random_utility if order is None else self.sessions.utility(order)
-        kept = np.where(result.included, value, np.nan)
-        return RankingResult({**result.per_request, CLICKS: kept}, result.included)
-
-
-def _against(arguments: Arguments, results: dict[str, RankingResult], options: dict[str, Any]) -> dict[str, Any]:
+def _against(
+    arguments: Arguments, results: dict[str, RankingResult], spread: dict[str, list[float]], options: dict[str, Any]
+) -> dict[str, Any]:
     """`llm4pr` minus every other system on the primary metric, p-values adjusted together (Holm)."""
     others = [name for name in results if name not in (MAIN, RANDOM, SORTED, BEST)]
     if MAIN not in results or not others:
         return {}
     own, kept = results[MAIN].values(arguments.primary), results[MAIN].included
     options = {**options, "clusters": [u for u, keep in zip(options["clusters"], kept, strict=True) if keep]}
-    pairs = {name: paired_bootstrap(own, results[name].values(arguments.primary), **options) for name in others}
-    adjusted = holm([pair.p_value for pair in pairs.values()])
-    return {
-        name: {**as_dict(pair), "adjusted_p_value": p} for (name, pair), p in zip(pairs.items(), adjusted, strict=True)
-    }
+    pairs = {}
+    for name in others:
+        seeds = [a - b for a, b in zip(spread[MAIN], spread[name], strict=True)]
+        pairs[name] = paired_bootstrap(own, results[name].values(arguments.primary), **options, seeds=seeds)
+    return adjusted(pairs)
 
 
 def _differences(record: dict[str, Any]) -> str:
@@ -384,7 +365,8 @@ def _differences(record: dict[str, Any]) -> str:
         seeds = ", ".join(f"{a - b:+.4f}" for a, b in zip(own, record["each_seed"][name], strict=True))
         interval = f"[{pair['low']:+.4f}, {pair['high']:+.4f}]"
         lines.append(f"| {name} | {pair['difference']:+.4f} | {interval} | {pair['adjusted_p_value']:.3f} | {seeds} |")
-    note = "Paired over requests (means of the seeds), users resampled; the last column is seed by seed."
+    trainings = " and trainings" if any(pair.get("seeds", 1) > 1 for pair in record["against"].values()) else ""
+    note = f"Paired over requests (means of the seeds), users{trainings} resampled; the last column is seed by seed."
     return "\n".join([*lines, "", note, ""])
 
 

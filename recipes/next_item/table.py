@@ -31,7 +31,7 @@ from sidtune.metrics.report.readme_table import publish
 from sidtune.metrics.statistics.bootstrap import paired_bootstrap
 from sidtune.metrics.statistics.sequence_slices import markdown_slices, mean_slices, slices
 from sidtune.recipes.next_item.config import Arguments
-from sidtune.recipes.over_seeds import adjusted, difference, means, spread, table
+from sidtune.recipes.over_seeds import adjusted, difference, means, over, spread, table
 from sidtune.trainers.next_item.trainer import FitSettings, draw_users, measure_targets
 
 PLACES = 20
@@ -249,8 +249,8 @@ def summary(row: dict[str, Any]) -> dict[str, Any]:
 def paired(arguments: Arguments, rows: dict[str, Any], per_user: dict[str, dict[int, np.ndarray]]) -> dict[str, Any]:
     """The row with the best validation figure against every other one on NDCG@10; users resampled, p-values by Holm.
 
-    A user's values are averaged over the seeds that both rows have, so the test says whether the systems differ on these users,
-    and the spread over seeds in the table says how much a training moves.
+    A user's values are averaged over the seeds that both rows have. Where the trainings of these differ, their chance is in the
+    interval too.
     """
     valid = {name: row["cost"]["valid_ndcg@10"]["mean"] for name, row in rows.items() if "valid_ndcg@10" in row["cost"]}
     if not valid:
@@ -262,7 +262,8 @@ def paired(arguments: Arguments, rows: dict[str, Any], per_user: dict[str, dict[
         if name == best or not common:
             continue
         one, other = (np.mean([per_user[n][seed] for seed in common], axis=0) for n in (best, name))
-        pairs[name] = paired_bootstrap(one, other, arguments.level, arguments.samples)
+        by_seed = [float((per_user[best][seed] - per_user[name][seed]).mean()) for seed in common]
+        pairs[name] = paired_bootstrap(one, other, arguments.level, arguments.samples, seeds=by_seed)
     return {"best_by_validation": best, "against": adjusted(pairs)}
 
 
@@ -293,6 +294,8 @@ def markdown(record: dict[str, Any]) -> str:
         lines += ["", f"Not trained, so not in the table: {', '.join(record['untrained'])}.", ""]
     for name, pair in record["paired"].get("against", {}).items():
         best = record["paired"]["best_by_validation"]
-        lines.append(f"{best} minus {name} on {PRIMARY}: {difference(pair)}, p = {pair['adjusted_p_value']:.3f}.")
+        lines.append(
+            f"{best} minus {name} on {PRIMARY}: {difference(pair)}, p = {pair['adjusted_p_value']:.3f}{over(pair)}."
+        )
     lines += markdown_slices(record["where"])
     return "\n".join(lines) + "\n"

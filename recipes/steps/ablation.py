@@ -24,6 +24,7 @@ from sidtune.core.config import as_dict, command, load_yaml
 from sidtune.core.errors import ConfigError, DataError, nearest
 from sidtune.core.folders import versions, writes
 from sidtune.core.pipeline import RunArguments
+from sidtune.core.shapes import misfit
 from sidtune.metrics.report.readme_table import publish
 from sidtune.metrics.statistics.bootstrap import check_bootstrap, paired_bootstrap
 from sidtune.recipes.over_seeds import adjusted, check_seeds, counted, difference, means, run_all, spread, table
@@ -97,6 +98,9 @@ class Arguments:
         root = Path(self.root or ".")
         file = root / self.pipeline
         base = load_yaml(file)
+        shape = {"steps": [{"name": str, "config?": str | None, "inputs?": dict}], "launch?": dict}
+        if (why := misfit(base, shape)) is not None:
+            raise ConfigError(f"The pipeline {file} is none, because {why}; correct it.")
         names = [step["name"] for step in base["steps"]]
         if self.start not in names:
             raise ConfigError(f"The pipeline {file} has no step '{self.start}'; it has {', '.join(names)}.")
@@ -175,7 +179,11 @@ def _add_pairs(
         one, other = (np.concatenate([values[arguments.metric] for values in found[n]]) for n in (name, base))
         # A user of one seed's shop is another person than the user of that name in another's.
         users = [f"{n}/{user}" for n, values in enumerate(found[name]) for user in values["users"]]
-        pairs[name] = paired_bootstrap(one, other, arguments.level, arguments.samples, clusters=users)
+        by_seed = [
+            float((one[arguments.metric] - other[arguments.metric]).mean())
+            for one, other in zip(found[name], found[base], strict=True)
+        ]
+        pairs[name] = paired_bootstrap(one, other, arguments.level, arguments.samples, clusters=users, seeds=by_seed)
     for name, pair in adjusted(pairs).items():
         rows[name][key] = pair
 
@@ -207,9 +215,11 @@ def markdown(record: dict[str, Any]) -> str:
             told, p_value = _pair_cells(row.get("against_base"))
             cells += [f"{row['base']}: {told}" if told else "", p_value]
         lines.append(cells)
+    pairs = [row["against_start"] for row in rows.values() if "against_start" in row]
+    trainings = " and trainings" if any(pair.get("seeds", 1) > 1 for pair in pairs) else ""
     told = (
         f"Mean ± standard deviation over seeds {', '.join(map(str, record['seeds']))}; {counted(record['requests'])} "
-        f"{record['split']} requests each; paired bootstrap over users."
+        f"{record['split']} requests each; paired bootstrap over users{trainings}."
     )
     return "\n".join([*table(head, lines), "", told]) + "\n"
 

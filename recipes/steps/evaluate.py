@@ -32,7 +32,7 @@ from sidtune.metrics.baselines.relevance import LABELS, check_labels, relevance_
 from sidtune.metrics.baselines.tables import training_events
 from sidtune.metrics.ranking import RankingResult, check_metrics, evaluate_ranking
 from sidtune.metrics.registry import BASELINES
-from sidtune.metrics.statistics.bootstrap import check_bootstrap, paired_bootstrap
+from sidtune.metrics.statistics.bootstrap import check_bootstrap, paired_bootstrap, resampled
 from sidtune.metrics.statistics.compare import MODEL, compare_systems
 from sidtune.metrics.statistics.slices import build_slices, slice_rows
 from sidtune.recipes.over_seeds import difference
@@ -162,6 +162,7 @@ def main(arguments: Arguments) -> None:
         "catalogue": data.items.num_rows,
         "primary": arguments.primary,
         "level": arguments.level,
+        "resampled": resampled(users, len(users)),
         "systems": [as_dict(system.to_dict()) for system in systems],
         "slices": {name: [as_dict(row) for row in rows] for name, rows in slices.items()},
         "against": {name: as_dict(pair) for name, pair in pairs.items()},
@@ -177,8 +178,9 @@ def main(arguments: Arguments) -> None:
     cut = arguments.primary.partition("@")[2]  # one cut-off fits a terminal; all others are in metrics.json
     shown = [name for name in systems[0].metrics if name.endswith(f"@{cut}")]
     rich.print(console_table(systems, metrics=shown))
+    print(f"Intervals and tests resample {record['resampled']}; another seed of the training is not in them.")
     for name, pair in record["against"].items():
-        p_value = f"p = {pair['p_value']:.3f} (paired bootstrap over users)"
+        p_value = f"p = {pair['p_value']:.3f}"
         print(f"{arguments.primary} against {name}: {difference(pair)}, {p_value}")
 
 
@@ -212,14 +214,13 @@ def _rank_with_model(arguments: Arguments, model_dir: str, data: DataFolder, req
         beams = retriever.beams(prompts, arguments.num_beams, arguments.batch_size, progress=bar.update)
     seconds = time.time() - begin
     leaves, values = gathered(mine, beams.leaves.numpy(), beams.scores.numpy())
-    if leaves.max() >= retriever.trie.num_leaves:
+    if leaves.max() >= retriever.trie.num_leaves or leaves.min() < -1:
         raise SidtuneError("The decoder returned a SID outside the catalogue; this is a defect, please report it.")
     found = BeamOutput(torch.from_numpy(leaves), torch.from_numpy(values))
     rows, scores = rank_items(found, retriever.leaves, max(arguments.ks))
     decoding = {
         "num_beams": arguments.num_beams,
         "requests_per_second": round(len(prompts) / max(seconds, 1e-9), 2),
-        "invalid_share": float(((leaves >= retriever.trie.num_leaves) | (leaves < -1)).mean()),
         "short_lists": int((rows[:, -1] < 0).sum()),
     }
     return rows, scores, decoding

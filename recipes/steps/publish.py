@@ -112,7 +112,7 @@ def card_data(arguments: Arguments) -> Any:
         table=markdown_table(systems),
         index_rows=[{"metric": metric, "value": round(e.value, 6)} for metric, e in own.metrics.items()],
         **{key: metrics[key] for key in ("catalogue", "requests", "split", "level")},
-        invalid=metrics["decoding"]["invalid_share"],
+        resampled=metrics.get("resampled", "users"),
         command=arguments.command or f"sidtune publish --model_dir {final_model(arguments.model_dir).name}",
         data_revision=fingerprint(arguments.data_dir),
         dataset_name=arguments.dataset_name or reader,

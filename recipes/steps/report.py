@@ -123,11 +123,10 @@ def report_data(arguments: Arguments) -> Any:
 def _notes(metrics: dict[str, Any]) -> list[str]:
     return [
         f"{metrics['requests_without_feedback']:,} requests of the split have no positive feedback and are left out.",
-        f"{100 * metrics['decoding']['invalid_share']:.1f} % of the decoded SIDs are outside the catalogue.",
+        f"Intervals and tests resample {metrics.get('resampled', 'users')}; another seed of the training is not in them.",
         "Metrics are on items after expansion of shared SIDs; ties are broken by fixed rules, so a rerun gives the same numbers.",
         *(
-            f"{metrics['primary']} of the model against '{name}': {difference(pair)}, p = {pair['p_value']:.3f} (paired bootstrap "
-            "over users)."
+            f"{metrics['primary']} of the model against '{name}': {difference(pair)}, p = {pair['p_value']:.3f}."
             for name, pair in metrics.get("against", {}).items()
         ),
     ]

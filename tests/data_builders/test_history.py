@@ -253,7 +253,9 @@ def test_the_default_split_is_the_prescribed_one_and_no_clock_is_made_up():
     assert apply_split(plain)[1]["kind"] == "global_time"
     made, split = apply_split(given)
     assert (made.split_of_request, split["kind"]) == (names, "source")
-    assert apply_split(given, valid_share=0.2)[1]["kind"] == "global_time", "a share asks for a split by time"
+    made, split = apply_split(given, valid_share=0.2)
+    assert split["kind"] == "global_time", "a share asks for a split by time"
+    assert made.notes == ["The split that the source prescribes is not used; requests are split by 'global_time'."]
     assert apply_split(given, min_rows=3)[1]["kind"] == "leave_one_out"
     timeless = dataclasses.replace(given, clock=False)
     assert apply_split(timeless)[1]["kind"] == "source"

@@ -141,6 +141,13 @@ def test_limit_draws_a_seeded_sample_in_order(task):
         TASKS.get(task)(inputs(), limit=-1)
 
 
+@pytest.mark.parametrize("task", [name for name in TASKS if name not in ("whole_history", "reason_to_sid")])
+def test_a_limit_counts_examples_not_the_rows_that_were_looked_at(task):
+    total = len(rows(task, inputs()))
+    for limit in (1, total // 2, total - 1, total):
+        assert len(rows(task, inputs(seed=limit), limit=limit)) == limit
+
+
 def test_every_task_has_the_same_first_arguments_and_a_docstring():
     for name in TASKS:
         parameters = list(inspect.signature(TASKS.get(name)).parameters.values())

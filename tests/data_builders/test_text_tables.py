@@ -178,6 +178,15 @@ def test_hub_drops_reaches_into_flattens_and_scales(tmp_path):
             hub(tmp_path, options)
 
 
+def test_hub_leaves_out_ids_of_requests_that_the_source_lacks(tmp_path):
+    rows = sound_rows()
+    write_jsonl(tmp_path, {"items": rows["items"], "events": rows["events"]})
+    tables = hub(tmp_path, {"data_files": "items.jsonl"}, {"data_files": "events.jsonl"})
+    made = set(tables.requests["request_id"].to_pylist())
+    assert len(made) == 9 and set(tables.events["request_id"].to_pylist()) == made | {None}
+    assert "The source has no requests, so the request ids of its events are left out." in tables.notes
+
+
 def test_hub_tells_all_problems_of_its_files(tmp_path):
     (tmp_path / "items.csv").write_text("item_id,title,price\n01,a,cheap\n01,b,2\n,c,3\n")
     (tmp_path / "log.csv").write_text("user_id,item_id,time,action\nu,99,soon,order\nu,01,-5,order\nu,01\n")

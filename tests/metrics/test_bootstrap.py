@@ -6,7 +6,7 @@ import scipy.stats
 
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.metrics.statistics import bootstrap
-from sidtune.metrics.statistics.bootstrap import bootstrap_interval, holm, paired_bootstrap
+from sidtune.metrics.statistics.bootstrap import bootstrap_interval, holm, paired_bootstrap, resampled
 
 
 @pytest.mark.parametrize("kind", ["normal", "few values"])
@@ -87,6 +87,43 @@ def test_clusters_of_uneven_size_resample_a_ratio():
     assert ours.mean == pytest.approx(values.mean())
     assert ours.low == pytest.approx(np.quantile(slow, 0.025), abs=0.06 * width)
     assert ours.high == pytest.approx(np.quantile(slow, 0.975), abs=0.06 * width)
+
+
+def users_with_requests(rng, users, spread):
+    """(n,) values and labels: as many requests as chance gives each user, alike within a user; the true mean is 0.2."""
+    sizes, level = rng.geometric(1 / 8, users), rng.beta(0.6 / spread, 2.4 / spread, users)
+    labels = np.repeat(np.arange(users), sizes)
+    return (rng.random(len(labels)) < level[labels]).astype(float), labels
+
+
+@pytest.mark.parametrize("users", [20, 60])
+def test_few_users_are_covered_as_often_as_many(users):
+    rng, covered, rejected = np.random.default_rng(1), 0, 0
+    for seed in range(600):
+        values, labels = users_with_requests(rng, users, 1.0)
+        interval = bootstrap_interval(values, samples=300, seed=seed, clusters=labels)
+        covered += interval.low <= 0.2 <= interval.high
+        change = rng.normal(size=users)[labels] * (rng.random(len(labels)) < 0.4)
+        rejected += paired_bootstrap(change, 0 * change, samples=300, seed=seed, clusters=labels).p_value <= 0.05
+    assert 0.93 <= covered / 600 <= 0.97 and rejected / 600 <= 0.065
+
+
+def test_the_chance_of_the_training_is_in_a_difference_of_trainings():
+    """Two systems that are as good as each other; each of three trainings moves all users together."""
+    rng, users_only, with_trainings = np.random.default_rng(2), 0, 0
+    for seed in range(200):
+        moved = rng.normal(scale=0.05, size=(3, 1)) + rng.normal(scale=0.2, size=(3, 400))
+        a, b = moved.mean(axis=0), np.zeros(400)
+        users_only += paired_bootstrap(a, b, samples=200, seed=seed).p_value <= 0.05
+        found = paired_bootstrap(a, b, samples=200, seed=seed, seeds=moved.mean(axis=1).tolist())
+        with_trainings += found.p_value <= 0.05
+        assert found.seeds == 3 and found.low < found.difference < found.high
+    assert users_only / 200 > 0.5 and with_trainings / 200 <= 0.08
+
+
+def test_what_is_resampled_is_said():
+    assert resampled(["a", "b", "a", None], 4) == "3 users"
+    assert resampled([None, None], 2) == resampled(None, 2) == "2 requests"
 
 
 def test_identical_runs_have_no_difference():

@@ -10,6 +10,7 @@ from sidtune.data_builders.shop_world.world import ShopWorld, ShopWorldConfig
 from sidtune.data_builders.tables.schema import table_from_rows
 from sidtune.models.position_bias.em import estimate_by_em
 from sidtune.models.position_bias.interventions import (
+    Cells,
     PositionBias,
     PositionLog,
     components,
@@ -134,14 +135,14 @@ def test_regression_em_needs_no_move_but_needs_features():
 def test_unlinked_positions_are_named():
     place, group = [0, 1, 0, 1, 2, 3, 2, 3], [0, 0, 1, 1, 2, 2, 3, 3]
     log = PositionLog.make(place, [1, 0, 0, 1, 1, 1, 0, 0], group)
-    assert components(log).tolist() == [0, 0, 1, 1]
+    assert components(Cells.of(log)[0]).tolist() == [0, 0, 1, 1]
     with pytest.raises(DataError, match=r"\[\[0, 1\], \[2, 3\]\]"):
         estimate_by_interventions(log)
     # A group without a click links nothing: it says 0 = 0.
     log = PositionLog.make([*place, 1, 2], [1, 0, 0, 1, 1, 1, 0, 0, 0, 0], [*group, 9, 9])
-    assert components(log).tolist() == [0, 0, 1, 1]
+    assert components(Cells.of(log)[0]).tolist() == [0, 0, 1, 1]
     log = PositionLog.make([*place, 1, 2], [1, 0, 0, 1, 1, 1, 0, 0, 1, 0], [*group, 9, 9])
-    assert components(log).tolist() == [0, 0, 0, 0]
+    assert components(Cells.of(log)[0]).tolist() == [0, 0, 0, 0]
     with pytest.raises(DataError, match="no click"):
         estimate_by_interventions(PositionLog.make([0, 1], [0, 0], [0, 0]))
 

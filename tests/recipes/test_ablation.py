@@ -75,6 +75,10 @@ def test_wrong_options_are_refused_before_anything_runs(repo_root, tmp_path):
     ):
         with pytest.raises(ConfigError, match=words):
             arguments(repo_root, tmp_path, **change)
+    for text in ("{}", "steps: {a: 1}", "steps: [1]", "steps: [{name: a, inputs: null}]"):
+        (tmp_path / "p.yaml").write_text(text)
+        with pytest.raises(ConfigError, match="is none, because"):
+            arguments(repo_root, tmp_path, pipeline=str(tmp_path / "p.yaml")).pipeline_of(0)
     with pytest.raises(ConfigError, match="no step 'sfft'"):
         arguments(repo_root, tmp_path, start="sfft").pipeline_of(0)
     with pytest.raises(ConfigError, match="learning_rat"):

@@ -23,8 +23,8 @@ from sidtune.core.processes import end_processes
 from sidtune.decoding.trie import SidTrie
 from sidtune.tokenizers.vocabulary.token_matrices import gathered
 from sidtune.tokenizers.vocabulary.trainable_tokens import set_trainable
+from sidtune.trainers.common.hooks import accept_whole_heads
 from sidtune.trainers.grpo.logps.group_logps import group_logps
-from sidtune.trainers.sft.trainer import accept_whole_heads
 
 # Way to the log-probabilities and, for ours, the most tokens of a pass: the processes then need different numbers of them.
 WAYS = {"trl": None, "shared, whole vocabulary": None, "alone": None, "shared": None, "shared, passes": 12}

@@ -130,7 +130,9 @@ def plain_logps(
     for level in range(table.trie.depth):
         columns = start[rows] + level
         legal = table.trie.legal_mask(level, nodes)
-        scores = logits[rows, columns][:, table.level_tokens(level)].masked_fill(~legal, float("-inf"))
+        scores = logits[rows, columns][:, table.trie.level_tokens(table.tokens)[level]].masked_fill(
+            ~legal, float("-inf")
+        )
         inside = scores.logsumexp(-1)
         code = codes[rows, level]
         log_probs = log_probs.index_put((rows, columns), scores.gather(1, code[:, None])[:, 0] - inside)

@@ -358,7 +358,7 @@ def test_attention_that_takes_no_mask_falls_back():
         (lambda b, o: o.update(groups=torch.zeros(3)), DataError, "one number per row"),
         (lambda b, o: o.update(sid_start=torch.zeros(12).long()), DataError, "leaves the trie at level"),
         (lambda b, o: o.update(sid_start=torch.zeros(2).long()), DataError, "one column per row"),
-        (lambda b, o: o.update(sid_token_ids=np.arange(3)), DataError, "one distinct integer per code"),
+        (lambda b, o: o.update(sid_token_ids=np.arange(3)), DataError, "one integer per code"),
         (lambda b, o: o.update(sid_token_ids=np.arange(15) + 80), DataError, "vocabulary has 90 rows"),
         (lambda b, o: o.pop("trie"), ConfigError, "belong together"),
         (lambda b, o: o.update(temperature=0.0), ConfigError, "above 0"),

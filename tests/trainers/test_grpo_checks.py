@@ -255,15 +255,14 @@ def test_11_only_credited_tokens_have_a_gradient(tmp_path, credit):
         tokens = [True] * len(text) + [closed] + [credit == "reasoning_top1"] * 2 + [False]
         assert ((gradient[row, : len(tokens)] != 0) == torch.tensor(tokens)).all()
         assert (gradient[row, len(tokens) :] == 0).all()
-    assert made._metrics["train"]["completions/clipped_ratio"] == [0.0]
+    assert made._metrics["train"]["completions/clipped_ratio"] == [pytest.approx(1 / 3)]
     start, codes = made.table.find(inputs["completion_ids"], inputs["completion_mask"])
     assert start.tolist() == [len(text) + 1 for text in texts]
     assert codes.tolist() == [PATHS[leaves[0]].tolist() for leaves in LISTS]
 
 
 def test_11b_truncated_reasonings_leave_loss_and_baseline_and_sids_stay(tmp_path):
-    made = reasoning_trainer(tmp_path, rewards={"list_ndcg": 1.0})
-    assert made.args.mask_truncated_completions
+    made = reasoning_trainer(tmp_path, rewards={"list_ndcg": 1.0}, mask_truncated_completions=True)
     inputs = scored(made, reasoned_rollout(made, TEXTS, LISTS, [True, True, False]))
     assert made._rollout.credit_mask == [[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0], [0] * 5]
     ndcg = 1 / np.log2([3, 4])

@@ -98,7 +98,7 @@ def test_reasoning_rollouts_learn(tmp_path, credit):
         mask_truncated_completions=False,
         per_device_train_batch_size=32,
         num_generations=8,
-        max_steps=40,
+        max_steps=80,
         learning_rate=1e-3,
         data=prompts(4),
     )
@@ -140,14 +140,17 @@ def test_the_list_loss_is_the_exact_gradient_of_the_rollouts(tmp_path):
     each = gains.gather(1, rollout.leaves)
     expected = (share * each).sum(1)
     advantages = group_advantages(expected, 4)
-    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
     mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
     width = inputs["completion_ids"].shape[1]
-    logs = plain_logps(made.model, ids, mask, width, table).log_probs
+    read = torch.cat(
+        [inputs["prompt_ids"], made._maker.read_ids(inputs["completion_ids"], inputs["completion_mask"])], 1
+    )
+    states = made.model(input_ids=read, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+    logs = states[:, -width - 1 : -1].log_softmax(-1).gather(-1, inputs["completion_ids"][..., None])[..., 0]
     objective = (logs * inputs["tool_mask"] * inputs["completion_mask"] * advantages[:, None]).sum()
     direct = SidTable(table.trie, table.tokens, reasoned=False)
     for row in range(8):
-        prefix = rollout.prompt_ids[row] + rollout.completion_ids[row][:-3]
+        prefix = rollout.prompt_ids[row] + rollout.completion_ids[row][:-4] + [END]
         items = torch.cat([torch.tensor([prefix] * 9), made._maker.tokens_of(rollout.leaves[row])], 1)
         item_logs = plain_logps(made.model, items, torch.ones_like(items), 2, direct).log_probs.sum(1)
         objective = objective + (share[row] * (each[row] - expected[row]) * item_logs).sum()
@@ -314,8 +317,11 @@ def test_runs_that_cannot_learn_stop_with_a_reason(tmp_path):
         broken.train()
 
 
+POPULAR = {"catalogue": catalogue(popularity_of_leaf=np.arange(9.0))}  # so that no group has equal rewards
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    made = trainer(tmp_path, max_steps=9)
+    made = trainer(tmp_path, max_steps=9, rewards={"hit": 1.0, "popularity_penalty": 0.1}, trainer_options=POPULAR)
     compute = GRPOTrainer._compute_loss
 
     def bad(self, model, inputs):
@@ -378,8 +384,8 @@ def test_presets_fill_what_is_left_open_and_say_so(tmp_path, caplog):
         trainer(tmp_path, epsilon_high=0.4)
     told = caplog.text
     assert "Preset 'strict' set" in told and "baseline=leave_one_out" in told and "epsilon_high" not in told
-    assert position_weights(None, 5) == [2, 2, 1, 1, 0] and position_weights(None, 3) == [2, 2, 1]
-    assert position_weights(None, 6) == [2, 2, 1, 1, 0, 0]
+    assert position_weights(None, 5) == [2, 2, 2, 1, 1] and position_weights(None, 3) == [2, 2, 2]
+    assert position_weights(None, 6) == [2, 2, 2, 1, 1, 1]
     with pytest.raises(ConfigError, match="one weight for each of the 2 levels"):
         position_weights([1.0], 2)
 
@@ -438,7 +444,9 @@ def test_the_prompt_is_read_once_for_its_group(tmp_path):
     """Fewer tokens go through the model, and the weights come out the same."""
     found = {}
     for shared in (True, False):
-        made = trainer(tmp_path, shared_prompt=shared, max_steps=1, per_device_train_batch_size=16, learning_rate=0.1)
+        options = {"max_steps": 1, "per_device_train_batch_size": 16, "learning_rate": 0.1}
+        rewards = {"hit": 1.0, "popularity_penalty": 0.1}
+        made = trainer(tmp_path, rewards, shared_prompt=shared, trainer_options=POPULAR, **options)
         made.args.optim = "sgd"
         tokens = []
         made.model.model.register_forward_pre_hook(

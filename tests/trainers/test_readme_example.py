@@ -1,4 +1,4 @@
-"""The Python example of the trainers' README runs as it stands there, and the catalogue it makes is that of the parts."""
+"""The Python examples of the trainers' README run as they stand there, and the catalogue they make is that of the parts."""
 
 from __future__ import annotations
 
@@ -28,15 +28,17 @@ def shop(tmp_path_factory):
     return place
 
 
-def test_the_example_of_the_readme_trains(shop, repo_root, monkeypatch):
+def test_the_examples_of_the_readme_train(shop, repo_root, monkeypatch):
+    """In their order; the last one begins with what the one before has made."""
     monkeypatch.chdir(shop)
     text = (repo_root / "trainers" / "README.md").read_text("utf-8")
-    code = text.partition("From Python")[2].partition("```python\n")[2].partition("```")[0]
+    examples = [part.partition("```")[0] for part in text.split("```python\n")[1:]]
+    assert len(examples) == 4 and all(len(code.strip().splitlines()) <= 12 for code in examples)
     names: dict = {}
-    exec(
-        code.replace("max_steps=2,", 'max_steps=2, use_cpu=True, bf16=False, report_to=[], save_strategy="no",'), names
-    )
-    assert len(code.strip().splitlines()) <= 12 and names["catalogue"].trie.num_leaves > 100
+    cpu = 'max_steps=2, use_cpu=True, bf16=False, report_to=[], save_strategy="no",'
+    for code in examples:
+        exec(code.replace("max_steps=2,", cpu), names)
+    assert names["catalogue"].trie.num_leaves > 100
 
 
 def test_a_catalogue_is_that_of_its_parts(shop):

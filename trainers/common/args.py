@@ -23,6 +23,7 @@ from trl import SFTConfig
 
 from sidtune.core.config import check_keys, check_types
 from sidtune.core.errors import ConfigError, nearest
+from sidtune.core.shapes import as_number
 
 T = TypeVar("T")
 
@@ -111,7 +112,7 @@ def checked_fields(kind: type, reserved: dict[str, str], values: dict[str, Any],
             if new in values:
                 raise ConfigError(f"{where}: '{old}' and '{new}' mean the same; keep one of them.")
             values[new] = values.pop(old)
-    values = {key: _number(value, known[key]) for key, value in values.items()}
+    values = {key: as_number(value, known[key]) for key, value in values.items()}
     check_types(kind, values, where)
     for key, value in values.items():
         if (least := _LEAST.get(key)) is not None and isinstance(value, (int, float)) and value < least:
@@ -233,17 +234,6 @@ def fields_of(kind: type) -> dict[str, Any]:
     """Field name → type of a config dataclass."""
     hints = typing.get_type_hints(kind)
     return {f.name: hints[f.name] for f in dataclasses.fields(kind) if f.init}
-
-
-def _number(value: Any, hint: Any) -> Any:
-    """YAML reads `1e-4` as a text; where a number is expected it becomes one."""
-    inner = typing.get_args(hint) or (hint,)
-    if isinstance(value, str) and float in inner and str not in inner:
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def _deepspeed_launch() -> bool:

@@ -7,9 +7,9 @@ float32, equal rewards such as 0.7 leave a rounding error that a division by a s
 full step (`specs/crs_debiased_grpo.md` 4, row 4).
 
 Sources: GRPO and its biases (sheet 4, rows 2-4, 12, 16-18), Kool, van Hoof and Welling 2020 for sets drawn without
-replacement, OneSearch-V2's TPMA (the weights of its figure, and a *product* gate where its code has a cumulative sum,
-which reopens after a wrong code), V-STAR's sibling advantages. The quadrature of the set probabilities is our own: in
-arrival times instead of the Gumbel threshold, so that it holds for any size of set and any probabilities.
+replacement, OneSearch-V2's TPMA (with a gate of our own, see `tpma_advantages`), V-STAR's sibling advantages. The
+quadrature of the set probabilities is our own: in arrival times instead of the Gumbel threshold, so that it holds for
+any size of set and any probabilities.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def group_advantages(
         baseline: "group_mean" (own reward included: the gradient shrinks by (G - 1) / G), "leave_one_out" (exact),
             "none".
         scale: "group" or "batch" divide by that standard deviation + 1e-4 as GRPO does; "none".
-        snap: a group whose rewards differ by less is all zero; 0 switches that off.
+        snap: a group whose rewards differ by less is all zero; 0 switches that off. Without a baseline equal rewards are
+            advantages all the same, and nothing is snapped.
 
     Returns:
         (N,) float64.
@@ -49,7 +50,9 @@ def group_advantages(
     if baseline == "leave_one_out":
         centred = centred * (count / (count - 1).clamp(min=1)) * (count > 1)
     centred = centred.where(known, 0.0) / scale_of(rewards, group_size, scale).view(-1, group_size)
-    return centred.masked_fill(spread(rewards, group_size)[:, None] < snap, 0.0).flatten()
+    if baseline != "none":
+        centred = centred.masked_fill(spread(rewards, group_size)[:, None] < snap, 0.0)
+    return centred.flatten()
 
 
 def scale_of(rewards: Tensor, group_size: int, scale: str) -> Tensor:
@@ -226,10 +229,13 @@ def tpma_advantages(
 ) -> Tensor:
     """One advantage per code: position l is judged by its own match, as long as all codes before it matched.
 
+    The gate is a departure from OneSearch-V2: a product, so that a wrong code closes every later position. The paper's gate is
+    the share of codes before l that matched, which a wrong code only lowers (`specs/onesearch.md`, TPMA).
+
     Args:
         matches: (N, L) bool, whether code l is the target's (each code alone, not the prefix).
         item: (N,) advantage of the whole item, added to every position with `item_weight`.
-        weights: (L,) reward of a match at each position; the figure of OneSearch-V2 has (2, 2, 1, 1, 0).
+        weights: (L,) reward of a match at each position; the figure of OneSearch-V2 has (2, 2, 2, 1, 1).
         baseline, scale, snap: as in `group_advantages`, per position.
 
     Returns:

@@ -9,6 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from sidtune.core.errors import ConfigError
 from sidtune.trainers.common.args import COMMON, built, check_together, checked_fields
 from sidtune.trainers.grpo.config import DebiasedGRPOConfig
 
@@ -52,3 +55,27 @@ def grpo_config(
     """
     values = checked_args(values, where)
     return built(DebiasedGRPOConfig, values, seed, where, output_dir=str(output_dir))
+
+
+def check_launch(trainer: Any) -> None:
+    """Refuses batches and launches that rollouts cannot work with."""
+    needed = trainer.args.generation_batch_size // trainer.num_generations
+    if len(trainer.train_dataset) < needed:  # TRL would end without a step
+        raise ConfigError(
+            f"One generation takes {needed} prompts, but there are only {len(trainer.train_dataset)}; lower "
+            "per_device_train_batch_size or use more prompts."
+        )
+    if trainer.is_fsdp_enabled:
+        raise ConfigError(
+            "Rollouts need whole weights on every process, which FSDP does not give here; launch with ddp, zero2 or zero3."
+        )
+    rows = trainer.args.per_device_train_batch_size * trainer.args.steps_per_generation
+    if trainer.args.rollout == "without_replacement" and rows % trainer.num_generations:
+        raise ConfigError(
+            f"A set drawn without replacement must lie on one process: per_device_train_batch_size x steps_per_generation "
+            f"({rows}) must be a multiple of num_generations ({trainer.num_generations})."
+        )
+    if is_deepspeed_zero3_enabled() and not trainer.args.ds3_gather_for_generation:
+        raise ConfigError(
+            "Constrained decoding under ZeRO-3 needs the weights gathered; leave ds3_gather_for_generation at true."
+        )

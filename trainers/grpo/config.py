@@ -4,7 +4,9 @@
   and the rest is GRPO (length and standard-deviation bias included).
 - `strict`: nothing known to be biased (`specs/crs_debiased_grpo.md` 4): constant length normaliser, no standard
   deviation, leave-one-out baseline, degenerate groups snapped to zero, log-probabilities over the trie for old, new and
-  reference policy, importance-weighted KL, a higher upper clip, truncated reasonings masked.
+  reference policy, importance-weighted KL, a higher upper clip. The sheet also masks truncated reasonings; then the policy
+  never sees a reward of one that it did not close, and the reward `format` does nothing. Here a reasoning that is cut by force
+  and closed is a rollout like any other, whose sampled tokens earn what the list behind it earns.
 
 A preset fills in only what is left at None; `preset_values` says what it filled. Numbers that the paper does not
 publish are the sheet's starting values (2.7). Settings that contradict each other are refused in one sentence before
@@ -86,7 +88,7 @@ class DebiasedGRPOConfig(GRPOConfig):
         num_beams: K, beams behind each reasoning.
         baseline: "group_mean", "leave_one_out" or "none". The set and beam rollouts bring baselines of their own: there
             "leave_one_out" and "group_mean" mean the one they have.
-        snap: a group whose rewards differ by less gets no advantage; 0 switches it off.
+        snap: a group whose rewards differ by less gets no advantage; 0 switches it off, and baseline "none" has no use for it.
         trie_renormalize: log-probabilities of SID tokens over the legal codes (old, new and reference policy alike).
         shared_prompt: read the prompt of a group once where the model allows it.
         log_z_rows: about how many rows of a micro-batch measure the mass on legal tokens, which costs the whole head; 0
@@ -94,7 +96,8 @@ class DebiasedGRPOConfig(GRPOConfig):
         group_micro_batches: keep the rows of a group next to each other in micro-batches (TRL shuffles rows).
         ecpo_delta: caps the ratio of bad samples at 1 + epsilon_high + ecpo_delta and keeps its gradient; None = off.
         position_credit: "none", "tpma" or "sibling": an advantage for each code instead of one for the SID.
-        position_weights: weight of each position for "tpma"; None: (2, 2, 1, 1, 0), cut or filled with 0 to the depth.
+        position_weights: weight of each position for "tpma"; None: (2, 2, 2, 1, 1), as in the figure of OneSearch-V2, cut to the
+            depth or with 1 for each further level.
         item_weight: weight of the whole item's advantage beside the position's.
         rank_correction: strength of "rewarding the unlikely", usual 0.25; 0 = off.
         max_rollout_rows: most rows (prompts times beams or samples) decoded at once; None for all.
@@ -123,8 +126,20 @@ class DebiasedGRPOConfig(GRPOConfig):
     scale_rewards: str | None = _option(None, "group, batch or none")
     beta: float | None = _option(None, "KL coefficient")
     epsilon_high: float | None = _option(None, "upper clip")
-    mask_truncated_completions: bool | None = _option(None, "leave reasonings out that did not end by themselves")
+    mask_truncated_completions: bool | None = _option(None, "leave out reasonings cut at their limit")
     use_bias_correction_kl: bool | None = _option(None, "importance-weighted KL")
+
+    @classmethod
+    def of(cls, args: GRPOConfig) -> DebiasedGRPOConfig:
+        """A copy, or TRL's config with the switches of preset "none"; what is settled (sizes, devices) stays."""
+        made = cls.__new__(cls)
+        if not isinstance(args, cls):
+            made.__dict__.update({f.name: f.default for f in fields(cls) if f.init and f.default is not MISSING})
+            made.__dict__.update(preset="none", credit=None)
+        made.__dict__.update(vars(args))
+        if not isinstance(args, cls):
+            made.settle()
+        return made
 
     @classmethod
     def check_settings(cls, values: dict[str, Any]) -> None:
@@ -144,9 +159,10 @@ class DebiasedGRPOConfig(GRPOConfig):
                     f.default_factory() if f.default is MISSING and f.default_factory is not MISSING else f.default
                 )
                 bare.__dict__[f.name] = values.get(f.name, default)
-        bare._settle()
+        bare.settle()
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Fills what is None from the preset and refuses what contradicts itself."""
         if self.preset not in PRESETS:
             raise ConfigError(f"There is no preset '{self.preset}': {nearest(str(self.preset), PRESETS)}")
         self._check_choices()
@@ -156,7 +172,7 @@ class DebiasedGRPOConfig(GRPOConfig):
         self._check_decoding()
 
     def __post_init__(self) -> None:
-        self._settle()
+        self.settle()
         try:
             super().__post_init__()
         except ValueError as error:
@@ -176,6 +192,8 @@ class DebiasedGRPOConfig(GRPOConfig):
             filled["baseline"] = self.baseline = "leave_one_out"
         if "scale_rewards" in filled and self.rollout in ("without_replacement", "beam"):
             filled["scale_rewards"] = self.scale_rewards = "none"
+        if "mask_truncated_completions" in filled and self.rollout == "reasoning":
+            filled["mask_truncated_completions"] = self.mask_truncated_completions = False
         return filled
 
     def _check_choices(self) -> None:
@@ -213,6 +231,11 @@ class DebiasedGRPOConfig(GRPOConfig):
         if reasons != (self.credit != "sid"):
             right = "reasoning, reasoning_top1 or list" if reasons else "sid"
             raise ConfigError(f"rollout '{self.rollout}' has no credit '{self.credit}'; use {right}.")
+        if self.baseline == "none" and self.scale_rewards == "group":
+            raise ConfigError(
+                "Without a baseline equal rewards keep their advantage, which the standard deviation of their group, 0, cannot "
+                "divide; set scale_rewards: none or batch, or a baseline."
+            )
         if self.baseline == "leave_one_out" and self.num_generations == 1:
             raise ConfigError("A leave-one-out baseline needs at least two rows in a group; raise num_generations.")
         if self.rollout == "beam" and self.baseline == "leave_one_out":
@@ -291,14 +314,13 @@ class DebiasedGRPOConfig(GRPOConfig):
 
 
 def position_weights(given: list[float] | None, depth: int) -> list[float]:
-    """Weights of the positions for TPMA: those given, or the figure's (2, 2, 1, 1, 0) cut or filled with 0 to the
-    depth.
+    """Weights of the positions for TPMA: those given, or the figure's (2, 2, 2, 1, 1), cut or filled with 1 to the depth.
 
     Raises:
         ConfigError: not one weight per level.
     """
     if given is None:
-        return [*(2.0, 2.0, 1.0, 1.0), *(0.0 for _ in range(depth))][:depth]
+        return [2.0 if level < 3 else 1.0 for level in range(depth)]
     if len(given) != depth:
         raise ConfigError(f"position_weights must hold one weight for each of the {depth} levels, got {len(given)}.")
     return [float(w) for w in given]

@@ -67,8 +67,9 @@ class Credit:
         total = (components * weights).nansum(1).masked_fill(components.isnan().all(1), torch.nan)
         closed = None if rollout.closed is None else gather(rollout.closed.long()).bool()
         if closed is not None and config.mask_truncated_completions:
-            components = components.masked_fill(~closed[:, None], torch.nan)
-            total = total.masked_fill(~closed, torch.nan)
+            cut = gather(rollout.cut.long()).bool()
+            components = components.masked_fill(cut[:, None], torch.nan)
+            total = total.masked_fill(cut, torch.nan)
         leaves, matches = gather(rollout.leaves[:, 0]), gather(matches)
         log_probs = gather(rollout.scores[:, 0])
         complete = None if rollout.complete is None else gather(rollout.complete.long()).bool()

@@ -28,7 +28,7 @@ class Health:
         flat: generations in a row in which no group had differing rewards.
         valid: share of rows with a catalogue item in the last generation.
         scored: share of rows that a reward could score in the last generation.
-        closed: share of reasonings that ended by themselves and were left in; 1 without reasoning.
+        closed: share of reasonings that ended by their own mark; 1 without reasoning.
     """
 
     flat: int = 0
@@ -39,7 +39,7 @@ class Health:
     def saw_generation(self, metrics: dict[str, float]) -> None:
         self.flat = self.flat + 1 if metrics["group/zero_variance"] >= 1.0 else 0
         self.valid, self.scored = metrics["rollout/valid"], metrics["rollout/scored"]
-        self.closed = metrics.get("rollout/closed", 1.0) if self.scored <= 0 else 1.0
+        self.closed = metrics.get("rollout/closed", 1.0)
 
 
 def group_metrics(
@@ -122,9 +122,9 @@ class StopDegenerate(TrainerCallback):
             return
         if health.closed <= 0:
             raise SidtuneError(
-                f"In the last of {health.flat} generations (up to step {step}) no reasoning ended by itself, so all were left out; "
-                "raise max_completion_length, teach the format by supervised fine-tuning first, or set "
-                "mask_truncated_completions: false."
+                f"In the last of {health.flat} generations without differing rewards (up to step {step}) no reasoning ended by "
+                f"itself{', so all were left out' if health.scored <= 0 else ''}; raise "
+                "max_completion_length, or teach the format by supervised fine-tuning first."
             )
         if health.scored <= 0:
             raise SidtuneError(

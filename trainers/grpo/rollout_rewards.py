@@ -7,24 +7,28 @@ the list is the row's reward (`specs/crs_debiased_grpo.md` 2.7, R+list).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sidtune.core.errors import ConfigError, DataError
+from sidtune.core.errors import ConfigError, DataError, nearest
 from sidtune.decoding.trie import SidTrie
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 from sidtune.tokenizers.vocabulary.extension import Vocabulary
+from sidtune.trainers.common.hooks import check_dataset
 from sidtune.trainers.grpo.advantages import list_credit
 from sidtune.trainers.grpo.rollouts import Rollout
-from sidtune.trainers.rewards.batch import CombinedReward, RewardBatch, Targets
+from sidtune.trainers.rewards.batch import CombinedReward, RewardBatch, Targets, build_rewards
 from sidtune.trainers.rewards.gains import LeafFacts
+from sidtune.trainers.rewards.registry import REWARDS
 
-TARGET_LEAVES, TARGET_GAINS = "target_leaves", "target_gains"
+TARGET_COLUMNS = ("target_leaves", "target_gains", "target_items")
 _OWN = ("prompt", "prompt_ids", "leaves", "leaf_scores", "closed", "reasoning_length")
 
 
@@ -36,6 +40,7 @@ class SidCatalogue:
         trie: legal SIDs. sid_token_ids: (sum of level sizes,) token id of each code, level-major.
         category_of_leaf: (M,) or (M, C) int64, -1 = unknown. popularity_of_leaf: (M,) counts of the past.
         statistics_of_leaf: (M, 3) exposures, clicks, orders of the past.
+        leaf_of_item: item id → leaf, for targets by item id; None without.
     """
 
     trie: SidTrie
@@ -43,6 +48,7 @@ class SidCatalogue:
     category_of_leaf: np.ndarray | None = None
     popularity_of_leaf: np.ndarray | None = None
     statistics_of_leaf: np.ndarray | None = None
+    leaf_of_item: Mapping[str, int] | None = None
 
     @classmethod
     def from_semantic_ids(
@@ -56,18 +62,120 @@ class SidCatalogue:
         vocabulary.check(sids=sids)
         names = ("category_of_leaf", "popularity_of_leaf", "statistics_of_leaf")
         known = {} if facts is None else {name: getattr(facts, name) for name in names}
-        return cls(SidTrie.from_semantic_ids(sids), vocabulary.sid_token_ids, **known)
+        _, offsets, rows = sids.paths()
+        leaves = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets)).tolist()
+        items = dict(zip([sids.item_ids[row] for row in rows], leaves, strict=True))
+        return cls(SidTrie.from_semantic_ids(sids), vocabulary.sid_token_ids, **known, leaf_of_item=items)
+
+    @cached_property
+    def leaf_codes(self) -> np.ndarray:
+        """(M, L) codes of each leaf."""
+        return self.trie.leaf_codes(torch.arange(self.trie.num_leaves, device=self.trie.device)).cpu().numpy()
+
+    def leaves_of(self, items: Sequence[Any]) -> list[list[int]]:
+        """Rows of one item id, a list of them or None → leaves.
+
+        Raises:
+            DataError: an item without a semantic ID. ConfigError: the catalogue knows no items.
+        """
+        if self.leaf_of_item is None:
+            raise ConfigError(
+                "target_items needs a catalogue that knows its items; make it with SidCatalogue.from_semantic_ids."
+            )
+        rows = [row if isinstance(row, (list, tuple)) else [] if row is None else [row] for row in items]
+        wanted = {str(item) for row in rows for item in row}
+        if unknown := sorted(wanted - self.leaf_of_item.keys()):
+            raise DataError(
+                f"target_items holds '{unknown[0]}' ({len(unknown)} such items), which has no semantic ID; leave such items out."
+            )
+        return [[self.leaf_of_item[str(item)] for item in row] for row in rows]
 
 
-@dataclass
-class _Part:
-    """The rows of one process, ready for a reward batch."""
+def reward_batch(catalogue: SidCatalogue, columns: Mapping[str, list], **rows: Any) -> RewardBatch:
+    """What rewards see of rows with these `columns` of the data; `rows` are further fields of `RewardBatch`."""
+    ends = ("_leaves", "_gains")
+    judged = [n.removesuffix("_leaves") for n in columns if n.endswith("_leaves") and n != "target_leaves"]
+    used = {name + end for name in ("target", *judged) for end in ends}
+    count = len(rows["lists"])
+    return RewardBatch(
+        targets=_targets(columns, "target", count),
+        leaf_codes=catalogue.leaf_codes,
+        category_of_leaf=catalogue.category_of_leaf,
+        popularity_of_leaf=catalogue.popularity_of_leaf,
+        statistics_of_leaf=catalogue.statistics_of_leaf,
+        judgements={name: _targets(columns, name, count) for name in judged},
+        columns={name: values for name, values in columns.items() if name not in used},
+        **rows,
+    )
 
-    lists: np.ndarray
-    scores: np.ndarray
-    closed: np.ndarray | None
-    lengths: np.ndarray | None
-    columns: dict[str, list]
+
+def _targets(columns: Mapping[str, list], name: str, rows: int) -> Targets:
+    leaves, gains = f"{name}_leaves", f"{name}_gains"
+    if leaves not in columns:
+        return Targets.make(np.zeros(rows + 1, np.int64), np.zeros(0, np.int64))
+    lists = [list(row or []) for row in columns[leaves]]
+    values = [list(row or []) for row in columns[gains]] if gains in columns else None
+    if values is not None and [len(row) for row in values] != [len(row) for row in lists]:
+        raise DataError(f"The columns {leaves} and {gains} differ in length; give every leaf one gain.")
+    return Targets.from_lists(lists, values)
+
+
+def check_targets(rewards: CombinedReward, catalogue: SidCatalogue, row: Mapping[str, Any]) -> None:
+    """Refuses data whose first row lacks what the rewards compare with, or misspells it.
+
+    Raises:
+        DataError: a column that is nearly a target column, or none where a reward needs targets.
+        ConfigError: judgements that are not there.
+    """
+    for name in sorted(row.keys() - set(TARGET_COLUMNS)):
+        if difflib.get_close_matches(name, TARGET_COLUMNS, 1, 0.8):
+            raise DataError(f"The data has a column '{name}', which no reward reads: {nearest(name, TARGET_COLUMNS)}")
+    one: dict[str, Any] = {"lists": np.zeros((1, 1), np.int64), "scores": np.zeros((1, 1), np.float32)}
+    one |= {"closed": np.ones(1, bool), "reasoning_lengths": np.ones(1, np.int64)}
+    columns = {name: [value] for name, value in row.items() if name not in _OWN}
+    scored = [
+        ~np.isnan(
+            rewards(reward_batch(catalogue, columns | {"target_leaves": [t], "target_gains": [[1.0] * len(t)]}, **one))[
+                0
+            ]
+        )
+        for t in ([], [0])
+    ]
+    needs = scored[1] & ~scored[0]
+    if needs.any() and not {"target_leaves", "target_items"} & row.keys():
+        needing = rewards.names[int(needs.argmax())]
+        raise DataError(
+            f"The reward '{needing}' compares with targets, but the data has neither target_leaves nor target_items; its columns "
+            f"are {', '.join(row)}."
+        )
+
+
+def sorted_rewards(
+    rewards: Any, reward_funcs: Any, catalogue: SidCatalogue
+) -> tuple[CombinedReward | None, list[Callable[..., Any]]]:
+    """The rewards of this package, and those of TRL's kind."""
+    listed = [part for part in (rewards, reward_funcs) if part is not None]
+    parts = [one for part in listed for one in (part if isinstance(part, (list, tuple)) else [part])]
+    parts = [{one: 1.0} if isinstance(one, str) and one in REWARDS else one for one in parts]
+    own = [one for one in parts if isinstance(one, (Mapping, CombinedReward))]
+    if len(own) > 1:
+        raise ConfigError("Rewards by name were given twice; put them into one mapping.")
+    combined = build_rewards(own[0], catalogue.trie.depth) if own and isinstance(own[0], Mapping) else None
+    return combined or (own[0] if own else None), [
+        one for one in parts if not isinstance(one, (Mapping, CombinedReward))
+    ]
+
+
+def with_leaves(data: Any, name: str, rewards: CombinedReward | None, catalogue: SidCatalogue) -> Any:
+    """A data set, or some by name, with `target_leaves` from `target_items` where it has those; checked by `check_targets`."""
+    if isinstance(data, Mapping):
+        return {key: with_leaves(one, f"{name} '{key}'", rewards, catalogue) for key, one in data.items()}
+    check_dataset(data, name)
+    if rewards is not None:
+        check_targets(rewards, catalogue, data[0])
+    if "target_items" not in data.column_names or "target_leaves" in data.column_names:
+        return data
+    return data.add_column("target_leaves", catalogue.leaves_of(data["target_items"][:]))
 
 
 class RolloutRewards:
@@ -82,8 +190,6 @@ class RolloutRewards:
         self.combined, self.catalogue, self.by_item = combined, catalogue, by_item
         if by_item and combined is None:
             raise ConfigError("credit 'list' judges every beam, which only the rewards of the config can; name some.")
-        leaves = torch.arange(catalogue.trie.num_leaves, device=catalogue.trie.device)
-        self._leaf_codes = catalogue.trie.leaf_codes(leaves).cpu().numpy()
         self._values = np.zeros((0, 0))
         self._matches = torch.zeros(0, 0)
         self.item_coefficients = torch.zeros(0, 0)
@@ -126,12 +232,14 @@ class RolloutRewards:
             process: number of this process.
         """
         part = _part(rollout, rows)
-        self._matches = self._best_matches(rollout.leaves[:, 0], _targets([part], TARGET_LEAVES, TARGET_GAINS))
+        self._matches = self._best_matches(rollout.leaves[:, 0], _targets(part["columns"], "target", len(rows)))
         if self.combined is None:
             return
         parts = [part] if gather is None else gather([part])
         here = slice(None) if gather is None else slice(process * len(rollout), (process + 1) * len(rollout))
-        batch = self._batch(parts, group_size)
+        columns = {name: [v for part in parts for v in part["columns"][name]] for name in part["columns"]}
+        fields = {n: np.concatenate([part[n] for part in parts]) for n in part if n != "columns"}
+        batch = reward_batch(self.catalogue, columns, group_size=group_size, **fields)
         if not self.by_item:
             self._values = self.combined(batch)[here]
             return
@@ -152,77 +260,40 @@ class RolloutRewards:
     def _best_matches(self, leaves: Tensor, targets: Targets) -> Tensor:
         wanted, gains = targets.padded
         known = (wanted >= 0) & (gains > 0)
-        own = self._leaf_codes[leaves.clamp(min=0).numpy()]
-        agree = (own[:, None] == self._leaf_codes[np.maximum(wanted, 0)]) & (leaves.numpy() >= 0)[:, None, None]
+        own = self.catalogue.leaf_codes[leaves.clamp(min=0).numpy()]
+        agree = (own[:, None] == self.catalogue.leaf_codes[np.maximum(wanted, 0)]) & (leaves.numpy() >= 0)[
+            :, None, None
+        ]
         length = np.where(known, np.cumprod(agree, axis=2).sum(axis=2), -1)
         best = np.lexsort((-gains, -length), axis=1)[:, 0]
         chosen = agree[np.arange(len(own)), best].astype(np.int64)
         chosen[~known.any(axis=1)] = -1
         return torch.from_numpy(chosen)
 
-    def _batch(self, parts: list[_Part], group_size: int) -> RewardBatch:
-        names = list(parts[0].columns)
-        judged = sorted(n.removesuffix("_leaves") for n in names if n.endswith("_leaves") and n != TARGET_LEAVES)
-        used = {TARGET_LEAVES, TARGET_GAINS, *(f"{name}_{end}" for name in judged for end in ("leaves", "gains"))}
-        catalogue = self.catalogue
-        return RewardBatch(
-            lists=np.concatenate([part.lists for part in parts]),
-            scores=np.concatenate([part.scores for part in parts]),
-            targets=_targets(parts, TARGET_LEAVES, TARGET_GAINS),
-            leaf_codes=self._leaf_codes,
-            closed=_all(parts, "closed"),
-            reasoning_lengths=_all(parts, "lengths"),
-            category_of_leaf=catalogue.category_of_leaf,
-            popularity_of_leaf=catalogue.popularity_of_leaf,
-            statistics_of_leaf=catalogue.statistics_of_leaf,
-            judgements={name: _targets(parts, f"{name}_leaves", f"{name}_gains") for name in judged},
-            columns={name: [v for part in parts for v in part.columns[name]] for name in names if name not in used},
-            group_size=group_size,
-        )
 
-
-def _part(rollout: Rollout, rows: list[dict[str, Any]]) -> _Part:
+def _part(rollout: Rollout, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The rows of one process: fields of a `RewardBatch` that are known, and the columns of the data."""
+    known = {
+        "lists": rollout.leaves,
+        "scores": rollout.scores,
+        "closed": rollout.closed,
+        "reasoning_lengths": rollout.reasoning_lengths,
+    }
     columns = {name: [row[name] for row in rows] for name in rows[0] if name not in _OWN}
-    return _Part(
-        rollout.leaves.numpy(),
-        rollout.scores.numpy(),
-        None if rollout.closed is None else rollout.closed.numpy(),
-        None if rollout.reasoning_lengths is None else rollout.reasoning_lengths.numpy(),
-        columns,
-    )
-
-
-def _all(parts: list[_Part], name: str) -> np.ndarray | None:
-    values = [getattr(part, name) for part in parts]
-    return None if values[0] is None else np.concatenate(values)
-
-
-def _targets(parts: list[_Part], leaves: str, gains: str) -> Targets:
-    rows = sum(len(part.lists) for part in parts)
-    if leaves not in parts[0].columns:
-        return Targets.make(np.zeros(rows + 1, np.int64), np.zeros(0, np.int64))
-    lists = [list(row or []) for part in parts for row in part.columns[leaves]]
-    values = None
-    if gains in parts[0].columns:
-        values = [list(row or []) for part in parts for row in part.columns[gains]]
-        if [len(row) for row in values] != [len(row) for row in lists]:
-            raise DataError(f"The columns {leaves} and {gains} differ in length; give every leaf one gain.")
-    return Targets.from_lists(lists, values)
+    return {name: value.numpy() for name, value in known.items() if value is not None} | {"columns": columns}
 
 
 def _one_by_one(batch: RewardBatch) -> RewardBatch:
     """(R, K) lists → (R K, 1)."""
     rows = np.repeat(np.arange(len(batch)), batch.lists.shape[1])
-    return RewardBatch(
+    return replace(
+        batch,
         lists=batch.lists.reshape(-1, 1),
         scores=batch.scores.reshape(-1, 1),
         targets=batch.targets.take(rows),
-        leaf_codes=batch.leaf_codes,
         closed=None if batch.closed is None else batch.closed[rows],
         reasoning_lengths=None if batch.reasoning_lengths is None else batch.reasoning_lengths[rows],
-        category_of_leaf=batch.category_of_leaf,
-        popularity_of_leaf=batch.popularity_of_leaf,
-        statistics_of_leaf=batch.statistics_of_leaf,
         judgements={name: value.take(rows) for name, value in batch.judgements.items()},
         columns={name: [value[row] for row in rows] for name, value in batch.columns.items()},
+        group_size=1,
     )

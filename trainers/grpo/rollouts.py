@@ -3,8 +3,9 @@
 Direct rollouts answer with a SID at once: independent samples, a set without replacement, or beams. Reasoning rollouts
 (R-GRPO, `specs/crs_debiased_grpo.md` 2.7) first sample text up to its end mark and then search a beam list behind each
 text; the row's SID is the first beam. Every completion ends with EOS, so that no SID looks truncated (sheet 4, row 9),
-and a mask says which tokens may carry a gradient: never EOS or an end mark that was forced, SID tokens only where they
-were sampled.
+and a mask says which tokens may carry a gradient: never the last EOS or an end mark that was forced, SID tokens only where they
+were sampled. A policy that ends a reasoning by EOS has sampled that EOS, but the end mark takes its place in what the model
+reads: the completion holds the EOS, which is scored and credited, and `read_ids` puts the end mark there.
 
 TRL hands every prompt G times in a row; here it is read once. When a process holds part of a group (its rows are no
 multiple of G), independent samples, reasonings and beams still come out right, because each row only needs its number
@@ -68,8 +69,9 @@ class Rollout:
         leaves: (n, K) leaves, best first, -1 where there is none; K = 1 for direct rollouts.
         scores: (n, K) float32 log-probabilities of the leaves given prompt and reasoning, -inf where there is none.
         complete: (n,) bool, the set of the row's group holds every leaf there is (without replacement only).
-        closed: (n,) bool, the reasoning ended by itself; None without reasoning.
+        closed: (n,) bool, the reasoning ended by its own end mark; None without reasoning.
         reasoning_lengths: (n,) tokens of the reasoning without its end mark; None without reasoning.
+        cut: (n,) bool, the reasoning reached its limit, neither end mark nor EOS was sampled; default: not closed.
     """
 
     prompt_ids: list[list[int]]
@@ -80,6 +82,11 @@ class Rollout:
     complete: Tensor | None = None
     closed: Tensor | None = None
     reasoning_lengths: Tensor | None = None
+    cut: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.cut is None and self.closed is not None:
+            self.cut = ~self.closed
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
@@ -118,6 +125,14 @@ class RolloutMaker:
         """Leaves (*,) → token ids (*, L) on the CPU; those of leaf 0 where the leaf is -1."""
         codes = self.trie.leaf_codes(leaves.to(self.trie.device).clamp(min=0)).cpu()
         return self._tokens[codes + self._starts]
+
+    def read_ids(self, completion_ids: Tensor, completion_mask: Tensor) -> Tensor:
+        """(B, C) what the model reads of completions: the end mark in place of an EOS that ended a reasoning."""
+        if self.config.rollout != "reasoning":
+            return completion_ids
+        last = completion_mask.sum(1, keepdim=True) - 1
+        inside = torch.arange(completion_ids.shape[1], device=last.device) < last
+        return completion_ids.masked_fill(inside & (completion_ids == self.eos_token_id), self.end_token_id)
 
     def __call__(self, model: nn.Module, prompt_ids: Sequence[Sequence[int]], rows: Rows) -> Rollout:
         """Rolls out. Call it on every process; each makes the same number of calls of the model.
@@ -196,24 +211,34 @@ class RolloutMaker:
             found.closed.flatten().cpu(),
             beams.leaves.cpu(),
             beams.scores.cpu(),
+            found.stopped.flatten().cpu(),
         )
 
     def _with_reasoning(
-        self, prompts: list[list[int]], texts: list[list[int]], closed: Tensor, leaves: Tensor, scores: Tensor
+        self,
+        prompts: list[list[int]],
+        texts: list[list[int]],
+        closed: Tensor,
+        leaves: Tensor,
+        scores: Tensor,
+        stopped: Tensor | None = None,
     ) -> Rollout:
-        """Rows from the reasonings without their end mark."""
+        """Rows from the reasonings without their end mark; `closed` by their own, `stopped` by EOS, else cut at the limit."""
+        cut = ~closed if stopped is None else ~closed & ~stopped
         masked = self.config.mask_truncated_completions
+        marks = torch.where(~closed & ~cut, self.eos_token_id, self.end_token_id).tolist()
         sampled = int(self.config.credit == "reasoning_top1")
         tokens = self.tokens_of(leaves[:, 0]).tolist()
         completions, masks = [], []
-        for text, ended, sid, alive in zip(texts, closed.tolist(), tokens, (leaves[:, 0] >= 0).tolist(), strict=True):
-            sid = sid if alive else []
-            completions.append([*text, self.end_token_id, *sid, self.eos_token_id])
-            mask = [1] * len(text) + [int(ended)] + [sampled] * len(sid) + [0]
-            masks.append([0] * len(mask) if masked and not ended else mask)
+        alive = (leaves[:, 0] >= 0).tolist()
+        for text, forced, mark, sid, found in zip(texts, cut.tolist(), marks, tokens, alive, strict=True):
+            sid = sid if found else []
+            completions.append([*text, mark, *sid, self.eos_token_id])
+            mask = [1] * len(text) + [int(not forced)] + [sampled] * len(sid) + [0]
+            masks.append([0] * len(mask) if masked and forced else mask)
         lengths = torch.tensor([len(text) for text in texts])
         scores = scores.float().masked_fill(leaves < 0, float("-inf"))
-        return Rollout(prompts, completions, masks, leaves, scores, None, closed, lengths)
+        return Rollout(prompts, completions, masks, leaves, scores, None, closed, lengths, cut)
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:

@@ -32,10 +32,6 @@ class SidTable:
             self.trie, self.tokens, self.place = self.trie.to(device), self.tokens.to(device), self.place.to(device)
         return self
 
-    def level_tokens(self, level: int) -> Tensor:
-        """(k_level,) token ids of a level's codes."""
-        return self.tokens[self.starts[level] : self.starts[level] + self.trie.level_sizes[level]]
-
     def find(self, completion_ids: Tensor, completion_mask: Tensor) -> tuple[Tensor, Tensor]:
         """The SID of each completion, by its place and never by its looks: a weak policy writes SID tokens into a
         reasoning too.

@@ -10,12 +10,14 @@ Overriding points (everything else is TRL's and stays untouched; `trl_surface.py
 4. `_prepare_inputs`: afterwards, puts the rows of a group next to each other again (TRL shuffles rows).
 5. `_get_per_token_logps_and_entropies`: normalises SID tokens over the trie for the old, new and reference policy, and
    reads the prompt of a group once.
-6. `_compute_loss`: caps bad ratios by ECPO and adds the surrogate of searched lists; the rest is TRL's loss.
-7. `get_decay_parameter_names`: no weight decay on embedding rows that are trained alone or beside LoRA.
-8. `log`: adds log Z.
-9. `_get_train_sampler`: the order of an epoch is a function of seed and epoch, so that a resumed run sees the same
+6. `_compute_loss`: caps bad ratios by ECPO and adds the surrogate of searched lists; the rest is TRL's loss. Nothing is
+   computed, forward or backward, where no group has anything to learn from.
+7. `log`: adds log Z.
+8. `_get_train_sampler`: the order of an epoch is a function of seed and epoch, so that a resumed run sees the same
    prompts.
-10. `_send_telemetry`: nothing is sent.
+
+`common/hooks.py` adds what both trainers have: no weight decay on embedding rows that are trained alone or beside LoRA, and no
+telemetry.
 
 The paper (CRS) fixes neither the formula nor the numbers; `specs/crs_debiased_grpo.md` 2.7 reconstructs them, and the
 config names what is a choice.
@@ -23,7 +25,6 @@ config names what is a choice.
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 from collections.abc import Callable, Mapping
@@ -35,131 +36,118 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.integrations import is_deepspeed_zero3_enabled
-from trl import GRPOTrainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
 from sidtune.core.errors import ConfigError, SidtuneError
 from sidtune.core.finite import NOT_NUMBERS
 from sidtune.trainers.common import trl_surface
-from sidtune.trainers.common.callbacks import MarkComplete, SetEpoch
-from sidtune.trainers.common.finite import FiniteSteps
+from sidtune.trainers.common.hooks import TrlHooks, causal_config, check_dataset, default_args
 from sidtune.trainers.grpo import losses as grpo_losses
+from sidtune.trainers.grpo.args import check_launch
 from sidtune.trainers.grpo.config import DebiasedGRPOConfig
 from sidtune.trainers.grpo.credit import Credit
 from sidtune.trainers.grpo.diagnostics import Health, LegalMass, StopDegenerate
+from sidtune.trainers.grpo.list_loss import list_loss
 from sidtune.trainers.grpo.logps.group_logps import LogpsOutput, group_logps
-from sidtune.trainers.grpo.rollout_rewards import RolloutRewards, SidCatalogue
-from sidtune.trainers.grpo.rollouts import Rollout, RolloutMaker, Rows, pad_left
+from sidtune.trainers.grpo.rollout_rewards import (
+    RolloutRewards,
+    SidCatalogue,
+    sorted_rewards,
+    with_leaves,
+)
+from sidtune.trainers.grpo.rollouts import Rollout, RolloutMaker, Rows
 from sidtune.trainers.grpo.sampler import RepeatedEpochs, regrouped
 from sidtune.trainers.grpo.sid_positions import SidTable
-from sidtune.trainers.rewards.batch import CombinedReward, build_rewards
-from sidtune.trainers.sft.trainer import accept_whole_heads
+from sidtune.trainers.rewards.batch import CombinedReward
 
 logger = logging.getLogger(__name__)
 
 
-class DebiasedGRPOTrainer(FiniteSteps, GRPOTrainer):
+class DebiasedGRPOTrainer(TrlHooks, GRPOTrainer):
     """Trains a causal LM by group-relative rewards of catalogue items.
 
     Args:
-        model: a causal `PreTrainedModel`, or a PEFT model around one, with what trains already chosen.
-        rewards: `build_rewards(...)`, or the mapping it takes; None when only `reward_funcs` reward.
-        args: the config.
+        model: a causal `PreTrainedModel`, a PEFT model around one with what trains already chosen, or a name or folder.
+        rewards: `build_rewards(...)`, or the mapping it takes; or what TRL takes as `reward_funcs`; None when only
+            `reward_funcs` reward.
+        args: the config; a plain `GRPOConfig` is run with preset "none", what it says stays; None is our default.
         train_dataset: columns `prompt` (text or messages, shown in logs) and, if the prompts are encoded already,
-            `prompt_ids`; `target_leaves` and `target_gains` (lists; gains default to 1); `<name>_leaves` and
-            `<name>_gains` for further judgements; any other column reaches the rewards.
-        eval_dataset: the same, or None.
-        processing_class: the tokenizer.
+            `prompt_ids`; `target_leaves`, or `target_items` (item ids, one or a list), and `target_gains` (lists; gains
+            default to 1); `<name>_leaves` and `<name>_gains` for further judgements; any other column reaches the rewards.
+        eval_dataset: the same, a mapping of names to such, or None.
+        processing_class: the tokenizer; None is that of the model.
         catalogue: the trie, the token of each code, and what is known of each leaf.
         end_token_id: the token that ends a reasoning (rollout "reasoning").
-        reward_funcs: further reward functions of TRL's kind; `args.reward_weights` weighs them (default 1 each).
-        train: what trains ("rows", "lora" or "all"); chooses the weight decay, nothing else.
-        callbacks: further callbacks.
-        options: passed on to TRL.
+        reward_funcs: reward functions of TRL's kind, one or a list; `args.reward_weights` weighs them (default 1 each).
+        train: what trains ("rows", "lora" or "all"); chooses the weight decay, nothing else. None: "lora" for a PEFT model
+            or with a `peft_config`, else "all".
+        options: passed on to TRL (`callbacks`, `peft_config`, ...).
 
     Raises:
         ConfigError: settings that contradict each other, or no reward.
-        DataError: prompts or targets that do not fit.
+        DataError: prompts or targets that do not fit, or a misspelt target column.
         SidtuneError: while training, when the run can no longer learn.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        rewards: CombinedReward | Mapping[str, Any] | None,
-        args: DebiasedGRPOConfig,
-        train_dataset: Dataset,
-        eval_dataset: Dataset | None = None,
+        model: PreTrainedModel | str,
+        rewards: CombinedReward | Mapping[str, Any] | Callable | list | None = None,
+        args: GRPOConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
-        catalogue: SidCatalogue,
+        catalogue: SidCatalogue | None = None,
         end_token_id: int | None = None,
-        reward_funcs: list[Callable[..., list[float]]] | None = None,
-        train: str = "all",
-        callbacks: list[TrainerCallback] | None = None,
+        reward_funcs: Callable | list | None = None,
+        train: str | None = None,
         **options: Any,
     ) -> None:
         trl_surface.check(trl_surface.GRPO_NAMES)
-        _check(model, args)
-        self.train_mode = train
-        args = copy.copy(args)  # the reward weights below are this trainer's
-        combined = build_rewards(rewards, catalogue.trie.depth) if isinstance(rewards, Mapping) else rewards
+        causal_config(model, "GRPO")
+        check_dataset(train_dataset, "train_dataset")
+        if not isinstance(catalogue, SidCatalogue):
+            raise ConfigError(
+                f"Rollouts need the catalogue, got {catalogue!r}; pass catalogue=SidCatalogue.from_semantic_ids(...)."
+            )
+        args = default_args(DebiasedGRPOConfig, model, "GRPO") if args is None else DebiasedGRPOConfig.of(args)
+        combined, functions = sorted_rewards(rewards, reward_funcs, catalogue)
         self._rewarding = RolloutRewards(combined, catalogue, args.credit == "list")
-        functions = [*self._rewarding.functions(), *(reward_funcs or [])]
-        if not functions:
+        if combined is None and not functions:
             raise ConfigError("There is no reward; name one in `rewards` or pass reward_funcs.")
-        args.reward_weights = self._rewarding.all_weights(args.reward_weights, len(reward_funcs or []))
+        args.reward_weights = self._rewarding.all_weights(args.reward_weights, len(functions))
+        data = [
+            None if given is None else with_leaves(given, name, combined, catalogue)
+            for name, given in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset))
+        ]
         self.health = Health()
-        self._epoch_callback = SetEpoch()
         self._rollout: Rollout | None = None
         self._given_prompts: list[list[int]] | None = None
         self._gathered_rewards: Tensor | None = None
         self._loss_inputs: dict[str, Any] | None = None
+        self._told_idle = False
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*'rollout_func'.*")  # named in trl_surface.py
             super().__init__(
                 model=model,
-                reward_funcs=functions,
+                reward_funcs=[*self._rewarding.functions(), *functions],
                 args=args,
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
+                train_dataset=data[0],
+                eval_dataset=data[1],
                 processing_class=processing_class,
-                callbacks=[self._epoch_callback, MarkComplete(), *(callbacks or [])],
                 rollout_func=self._roll_out,
+                train=train,
                 **options,
             )
-        self._check_processes()
-        if train != "all" and is_deepspeed_zero3_enabled():
-            accept_whole_heads()
+        check_launch(self)
         self._prepare_catalogue(catalogue, end_token_id)
         self.add_callback(StopDegenerate(self.health, args.patience))
         if args.preset_values:
             filled = ", ".join(f"{name}={value}" for name, value in args.preset_values.items())
             logger.info("Preset '%s' set %s.", args.preset, filled)
-
-    def _check_processes(self) -> None:
-        needed = self.args.generation_batch_size // self.num_generations
-        if len(self.train_dataset) < needed:  # TRL would end without a step
-            raise ConfigError(
-                f"One generation takes {needed} prompts, but there are only {len(self.train_dataset)}; lower "
-                "per_device_train_batch_size or use more prompts."
-            )
-        if self.is_fsdp_enabled:
-            raise ConfigError(
-                "Rollouts need whole weights on every process, which FSDP does not give here; launch with ddp, zero2 or zero3."
-            )
-        rows = self.args.per_device_train_batch_size * self.args.steps_per_generation
-        if self.args.rollout == "without_replacement" and rows % self.num_generations:
-            raise ConfigError(
-                f"A set drawn without replacement must lie on one process: per_device_train_batch_size x steps_per_generation "
-                f"({rows}) must be a multiple of num_generations ({self.num_generations})."
-            )
-        if is_deepspeed_zero3_enabled() and not self.args.ds3_gather_for_generation:
-            raise ConfigError(
-                "Constrained decoding under ZeRO-3 needs the weights gathered; leave ds3_gather_for_generation at true."
-            )
 
     def _prepare_catalogue(self, catalogue: SidCatalogue, end_token_id: int | None) -> None:
         tokens = torch.from_numpy(np.array(catalogue.sid_token_ids, dtype=np.int64))
@@ -179,16 +167,6 @@ class DebiasedGRPOTrainer(FiniteSteps, GRPOTrainer):
         self._legal = {mode: LegalMass(catalogue.trie.depth) for mode in ("train", "eval")}
         if not reasoned:  # a constant that divides dr_grpo's loss: the tokens that a SID has
             self.max_completion_length = catalogue.trie.depth
-
-    def _send_telemetry(self) -> None:
-        """Sends nothing."""
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Names of the decayed parameters: none for "rows", the LoRA factors for "lora", transformers' choice for "all"."""
-        names = super().get_decay_parameter_names(model)
-        if self.train_mode == "rows":
-            return []
-        return [n for n in names if "lora_" in n] if self.train_mode == "lora" else names
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         sampler = super()._get_train_sampler(dataset)
@@ -266,11 +244,45 @@ class DebiasedGRPOTrainer(FiniteSteps, GRPOTrainer):
         output["row_ids"] = torch.from_numpy(rows.numbers).to(device)
         if self.args.credit == "list":
             output |= self._list_tensors(result.scale, device)
+        output["idle"] = torch.tensor(self._is_idle(output), device=device)
+        result.metrics["group/skipped"] = float(output["idle"])
         for name, value in result.metrics.items():
             self._metrics[self._mode][name].append(value)
+        if self._rollout.cut is not None:
+            self._tell_cut(self._rollout)
         if self.model.training:
             self.health.saw_generation(result.metrics)
         return output
+
+    def _is_idle(self, output: dict[str, Any]) -> bool:
+        """Whether no row of any process has anything to learn from, and the step of the optimizer may be left out for it."""
+        found = output["advantages"].flatten(1) if output["advantages"].ndim > 1 else output["advantages"][:, None]
+        moved = [found, output["list_coefficients"]] if "list_coefficients" in output else [found]
+        if self._gather(torch.stack([part.abs().amax(1) for part in moved])).any() or not self.model.training:
+            return False
+        other = self.beta != 0 or self._entropy_bonus_enabled or self.aux_loss_enabled
+        # A step that mixes generations would reduce only some of its gradients; loss scaling and DeepSpeed need every one.
+        whole = self.args.steps_per_generation % self.args.gradient_accumulation_steps == 0
+        bound = self.is_deepspeed_enabled or self.accelerator.scaler is not None
+        idle = not other and not bound and (whole or self.accelerator.num_processes == 1)
+        if idle and not self._told_idle:
+            self._told_idle = True
+            logger.warning(
+                "In the generation of step %d the rewards of every group were equal: its forward and backward passes are skipped "
+                "and nothing moves. The metric group/skipped counts such generations; this is said once.",
+                self.state.global_step + 1,
+            )
+        return idle
+
+    def _tell_cut(self, rollout: Rollout) -> None:
+        """TRL takes a completion for ended that ends in EOS; of reasonings only those are that were not cut at their limit."""
+        cut = self._gather(rollout.cut.long()).bool()
+        lengths = self._gather(torch.tensor([sum(mask) for mask in rollout.credit_mask])).float()
+        ended = lengths[~cut] if bool((~cut).any()) else torch.zeros(1)
+        values = {"clipped_ratio": cut.float().mean()}
+        values |= {f"{kind}_terminated_length": getattr(ended, kind)() for kind in ("mean", "min", "max")}
+        for name, value in values.items():
+            self._metrics[self._mode][f"completions/{name}"][-1] = value.item()
 
     def _gather(self, values: Tensor) -> Tensor:
         """Rows of all processes, in order, on the CPU."""
@@ -307,7 +319,8 @@ class DebiasedGRPOTrainer(FiniteSteps, GRPOTrainer):
         compute_aux_loss: bool = False,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        if not self.args.trie_renormalize and (not self.args.shared_prompt or compute_aux_loss):
+        ours = self.args.shared_prompt or self.args.rollout == "reasoning"
+        if not self.args.trie_renormalize and (not ours or compute_aux_loss):
             return super()._get_per_token_logps_and_entropies(
                 *(model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss),
                 **options,
@@ -361,7 +374,14 @@ class DebiasedGRPOTrainer(FiniteSteps, GRPOTrainer):
             options |= {"compute_log_z": True, "log_z_rows": measured}
         with self.accelerator.autocast():
             return group_logps(
-                *(model, prompt_ids, prompt_mask, completion_ids, completion_mask),
+                *(
+                    model,
+                    prompt_ids,
+                    prompt_mask,
+                    self._maker.read_ids(completion_ids, completion_mask),
+                    completion_mask,
+                ),
+                target_ids=completion_ids,
                 groups=groups,
                 temperature=self.temperature,
                 compute_entropy=entropy,
@@ -386,46 +406,15 @@ class DebiasedGRPOTrainer(FiniteSteps, GRPOTrainer):
             )
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        if inputs.get("idle"):
+            return torch.zeros((), device=inputs["advantages"].device, requires_grad=True)
         inputs = dict(inputs)
         self._loss_inputs = inputs  # TRL reads the old log-probabilities after ours, so they can still be changed
         loss = super()._compute_loss(model, inputs)
         self._loss_inputs = None
         if self.args.credit == "list":
-            loss = loss + self._list_loss(model, inputs)
+            loss = loss + list_loss(self, model, inputs)
         return loss
-
-    def _list_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """The Rao-Blackwell term of the beams behind each reasoning, weighted like the row's own tokens."""
-        tokens, old, coefficients = inputs["list_tokens"], inputs["list_old"], inputs["list_coefficients"]
-        rows, beams, depth = tokens.shape
-        ids, mask = self._prefixes(inputs, depth)
-        owner = torch.arange(rows, device=ids.device).repeat_interleave(beams)
-        table = SidTable(self.table.trie, self.table.tokens, reasoned=False)
-        flat = tokens.flatten(0, 1)
-        scored = self._logps(model, ids[owner], mask[owner], flat, torch.ones_like(flat), table, groups=owner)
-        log_probs = scored.log_probs.sum(1).view(rows, beams)
-        loss = grpo_losses.list_surrogate(log_probs, old, coefficients, self.epsilon_low, self.epsilon_high)
-        training = self.model.training
-        accumulation = self.current_gradient_accumulation_steps if training else 1.0
-        normalizer = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
-        normalizer = normalizer * accumulation / self.args.steps_per_generation if training else normalizer
-        credited = inputs["completion_mask"] * inputs["tool_mask"]
-        weights = grpo_losses.row_weights(
-            self.loss_type, credited, self.max_completion_length, accumulation, normalizer
-        )
-        return (loss * weights * credited.any(1)).sum()
-
-    def _prefixes(self, inputs: dict[str, Any], depth: int) -> tuple[Tensor, Tensor]:
-        """Prompt, reasoning and end mark of each row, padded on the left."""
-        prompts, completions = inputs["prompt_ids"], inputs["completion_ids"]
-        lengths = inputs["completion_mask"].sum(1).tolist()
-        seen = inputs["prompt_mask"].sum(1).tolist()
-        rows = [
-            prompts[n, prompts.shape[1] - seen[n] :].tolist() + completions[n, : lengths[n] - 1 - depth].tolist()
-            for n in range(len(prompts))
-        ]
-        ids, mask = pad_left(rows, self._tokenizer.pad_token_id)
-        return ids.to(prompts.device), mask.to(prompts.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.args.trie_renormalize:
@@ -433,12 +422,3 @@ class DebiasedGRPOTrainer(FiniteSteps, GRPOTrainer):
             found = self._legal[self._mode].read(self.accelerator, self.accelerator.device)
             logs.update({prefix + name: value for name, value in found.items()})
         super().log(logs, start_time)
-
-
-def _check(model: nn.Module, args: DebiasedGRPOConfig) -> None:
-    if not isinstance(args, DebiasedGRPOConfig):
-        raise ConfigError(f"DebiasedGRPOTrainer needs a DebiasedGRPOConfig, got {type(args).__name__}.")
-    if model.config.is_encoder_decoder:
-        raise ConfigError(
-            f"{type(model).__name__} is an encoder-decoder model; GRPO here needs a causal LM such as Qwen3."
-        )

@@ -168,7 +168,8 @@ def format_ok(batch: RewardBatch) -> np.ndarray:
 def reasoning_length(
     batch: RewardBatch, *, shortest: int = 8, longest: int = 128, fade: int | None = None
 ) -> np.ndarray:
-    """(R,) h(|c|) of the spec's 2.7: 1 for shortest <= |c| <= longest tokens, falling linearly to 0 outside.
+    """(R,) h(|c|) of the spec's 2.7: 1 for shortest <= |c| <= longest tokens, falling linearly to 0 outside; 0 for a reasoning that
+    the model did not end, whose length is that of the knife.
 
     Args:
         shortest, longest: limits in tokens, 0 <= shortest <= longest. Below, h = |c| / shortest.
@@ -186,4 +187,5 @@ def reasoning_length(
         )
     length = np.asarray(batch.reasoning_lengths, np.float64)
     below = length / shortest if shortest else np.ones(length.shape)
-    return np.clip(np.minimum(below, 1.0 - (length - longest) / fade), 0.0, 1.0)
+    ended = np.ones(length.shape) if batch.closed is None else np.asarray(batch.closed, np.float64)
+    return ended * np.clip(np.minimum(below, 1.0 - (length - longest) / fade), 0.0, 1.0)

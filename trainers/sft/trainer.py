@@ -3,15 +3,17 @@ honest packing.
 
 Overriding points (everything else is TRL's and stays untouched; `trl_surface.py` names what they rely on):
 
-1. `__init__`: checks every example first, hands pre-tokenised examples straight to the collator, proves packing exact
-   or refuses it, and lets the fused head of TRL take a head whose new rows train alone under ZeRO-3.
-2. `_set_signature_columns_if_needed`: keeps the column `task`.
-3. `_get_train_sampler`: the order of an epoch is a function of seed and epoch (`batches.EpochSampler`).
-4. `get_decay_parameter_names`: no weight decay on embedding rows that are trained alone or beside LoRA.
+1. `__init__`: checks every example first, proves packing exact or refuses it, and lets the fused head of TRL take a head
+   whose new rows train alone under ZeRO-3.
+2. `_prepare_dataset`: TRL tokenises texts and messages; nothing is cut.
+3. `_set_signature_columns_if_needed`: keeps the column `task`.
+4. `_get_train_sampler`: the order of an epoch is a function of seed and epoch (`batches.EpochSampler`).
 5. `compute_loss`: measures the loss per task and the accuracy per SID level; on CPU scores only the positions that are
    learned.
 6. `log`: adds those measurements, summed over processes.
-7. `_send_telemetry`: nothing is sent.
+
+`common/hooks.py` adds what both trainers have: no weight decay on embedding rows that are trained alone or beside LoRA, and no
+telemetry.
 
 The loss is TRL's: the negative log-likelihood of the learned tokens, averaged over the learned tokens of the *global*
 batch, so that two processes with half the batch each give the loss of one process. A whole-history example therefore
@@ -21,6 +23,7 @@ weighs as much as its number of targets, exactly like the windowed copies it rep
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -30,35 +33,35 @@ import trl.trainer.utils as trl_utils
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.trainers.common import trl_surface
 from sidtune.trainers.common.batches import EpochSampler, ExampleSizes, TaskCollator, measure
-from sidtune.trainers.common.callbacks import MarkComplete, SetEpoch
-from sidtune.trainers.common.finite import FiniteSteps
+from sidtune.trainers.common.hooks import TrlHooks, causal_config, check_dataset, default_args
 
 TRAIN_MODES = ("rows", "lora", "all")
 _FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 _PACKING_TOLERANCE = 1e-4
 
 
-class SidSFTTrainer(FiniteSteps, SFTTrainer):
-    """Trains a causal LM on pre-tokenised examples.
+class SidSFTTrainer(TrlHooks, SFTTrainer):
+    """Trains a causal LM on examples that are tokenised, or on texts and messages as TRL takes them.
 
     Args:
-        model: a causal `PreTrainedModel`, or a PEFT model around one, with what trains already chosen.
-        args: TRL's config. `max_length` is a limit, never a cut: TRL would drop the end of a longer example, which is
-            where its target stands, so a longer example is refused.
-        train_dataset: columns `input_ids`, `labels` and, for the loss per task, `task` (string).
+        model: a causal `PreTrainedModel`, a PEFT model around one with what trains already chosen, or a name or folder.
+        args: TRL's config; None is TRL's default with what this machine can do. `max_length` is a limit, never a cut: TRL
+            would drop the end of a longer example, which is where its target stands, so a longer example is refused.
+        train_dataset: columns `input_ids`, `labels` and, for the loss per task, `task` (string); or a data set of TRL's
+            (`prompt` and `completion`, `messages`, `text`), which TRL tokenises.
         eval_dataset: the same, or None, or a mapping of name to such a dataset.
-        processing_class: the tokenizer.
-        train: what trains ("rows", "lora" or "all"); chooses the weight decay, nothing else.
+        processing_class: the tokenizer; None is that of the model.
+        train: what trains ("rows", "lora" or "all"); chooses the weight decay, nothing else. None: "lora" for a PEFT model
+            or with a `peft_config`, else "all".
         level_token_ids: token ids of each SID level, for the accuracy per level; None measures none.
-        callbacks: further callbacks.
-        options: passed on to TRL.
+        options: passed on to TRL (`callbacks`, `peft_config`, `formatting_func`, ...).
 
     Raises:
         ConfigError: an encoder-decoder model, an example longer than `max_length` or than the model's positions, or
@@ -73,43 +76,33 @@ class SidSFTTrainer(FiniteSteps, SFTTrainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        args: SFTConfig,
-        train_dataset: Dataset,
+        model: PreTrainedModel | str,
+        args: TrainingArguments | None = None,
+        train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
-        train: str = "all",
+        train: str | None = None,
         level_token_ids: Sequence[Sequence[int]] | None = None,
-        callbacks: list[TrainerCallback] | None = None,
         **options: Any,
     ) -> None:
         trl_surface.check()
-        if model.config.is_encoder_decoder:
-            raise ConfigError(
-                f"{type(model).__name__} is an encoder-decoder model; supervised fine-tuning here needs a causal LM "
-                "such as Qwen3."
-            )
-        evals = (
-            eval_dataset
-            if isinstance(eval_dataset, dict)
-            else {"evaluation": eval_dataset}
-            if eval_dataset is not None
-            else {}
-        )
-        self.train_mode = train
-        self.sizes = _checked(train_dataset, model, args, "The training data")
-        for name, dataset in evals.items():
-            _checked(dataset, model, args, f"The {name} data")
-        if args.packing or args.padding_free:
-            check_packing(model, args)
+        config = causal_config(model, "supervised fine-tuning")
+        args = default_args(SFTConfig, model, "SFT") if args is None else args
+        if not isinstance(args, SFTConfig):
+            args = SFTConfig(**{**args.to_dict(), "hub_token": args.hub_token})
+        evals = eval_dataset if isinstance(eval_dataset, dict) else {"evaluation": eval_dataset}
+        evals = {name: dataset for name, dataset in evals.items() if dataset is not None}
+        self._config, self.sizes = config, ExampleSizes(np.zeros(0, np.int64), np.zeros(0, np.int64))
+        for name, dataset in {**evals, "training": train_dataset}.items():
+            check_dataset(dataset, f"The {name} data")
+            if "input_ids" in dataset.column_names:
+                self.sizes = _checked(dataset, config, args, f"The {name} data")
+        packed = args.packing or args.padding_free
+        if packed:
             args.eval_packing = bool(args.eval_packing)
-        else:
-            args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
-        self.tasks = _tasks([train_dataset, *evals.values()])
-        self._level_of_token = _levels(level_token_ids, model.get_input_embeddings().weight, model.config)
-        self._levels = 0 if level_token_ids is None else len(level_token_ids)
-        self._epoch_callback = SetEpoch()
+            if not isinstance(model, str):
+                check_packing(model, args)
         self._sums: dict[str, torch.Tensor] = {}
         self._outputs: Any = None
         super().__init__(
@@ -118,16 +111,31 @@ class SidSFTTrainer(FiniteSteps, SFTTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[self._epoch_callback, MarkComplete(), *(callbacks or [])],
+            train=train,
             **options,
         )
-        if train != "all" and is_deepspeed_zero3_enabled():
-            accept_whole_heads()
-        self.data_collator = TaskCollator.extend(self.data_collator, self.tasks)
+        if packed and isinstance(model, str):
+            check_packing(self.model, args)
+        self.tasks = _tasks([train_dataset, *evals.values()])
+        self._level_of_token = _levels(level_token_ids, self.model.get_input_embeddings().weight, config)
+        self._levels = 0 if level_token_ids is None else len(level_token_ids)
+        if isinstance(self.data_collator, DataCollatorForLanguageModeling):
+            self.data_collator = TaskCollator.extend(self.data_collator, self.tasks)
         self.model.register_forward_hook(self._keep_outputs)
 
-    def _send_telemetry(self) -> None:
-        """Sends nothing."""
+    def _prepare_dataset(
+        self, dataset: Dataset, processing_class: Any, args: SFTConfig, packing: bool, formatting_func: Any, name: str
+    ) -> Dataset:
+        """Tokenises as TRL does, but cuts nothing."""
+        if "input_ids" not in dataset.column_names:
+            whole = copy.copy(args)
+            whole.max_length = None
+            dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, name)
+            sizes = _checked(dataset, self._config, args, f"The {'training' if name == 'train' else name} data")
+            self.sizes = sizes if name == "train" else self.sizes
+        if packing:
+            return super()._prepare_dataset(dataset, processing_class, args, True, formatting_func, name)
+        return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -146,18 +154,6 @@ class SidSFTTrainer(FiniteSteps, SFTTrainer):
             batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         self._epoch_callback.sampler = EpochSampler(len(dataset), seed, lengths, batch)
         return self._epoch_callback.sampler
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Names of the decayed parameters: none for "rows", the LoRA factors for "lora", transformers' choice for
-        "all".
-
-        A decayed embedding shrinks also the rows that no gradient reaches, so new-rows training would damage the old
-        ones.
-        """
-        names = super().get_decay_parameter_names(model)
-        if self.train_mode == "rows":
-            return []
-        return [n for n in names if "lora_" in n] if self.train_mode == "lora" else names
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -241,23 +237,6 @@ def score_labelled_only(device: torch.device) -> Iterator[None]:
         trl_utils._use_triton = original
 
 
-def accept_whole_heads() -> None:
-    """Lets TRL's fused LM head take a head that is put together on the fly, under ZeRO-3.
-
-    TRL gathers the head's parameter there and stumbles over a plain tensor, which is what the head is while only the
-    rows of new tokens train: already whole. Done once per process; a parameter is treated as before.
-    """
-    original = trl_utils.maybe_gather_lm_head_ctx
-    if getattr(original, "takes_whole_heads", False):
-        return
-
-    def gather(*params: torch.Tensor | None) -> Any:
-        return original(*(p for p in params if p is not None and hasattr(p, "ds_status")))
-
-    gather.takes_whole_heads = True  # type: ignore[attr-defined]
-    trl_utils.maybe_gather_lm_head_ctx = gather
-
-
 def check_packing(model: PreTrainedModel, args: SFTConfig) -> None:
     """Refuses packing or padding-free batches unless examples in one row provably do not see each other.
 
@@ -311,9 +290,8 @@ def packing_error(model: PreTrainedModel) -> float:
     return float((together - reference).abs().max() / reference.abs().max().clamp(min=1e-12))
 
 
-def _checked(dataset: Dataset, model: PreTrainedModel, args: SFTConfig, where: str) -> ExampleSizes:
-    text_config = model.config.get_text_config()
-    sizes = measure(dataset, text_config.vocab_size, where)
+def _checked(dataset: Dataset, config: PretrainedConfig, args: SFTConfig, where: str) -> ExampleSizes:
+    sizes = measure(dataset, config.vocab_size, where)
     longest = int(sizes.tokens.max())
     if args.max_length is not None and longest > args.max_length:
         number = int((sizes.tokens > args.max_length).sum())
@@ -321,11 +299,10 @@ def _checked(dataset: Dataset, model: PreTrainedModel, args: SFTConfig, where: s
             f"{where} holds {number} examples longer than max_length={args.max_length} (the longest has {longest} "
             "tokens), and cutting them would drop their targets; raise max_length or lower max_history."
         )
-    positions = getattr(text_config, "max_position_embeddings", None)
+    positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and longest > positions:
         raise ConfigError(
-            f"{where} holds an example of {longest} tokens, but {type(model).__name__} has {positions} positions; "
-            "lower max_history."
+            f"{where} holds an example of {longest} tokens, but the model has {positions} positions; lower max_history."
         )
     return sizes
 
@@ -340,10 +317,12 @@ def _tasks(datasets: list[Dataset]) -> list[str]:
     return sorted(found)
 
 
-def _levels(level_token_ids: Sequence[Sequence[int]] | None, weight: torch.Tensor, config: Any) -> torch.Tensor:
+def _levels(
+    level_token_ids: Sequence[Sequence[int]] | None, weight: torch.Tensor, config: PretrainedConfig
+) -> torch.Tensor:
     """`(V,)` int64: the place of each token's level; tokens of no level come last."""
     levels = level_token_ids or []
-    vocabulary = max(config.get_text_config().vocab_size, weight.shape[0] if weight.ndim == 2 else 0)
+    vocabulary = max(config.vocab_size, weight.shape[0] if weight.ndim == 2 else 0)
     table = torch.full((vocabulary,), len(levels), dtype=torch.int64)
     for n, ids in enumerate(levels):
         table[torch.tensor(np.array(ids, dtype=np.int64))] = n

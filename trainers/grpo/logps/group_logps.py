@@ -66,6 +66,7 @@ def group_logps(
     completion_ids: Tensor,
     completion_mask: Tensor,
     *,
+    target_ids: Tensor | None = None,
     groups: Tensor | None = None,
     scored: Tensor | None = None,
     temperature: float = 1.0,
@@ -86,6 +87,7 @@ def group_logps(
             autocast of the training step if there is one.
         prompt_ids, prompt_mask: (B, P) integers and 1 on tokens; padding at either end.
         completion_ids, completion_mask: (B, C), ones and then zeros. A row of zeros is not read.
+        target_ids: (B, C) tokens to score where they differ from those that are read. Default: `completion_ids`.
         groups: (B,) integers, equal for rows with the same prompt; rows may come in any order. Default: found by
             comparing the prompts.
         scored: (B, C), tokens whose log-probability is wanted; the rest is 0 and costs nothing. Default: all. An EOS
@@ -119,7 +121,9 @@ def group_logps(
     else:
         passes = plain_rows(batch, max_tokens)
     measured = _measured_rows(len(completion_ids), log_z_rows, completion_ids.device)
-    targets = find_targets(completion_ids, completion_mask, levels, sid_start, measured)
+    targets = find_targets(
+        completion_ids if target_ids is None else target_ids, completion_mask, levels, sid_start, measured
+    )
     scorer = Scorer(levels, temperature, compute_entropy, compute_log_z, float32_head)
     tokens = torch.cat([prompt_ids, completion_ids], dim=1).reshape(-1)
     scores = _run(model, base, passes, tokens, targets, scorer, ability, packed, max_tokens is not None)

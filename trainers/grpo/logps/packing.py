@@ -130,7 +130,10 @@ def read_batch(
     wanted = answered if scored is None else answered & scored.detach().cpu().numpy().astype(bool)
     answer_length = np.where(wanted, np.arange(1, wanted.shape[1] + 1), 0).max(axis=1)
     compact = _at_the_left(ids, start, length)
-    numbers = _same_prompts(compact, length) if groups is None else _given_groups(groups, compact, length)
+    if groups is None:
+        numbers = np.unique(compact, axis=0, return_inverse=True)[1].reshape(-1)
+    else:
+        numbers = _given_groups(groups, compact, length)
     return Batch(start, length, answer_length, wanted, ids.shape[1], answered.shape[1], numbers)
 
 
@@ -139,10 +142,6 @@ def _at_the_left(ids: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.n
     places = np.arange(int(length.max()))
     taken = np.take_along_axis(ids, np.minimum(start[:, None] + places, ids.shape[1] - 1), axis=1)
     return np.where(places < length[:, None], taken, -1)
-
-
-def _same_prompts(compact: np.ndarray, length: np.ndarray) -> np.ndarray:
-    return np.unique(compact, axis=0, return_inverse=True)[1].reshape(-1)
 
 
 def _given_groups(groups: Tensor, compact: np.ndarray, length: np.ndarray) -> np.ndarray:

@@ -257,11 +257,7 @@ def _difference(
 def _way(model: nn.Module, base: nn.Module, head: Any, rows: PackedRows, ids: Tensor, truth: Tensor) -> str:
     if not isinstance(head, nn.Module):
         return ALL_LOGITS
-    if _returned_unchanged(model, base, head, rows, ids):
-        ways = (HEAD, LOGITS)
-    else:
-        ways = (LOGITS,)
-    for way in ways:
+    for way in (HEAD, LOGITS) if _returned_unchanged(model, base, head, rows, ids) else (LOGITS,):
         try:
             if _difference(model, base, rows, ids, way, truth, packed=False) <= _tolerance(base):
                 return way

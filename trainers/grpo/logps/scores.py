@@ -58,21 +58,14 @@ class Levels:
     """
 
     def __init__(self, trie: SidTrie, sid_token_ids: Any, device: torch.device) -> None:
-        ids = sid_token_ids if isinstance(sid_token_ids, Tensor) else torch.tensor(sid_token_ids)
-        total = sum(trie.level_sizes)
-        if ids.shape != (total,) or ids.is_floating_point() or len(ids.unique()) != total or int(ids.min()) < 0:
-            raise DataError(
-                f"sid_token_ids must hold one distinct integer per code of all {trie.depth} levels, shape ({total},), "
-                f"got shape {tuple(ids.shape)}; pass the `sid_token_ids` of the vocabulary made for these SIDs."
-            )
         self.trie = trie.to(device)
-        self.first, self.last = int(ids.min()), int(ids.max())
-        self.ids = ids.to(device=device, dtype=torch.int64)
+        self.ids = torch.cat(self.trie.level_tokens(sid_token_ids))
+        self.first, self.last = int(self.ids.min()), int(self.ids.max())
         self.sizes = list(trie.level_sizes)
         self._sorted, self._order = self.ids.sort()
         sizes = torch.tensor(self.sizes, device=device)
         self._level = torch.arange(trie.depth, device=device).repeat_interleave(sizes)
-        self._code = torch.arange(total, device=device) - (sizes.cumsum(0) - sizes)[self._level]
+        self._code = torch.arange(len(self.ids), device=device) - (sizes.cumsum(0) - sizes)[self._level]
 
     def codes_of(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Level and code of SID tokens, any shape; level -1 for other tokens."""
