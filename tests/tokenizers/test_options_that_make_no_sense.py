@@ -59,7 +59,8 @@ def test_wrong_options_are_one_sentence(kind, name, options):
 
 MODELS = [
     *(("qwen3", {key: value}) for key, value in (
-        ("hidden_size", 0), ("hidden_size", 12.5), ("hidden_size", "128"), ("num_hidden_layers", 0), ("num_attention_heads", 3),
+        ("hidden_size", 0), ("hidden_size", 12.5), ("hidden_size", "128"), ("num_hidden_layers", 0),
+        ("num_hidden_layers", 10**9), ("num_attention_heads", 3),
         ("num_key_value_heads", 0), ("head_dim", 31), ("intermediate_size", -1), ("attention_dropout", 2.0),
         ("initializer_range", -1.0), ("rms_norm_eps", -1.0), ("hidden_act", "nope"), ("max_position_embeddings", 0),
         ("hidden_size", 10**7), ("hiden_size", 8))),

@@ -40,6 +40,7 @@ _BYTES = 256
 _SIZE = re.compile(
     r"^(?!.*nextn).*(size|dim|layers?|heads?|positions|position_embeddings|n_embd|n_inner|d_model|d_ff|d_kv)$"
 )
+_LAYERS, _MOST_LAYERS = re.compile(r"layers?$"), 1000
 _SHARE, _SPREAD = re.compile(r"drop"), re.compile(r"(eps|epsilon|initializer_range|initializer_factor)$")
 
 # A tiny model of each family: about a million parameters, trains on a laptop.
@@ -175,6 +176,10 @@ def check_fields(config: dict[str, Any] | None, where: str) -> None:
         wanted, number = None, isinstance(value, (int, float)) and not isinstance(value, bool)
         if _SIZE.search(name) and not (number and isinstance(value, int) and value >= 1):
             wanted = "a whole number of at least 1"
+        elif (
+            _LAYERS.search(name) and number and value > _MOST_LAYERS
+        ):  # every one is made before the weights are counted
+            wanted = f"at most {_MOST_LAYERS:,}"
         elif _SHARE.search(name) and not (number and 0 <= value < 1):
             wanted = "a share in [0, 1)"
         elif _SPREAD.search(name) and not (number and value >= 0):
