@@ -23,7 +23,7 @@ from sidtune.decoding.retrieval.loading import ModelFolder, final_model, load_re
 from sidtune.recipes.steps import grpo as recipe
 from sidtune.recipes.steps.grpo import Arguments
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
-from sidtune.trainers.grpo.examples import grpo_examples, hard_requests, position_bias
+from sidtune.trainers.grpo.examples import grpo_examples, hard_rows, position_bias
 from sidtune.trainers.grpo.stage import GRPOStage, run_grpo
 from sidtune.trainers.rewards.gains import LeafFacts
 
@@ -172,17 +172,17 @@ def test_a_hard_set_chooses_the_requests(steps, tmp_path):
     requests = load_folder(steps / "data").requests["train"]
     names = requests["request_id"].to_pylist()[5:25]
     pq.write_table(pa.table({"request_id": names, "rank": range(20)}), tmp_path / "hard.parquet")
-    assert hard_requests(tmp_path / "hard.parquet", requests)["request_id"].to_pylist() == names
+    assert hard_rows(tmp_path / "hard.parquet", requests["request_id"]).tolist() == list(range(5, 25))
     arguments = options(steps, tmp_path / "grpo", hard_set=str(tmp_path / "hard.parquet"), args=ARGS | {"max_steps": 1})
     recipe.main(arguments)
     assert json.loads((tmp_path / "grpo" / "run.json").read_text())["metrics"]["data"]["requests"] == 20
     pq.write_table(pa.table({"request_id": ["nobody"]}), tmp_path / "wrong.parquet")
     with pytest.raises(DataError, match="names the request 'nobody', which is not in the split that is trained on"):
-        hard_requests(tmp_path / "wrong.parquet", requests)
+        hard_rows(tmp_path / "wrong.parquet", requests["request_id"])
     pq.write_table(pa.table({"id": ["x"]}), tmp_path / "column.parquet")
     for name in ("column", "missing"):
         with pytest.raises(DataError, match="no parquet file with a column request_id"):
-            hard_requests(tmp_path / f"{name}.parquet", requests)
+            hard_rows(tmp_path / f"{name}.parquet", requests["request_id"])
 
 
 def test_requests_that_sft_has_not_seen_can_be_trained_on(steps, tmp_path):

@@ -27,7 +27,7 @@ from sidtune.trainers.common.stage import Stage
 from sidtune.trainers.common.stage_model import StageModel
 from sidtune.trainers.grpo.args import grpo_config
 from sidtune.trainers.grpo.config import DebiasedGRPOConfig
-from sidtune.trainers.grpo.examples import grpo_examples, hard_requests, logged_gains
+from sidtune.trainers.grpo.examples import grpo_examples, hard_rows, logged_gains
 from sidtune.trainers.grpo.options import GRPOOptions
 from sidtune.trainers.grpo.rollout_rewards import SidCatalogue
 from sidtune.trainers.grpo.trainer import DebiasedGRPOTrainer
@@ -103,7 +103,7 @@ class GRPOStage(Stage):
         self._end_token(model)  # told before the prompts are made
         requests = log = self.data.requests[options.split]
         if options.hard_set:
-            requests = hard_requests(options.hard_set, requests)
+            requests = requests.take(hard_rows(options.hard_set, requests["request_id"]))
         answer = self.args.max_completion_length + 2 if self.args.rollout == "reasoning" else 0
         examples, counts = grpo_examples(
             *(self.data, requests, sids, self.facts, self.serializer, model.tokenizer),
