@@ -129,6 +129,18 @@ def test_a_generation_without_differing_rewards_is_skipped_and_said(tmp_path, ca
     assert caplog.text.count("forward and backward passes are skipped") == 1
 
 
+@pytest.mark.parametrize(("rollout", "own"), [("without_replacement", "leave_one_out"), ("beam", "group_mean")])
+def test_sets_and_beams_of_equal_rewards_teach_nothing(tmp_path, rollout, own):
+    """Their baselines are sums of probabilities, which leave rounding errors; without a baseline rewards are advantages."""
+    for baseline in (own, "none"):
+        made = trainer(tmp_path, {"validity": 0.7}, rollout=rollout, patience=0, baseline=baseline, max_steps=1)
+        made.train()
+        (told,) = [h for h in made.state.log_history if "reward" in h]
+        assert (told["advantage/abs_mean"] == 0.0, told["group/skipped"]) == (
+            (True, 1.0) if baseline != "none" else (False, 0.0)
+        )
+
+
 def test_what_else_has_a_gradient_is_not_skipped(tmp_path):
     made = trainer(tmp_path, {"validity": 1.0}, max_steps=2, patience=0, entropy_coef=0.1)
     made.train()
