@@ -8,11 +8,10 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
@@ -150,22 +149,3 @@ class GRPOStage(Stage):
                 "model with init_model and extra_tokens, or name another end."
             )
         return ids[0]
-
-
-def run_grpo(
-    stage: GRPOStage, options: GRPOOptions, callbacks: Sequence[TrainerCallback] | None = None
-) -> dict[str, Any] | None:
-    """Trains, unless the output folder is this run's already. Every process calls this; only the main one writes.
-
-    Args:
-        stage: folders and prompts. options: what the run is told. callbacks: further callbacks of the trainer.
-
-    Returns:
-        The metrics of `run.json` on the main process, None on the others.
-
-    Raises:
-        ConfigError, DataError: before anything is trained, where the input is to blame.
-        SidtuneError: when the run can no longer learn.
-    """
-    metrics = replace(stage, options=options, callbacks=callbacks or ()).run()
-    return metrics if PartialState().is_main_process else None
