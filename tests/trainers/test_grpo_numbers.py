@@ -48,7 +48,7 @@ def test_every_way_to_end_a_reasoning_is_in_the_gradient(tmp_path, shared):
     closed, stopped = (torch.arange(VOCABULARY) == token for token in (END, EOS))
     rollout = made._maker._with_reasoning([PROMPT] * VOCABULARY, texts, closed, found.leaves, found.scores, stopped)
     own, made._maker = made._maker, lambda *_: rollout
-    made._maker.tokens_of, made._maker.read_ids = own.tokens_of, own.read_ids
+    made._maker.tokens_of = own.tokens_of
     row = {"prompt": "w7", "prompt_ids": PROMPT, "target_leaves": [TARGET], "target_gains": [1.0]}
     inputs = made._generate_and_score_completions([dict(row) for _ in range(VOCABULARY)])
     chances = first.detach().exp() * VOCABULARY
