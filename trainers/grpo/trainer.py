@@ -13,8 +13,7 @@ Overriding points (everything else is TRL's and stays untouched; `trl_surface.py
 6. `_compute_loss`: caps bad ratios by ECPO and adds the surrogate of searched lists; the rest is TRL's loss. Nothing is
    computed, forward or backward, where no group has anything to learn from.
 7. `log`: adds log Z.
-8. `_get_train_sampler`: the order of an epoch is a function of seed and epoch, so that a resumed run sees the same
-   prompts.
+8. `_get_train_sampler`: the order of an epoch is a function of seed and epoch, the same for a resumed run.
 
 `common/hooks.py` adds what both trainers have: no weight decay on embedding rows that are trained alone or beside LoRA, and no
 telemetry.
