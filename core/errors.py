@@ -109,5 +109,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
     ]
     if match:
         return f"did you mean '{written[match[0]]}'?"
-    listed = ", ".join(choices[:12]) + (", ..." if len(choices) > 12 else "")
+    listed = ", ".join(choices[:20]) + (", ..." if len(choices) > 20 else "")
     return f"known are: {listed}." if choices else "nothing is known under such a name."

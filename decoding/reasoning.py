@@ -63,12 +63,6 @@ class ReasonedBeams:
         places = torch.arange(self.reasoning_ids.shape[2], device=self.lengths.device)
         return places < self.lengths[..., None]
 
-    @property
-    def sampled(self) -> Tensor:
-        """(B, G, R) bool: tokens the model chose, so those that may get credit; neither padding nor a forced end."""
-        places = torch.arange(self.reasoning_ids.shape[2], device=self.lengths.device)
-        return places < (self.lengths - self.forced.long())[..., None]
-
     def texts(self) -> list[list[list[int]]]:
         """The reasonings as lists of token ids, per prompt and reasoning, end token included."""
         rows, lengths = self.reasoning_ids.tolist(), self.lengths.tolist()

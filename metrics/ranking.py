@@ -53,18 +53,15 @@ class Relevance(Ragged):
         """Builds from one list of item rows per request, and one equally long list of gains per request if given.
 
         Raises:
-            DataError: gains and rows differ in shape.
+            DataError: other types, or gains and rows differ in shape.
         """
-        lengths = np.fromiter((len(one) for one in lists), dtype=np.int64, count=len(lists))
-        flat = np.fromiter((row for one in lists for row in one), dtype=np.int64, count=int(lengths.sum()))
-        flat_gains = None
-        if gains is not None:
-            if [len(one) for one in gains] != lengths.tolist():
-                raise DataError(
-                    "The gains differ in shape from the relevant rows; give one gain for each relevant row."
-                )
-            flat_gains = np.fromiter((gain for one in gains for gain in one), dtype=np.float64, count=len(flat))
-        return cls(offsets_of(lengths), flat, flat_gains)
+        lengths, flat = _joined(lists, "iu", "Relevant items must be a list of item row numbers")
+        if gains is None:
+            return cls(offsets_of(lengths), flat.astype(np.int64))
+        gain_lengths, flat_gains = _joined(gains, "iuf", "Gains must be a list of numbers")
+        if not np.array_equal(gain_lengths, lengths):
+            raise DataError("The gains differ in shape from the relevant rows; give one gain for each relevant row.")
+        return cls(offsets_of(lengths), flat.astype(np.int64), flat_gains.astype(np.float64))
 
 
 @dataclass(frozen=True)
@@ -128,7 +125,7 @@ class RankingResult:
 
 def evaluate_ranking(
     predictions: Any,
-    relevance: Ragged,
+    relevance: Ragged | Sequence[Sequence[int]],
     ks: Sequence[int] = (5, 10, 20),
     metrics: Sequence[str] = DEFAULT_METRICS,
     empty: Literal["refuse", "exclude"] = "refuse",
@@ -136,8 +133,9 @@ def evaluate_ranking(
     """Scores ranked item rows against the relevant item rows.
 
     Args:
-        predictions: (R, K) integer item rows, best first, -1 for an empty place.
-        relevance: R requests; `Relevance` or anything with `offsets` and `rows`.
+        predictions: (R, K) integer item rows, best first, -1 for an empty place; or R lists, of which short ones end with empty
+            places.
+        relevance: R requests; `Relevance` or anything with `offsets` and `rows`, or R lists of item rows.
         ks: cut-offs; none may exceed K (pad with -1 where the catalogue itself is smaller).
         metrics: names in `METRICS`.
         empty: what to do with a request without relevant items: `refuse`, or `exclude` it from the means and count it.
@@ -175,15 +173,17 @@ def evaluate_ranking(
 
 def check_metrics(ks: Sequence[int], metrics: Sequence[str], primary: str | None = None) -> None:
     """Refuses cut-offs that are none, unknown metrics, and a `primary` that these do not compute. Raises ConfigError."""
-    if isinstance(ks, str) or not len(ks) or not all(_is_count(k) for k in ks) or max(ks) > MANY:
+    if not _is_list(ks) or not len(ks) or not all(_is_count(k) for k in ks) or max(ks) > MANY:
         raise ConfigError(f"ks must be a list of positive integers such as [5, 10, 20], at most {MANY:,}, got {ks!r}.")
+    if not _is_list(metrics) or not len(metrics):
+        raise ConfigError(f"metrics must be a list of names such as ['ndcg', 'hr'], got {metrics!r}.")
     for name in metrics:
         METRICS.get(name)
     if primary is not None and primary not in {f"{name}@{k}" for name in metrics for k in ks}:
         raise ConfigError(f"primary is '{primary}', which metrics and ks do not compute; choose one they do.")
 
 
-def rank_against(predictions: Any, relevance: Ragged) -> Ranked:
+def rank_against(predictions: Any, relevance: Any) -> Ranked:
     """Looks the predictions up in the relevance; checks both. Raises DataError as `evaluate_ranking` says."""
     predictions = _check_predictions(predictions)
     offsets, rows, gains = _check_relevance(relevance, len(predictions))
@@ -237,11 +237,28 @@ def average_precision(ranked: Ranked, k: int) -> np.ndarray:
     return (at * hits).sum(axis=1) / np.clip(ranked.relevant, 1, k)
 
 
+def _is_list(values: Any) -> bool:
+    return isinstance(values, (list, tuple, np.ndarray))
+
+
+def _joined(lists: Any, kinds: str, what: str) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths of lists of numbers, and the numbers end to end; `kinds` as numpy calls them."""
+    if _is_list(lists) and all(_is_list(one) for one in lists):
+        flat = np.array([value for one in lists for value in one])
+        if flat.ndim == 1 and (not flat.size or flat.dtype.kind in kinds):
+            return np.array([len(one) for one in lists], dtype=np.int64), flat
+    raise DataError(f"{what} for each request, got {repr(lists)[:80]}; build them from the rows of the catalogue.")
+
+
 def _is_count(k: Any) -> bool:
     return isinstance(k, (int, np.integer)) and not isinstance(k, bool) and k > 0
 
 
 def _check_predictions(predictions: Any) -> np.ndarray:
+    if isinstance(predictions, (list, tuple)) and len({len(one) for one in predictions if _is_list(one)}) > 1:
+        lengths, flat = _joined(predictions, "iu", "Predictions must be a list of item row numbers")
+        predictions = np.full((len(lengths), int(lengths.max())), -1, dtype=np.int64)
+        predictions[np.arange(predictions.shape[1]) < lengths[:, None]] = flat
     predictions = np.asarray(predictions)
     if predictions.ndim != 2 or predictions.dtype.kind not in "iu":
         raise DataError(
@@ -264,8 +281,10 @@ def _check_predictions(predictions: Any) -> np.ndarray:
     return predictions
 
 
-def _check_relevance(relevance: Ragged, requests: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    offsets, rows = np.asarray(relevance.offsets), np.asarray(relevance.rows)
+def _check_relevance(relevance: Any, requests: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    if not hasattr(relevance, "offsets") or not hasattr(relevance, "rows"):
+        relevance = Relevance.from_lists(relevance)
+    offsets, rows = np.atleast_1d(relevance.offsets), np.asarray(relevance.rows)
     if offsets.ndim != 1 or len(offsets) != requests + 1:
         raise DataError(
             f"There are {requests} prediction rows but relevance for {len(offsets) - 1} requests; give one each."
@@ -289,10 +308,10 @@ def _check_relevance(relevance: Ragged, requests: int) -> tuple[np.ndarray, np.n
         first = int(owner[order][1:][np.argmax(same)])
         raise DataError(f"The relevance of request number {first} names an item twice; name each item once.")
     gains = getattr(relevance, "gains", None)
-    gains = np.ones(len(rows)) if gains is None else np.asarray(gains, dtype=np.float64)
-    if gains.shape != rows.shape or not np.isfinite(gains).all() or (gains < 0).any():
+    gains = np.ones(len(rows)) if gains is None else np.asarray(gains)
+    if gains.dtype.kind not in "iuf" or gains.shape != rows.shape or not np.isfinite(gains).all() or (gains < 0).any():
         raise DataError("Gains must be finite numbers from 0, one for each relevant item row; check them.")
-    return offsets.astype(np.int64), rows.astype(np.int64), gains
+    return offsets.astype(np.int64), rows.astype(np.int64), gains.astype(np.float64)
 
 
 def _lookup(predictions: np.ndarray, requests: np.ndarray, rows: np.ndarray, gains: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from sidtune.core.errors import ConfigError, nearest
+from sidtune.core.ragged import stretches
 from sidtune.data_builders.sequences.item_sequences import ItemSequences, SequenceExamples
 from sidtune.data_builders.tables.history import encode
 from sidtune.data_builders.tables.schema import Tables
@@ -66,9 +67,7 @@ class BaselineMember:
             return np.log(self.baseline.shares(self._requests(examples), items)).astype(np.float32)
 
     def _requests(self, examples: SequenceExamples) -> BaselineRequests:
-        lengths = examples.firsts - examples.starts
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        flat = np.repeat(examples.starts - offsets[:-1], lengths) + np.arange(offsets[-1])
+        offsets, flat = stretches(examples.starts, examples.firsts)
         return BaselineRequests([None] * len(examples), Relevance(offsets, self.sequences.rows[flat]))
 
 

@@ -218,7 +218,8 @@ def shown(value: Any, most: int = 60) -> str:
 
 def quoted(text: str) -> str:
     """A stranger's text for a message, in quotes; see `shown`."""
-    return f"'{shown(text)[1:-1]}'"
+    inner = shown(str(text), most=10**9)[1:-1]
+    return f"'{inner if len(inner) <= 60 else inner[:57] + '...'}'"
 
 
 def kind_of(value: Any) -> str:
@@ -318,9 +319,13 @@ def _count(value: Any, where: str, most: int) -> int:
 
 
 def _number(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, numbers.Real) else float(value)
+    except OverflowError:  # JSON has whole numbers of any length
+        number = math.inf
+    if not math.isfinite(number):
         raise DataError(f"'{where}' must be a number, got {shown(value)}.")
-    return float(value)
+    return number
 
 
 def _flag(value: Any, where: str) -> bool:

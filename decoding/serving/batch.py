@@ -55,13 +55,16 @@ def answer_requests(options: BatchOptions) -> None:
         if state.is_main_process:
             print(f"{options.output_dir}: complete already, nothing to do")
         return
-    if options.restart:
-        on_main(work.close)
-    on_main(lambda: work.begin(refuse="set restart: true to throw it away"))
+    begin = lambda: work.begin(refuse="set restart: true to throw it away")  # noqa: E731
+    on_main(lambda: begin() if work.folder.is_dir() and not options.restart else None)
     shards = Shards(work.folder, options.shard_size, len(requests.ids), SCHEMA)
     mine = [n for n in range(len(shards)) if n % state.num_processes == state.process_index]
-    todo = [n for n in mine if not shards.is_done(n)]
+    todo = [n for n in mine if options.restart or not shards.is_done(n)]
+    # Nothing is made or thrown away for wrong requests.
     on_all(lambda: _check(prompter, requests, shards, todo))
+    if options.restart:
+        on_main(work.close)
+    on_main(begin)
     if todo:
         _decode(options, state, prompter, requests, shards, mine, todo)
     if state.is_main_process:

@@ -80,14 +80,11 @@ class GeneratorSource:
         known = ("auto", "logged", *LABELS)
         if self.label not in known:
             raise ConfigError(f"source.label: there is no label '{self.label}': {nearest(self.label, known)}")
-        check_range(self, 1, "num_beams", "candidates", "batch_size", "shard_size")
+        check_range(self, 1, "num_beams", "candidates", "batch_size", "shard_size", "train", "test")
+        check_range(self, 0, "valid", "history")
         if not 2 <= self.candidates <= self.num_beams:
             raise ConfigError(
                 f"source: candidates must lie between 2 and num_beams, got {self.candidates} of {self.num_beams} beams."
-            )
-        if min(self.train, self.test, self.batch_size, self.shard_size) < 1 or min(self.valid, self.history) < 0:
-            raise ConfigError(
-                "source: train, test, batch_size and shard_size must be at least 1, valid and history not negative."
             )
         build(SessionConfig, self.sessions, "source.sessions")
 

@@ -7,7 +7,7 @@ with a `request_id` and without `k` and `num_beams`, which belong to the run; a 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -84,7 +84,7 @@ class FileRequests:
         self.ids = [one for file in self._files for one in file.ids]
         if not self.ids:
             raise DataError(f"{path} holds no requests; write at least one.")
-        _refuse_twice(self.ids, [self._place(row) for row in _twice(self.ids)])
+        _refuse_twice(self.ids, self._place)
 
     def _place(self, row: int) -> tuple[str, int]:
         number = int(np.searchsorted(self._starts, row, side="right")) - 1
@@ -160,7 +160,7 @@ class SplitRequests:
         self.ids = self._requests[ID].to_pylist()
         if not self.ids:
             raise DataError(f"The split '{split}' of {data.path} holds no requests; choose another one.")
-        _refuse_twice(self.ids, [(f"requests/{split}", row) for row in _twice(self.ids)])
+        _refuse_twice(self.ids, lambda row: (f"requests/{split}", row))
         limit, texts = prompter.settings.max_history, prompter.catalogue.texts
         self._source = TaskInput.of_split(data, texts, prompter.serializer, "train", limit)
         self._history = History(data.events)
@@ -261,17 +261,13 @@ def _checked_ids(ids: Sequence[Any], name: str) -> list[str]:
     return list(ids)
 
 
-def _twice(ids: Sequence[str]) -> list[int]:
+def _refuse_twice(ids: Sequence[str], place: Callable[[int], tuple[str, int]]) -> None:
+    """Raises DataError for ids that stand on an earlier row too; `place` says where a row of all is."""
     seen: set[str] = set()
-    return [row for row, one in enumerate(ids) if one in seen or seen.add(one)]  # type: ignore[func-returns-value]
-
-
-def _refuse_twice(ids: Sequence[str], places: list[tuple[str, int]]) -> None:
-    if places:
-        rows = _twice(ids)[:_SHOWN]
-        raise DataError(
-            [
-                Problem(name, row, ID, f"the id '{ids[one][:60]}' stands on an earlier row too", "make ids unique")
-                for (name, row), one in zip(places[:_SHOWN], rows, strict=True)
-            ]
-        )
+    twice = [row for row, one in enumerate(ids) if one in seen or seen.add(one)]  # type: ignore[func-returns-value]
+    problems = [
+        Problem(*place(row), ID, f"the id '{ids[row][:60]}' stands on an earlier row too", "make ids unique")
+        for row in twice[:_SHOWN]
+    ]
+    if problems:
+        raise DataError(problems)

@@ -132,8 +132,8 @@ def paired_bootstrap(
 
 def check_bootstrap(level: float, samples: int) -> None:
     """Raises ConfigError for a level outside (0, 1), or too few resamples or more than any memory holds."""
-    if not 0 < level < 1:
-        raise ConfigError(f"The level of an interval must lie between 0 and 1, got {level}.")
+    if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0 < level < 1:
+        raise ConfigError(f"The level of an interval must lie between 0 and 1, got {level!r}.")
     if not isinstance(samples, int) or not 100 <= samples <= 100 * MANY:
         raise ConfigError(
             f"A bootstrap needs samples of at least 100 and at most {100 * MANY:,} resamples, got {samples}."
@@ -153,7 +153,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _check_values(values: Any, what: str) -> np.ndarray:
-    values = np.asarray(values, dtype=np.float64)
+    try:
+        values = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise DataError(f"The bootstrap expects a list of numbers, got {repr(values)[:60]} as {what}.") from None
     if values.ndim != 1:
         raise DataError(
             f"The bootstrap expects one number for each request, got an array of shape {values.shape} as {what}."
@@ -171,11 +174,12 @@ def _clusters(values: np.ndarray, clusters: Sequence[Any] | None) -> tuple[np.nd
     if clusters is None:
         sums, sizes = values, np.ones(len(values))
     else:
-        if len(clusters) != len(values):
-            raise DataError(
-                f"There are {len(values)} values but {len(clusters)} cluster labels; give one label for each."
-            )
-        codes = _codes(clusters)
+        try:
+            codes = _codes(clusters)
+        except TypeError:
+            raise DataError(f"Clusters must be a list of texts or numbers, got {repr(clusters)[:60]}.") from None
+        if len(codes) != len(values):
+            raise DataError(f"There are {len(values)} values but {len(codes)} cluster labels; give one label for each.")
         sums, sizes = np.bincount(codes, weights=values), np.bincount(codes).astype(np.float64)
     if len(sums) < 2:
         unit = "values" if clusters is None else "clusters"
@@ -213,6 +217,8 @@ def _codes(labels: Sequence[Any]) -> np.ndarray:
 def _resample(sums: np.ndarray, sizes: np.ndarray, samples: int, level: float, seed: int) -> np.ndarray:
     """(samples,) resampled means: sum over drawn clusters / number of requests in them."""
     check_bootstrap(level, samples)
+    if not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise ConfigError(f"The seed of a bootstrap must be a whole number from 0, got {seed!r}.")
     generator = np.random.default_rng(seed)
     pairs, counts = np.unique(np.stack([sums, sizes], axis=1), axis=0, return_counts=True)
     units = len(sums)

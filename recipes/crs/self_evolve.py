@@ -120,6 +120,7 @@ class Loop:
     def __init__(self, arguments: Arguments, launch: Launch = run_step) -> None:
         self.arguments, self.launch = arguments, launch
         self.output = Path(arguments.output_dir)
+        self.primary = arguments.validate.get("primary", "ndcg@10")
 
     def run(self) -> dict[str, Any]:
         """All rounds; returns what `run.json` says."""
@@ -221,7 +222,7 @@ class Loop:
 
     def _gain(self, new: str, old: str) -> PairedResult:
         """The primary validation metric of one model minus that of another, request by request."""
-        metric = build_primary(self.arguments.validate)
+        metric = self.primary
         tables = [pq.read_table(self.output / name / "valid" / "per_request.parquet") for name in (new, old)]
         if tables[0]["request_id"].to_pylist() != tables[1]["request_id"].to_pylist():
             raise DataError(
@@ -234,7 +235,7 @@ class Loop:
 
     def _tell(self, name: str, against: str, gain: PairedResult) -> None:
         print(
-            f"{name}: {build_primary(self.arguments.validate)} {gain.difference:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}] against "
+            f"{name}: {self.primary} {gain.difference:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}] against "
             f"{against} (paired bootstrap over {gain.clusters} users)",
             flush=True,
         )
@@ -269,11 +270,6 @@ def rendering(model_dir: str | Path) -> dict[str, Any]:
     folder, settings = read_settings(final_model(model_dir))
     told = {"templates": str(folder / "templates"), **as_dict(settings), "max_chars": settings.max_chars or {}}
     return renamed(find_script("sft").load().Arguments, told, str(folder))
-
-
-def build_primary(validate: dict[str, Any]) -> str:
-    """The metric that decides, as the validation step names it."""
-    return validate.get("primary", "ndcg@10")
 
 
 @writes("self_evolve", tree=True)

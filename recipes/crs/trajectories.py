@@ -19,14 +19,13 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from sidtune.core.config import SEEDS, as_dict, check_range, command
 from sidtune.core.errors import ConfigError, DataError, nearest
 from sidtune.core.folders import write_folder, write_run, writes
 from sidtune.core.pipeline import Step, check_there
 from sidtune.core.ragged import drawn, own_rows
-from sidtune.data_builders.tasks.input import rows_of
+from sidtune.data_builders.tables.columns import rows_of
 
 FILE = "trajectories.jsonl"
 
@@ -133,6 +132,8 @@ def _sampled(arguments: Arguments, found: Any, state: Any) -> tuple[list[tuple[i
     from sidtune.decoding.retrieval.reasoner import sample_trajectories
 
     if arguments.hard_set is not None:
+        from sidtune.trainers.grpo.examples import hard_rows
+
         found = found.take(hard_rows(arguments.hard_set, found.requests["request_id"]))
     found = found.take(drawn(len(found.item), arguments.max_requests, arguments.seed))
     mine = own_rows(len(found.item), state.process_index, state.num_processes)
@@ -159,26 +160,6 @@ def _sampled(arguments: Arguments, found: Any, state: Any) -> tuple[list[tuple[i
         for row, text in zip(kept.row.tolist(), kept.text, strict=True)
     ]
     return lines, {"requests": len(prompts), **kept.counts}
-
-
-def hard_rows(path: str | Path, request_ids: pa.ChunkedArray) -> np.ndarray:
-    """Rows of the requests that a hard set names.
-
-    Raises:
-        DataError: a file without such a column, or a request that is not among them.
-    """
-    if not Path(path).is_file():
-        raise DataError(f"The hard set {path} does not exist; run the step that writes it.")
-    table = pq.read_table(path)
-    if "request_id" not in table.column_names:
-        raise DataError(f"The hard set {path} has no column request_id; write it with `sidtune crs.reason` and hard_k.")
-    rows = rows_of(table["request_id"], request_ids)
-    if not len(rows) or (rows < 0).any():
-        what = (
-            "is empty" if not len(rows) else f"names {int((rows < 0).sum())} requests that are not in the train split"
-        )
-        raise DataError(f"The hard set {path} {what}; make it from the train split of this data.")
-    return np.sort(rows)
 
 
 def _given(arguments: Arguments, found: Any, state: Any) -> tuple[list[tuple[int, dict]], dict[str, int]]:

@@ -57,9 +57,11 @@ def preflight(step: Step) -> None:
 @writes("grpo")
 def main(arguments: Arguments) -> None:
     """Trains; writes the model folder."""
+    from accelerate import PartialState
+
     from sidtune.data_builders.tables.store import load_folder
     from sidtune.decoding.retrieval.model_folder import ModelFolder
-    from sidtune.trainers.grpo.stage import GRPOStage, run_grpo
+    from sidtune.trainers.grpo.stage import GRPOStage
 
     source = ModelFolder.open(arguments.model_dir, arguments.sids_dir, load_folder(arguments.data_dir))
     stage = GRPOStage(
@@ -71,9 +73,10 @@ def main(arguments: Arguments) -> None:
         max_history=source.settings.max_history,
         max_length=arguments.max_length or source.settings.max_length,
         save_prompts=source.complete,
+        options=arguments,
     )
-    metrics = run_grpo(stage, arguments)
-    if metrics is not None:
+    metrics = stage.run()
+    if PartialState().is_main_process:
         logger.info("%s: %d steps on %d prompts", arguments.output_dir, metrics["steps"], metrics["prompts"])
 
 

@@ -311,7 +311,30 @@ def test_wrong_rows_are_named_before_the_model_is_loaded(shop, tmp_path, name, n
     with pytest.raises(DataError) as caught:
         retrieve.main(options(shop, tmp_path, requests=write_lines(tmp_path / "in.jsonl", lines)))
     assert words in str(caught.value), str(caught.value)
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_wrong_rows_leave_an_interrupted_run_as_it_was(shop, tmp_path, monkeypatch):
+    def stop(self, number, table):
+        write(self, number, table)
+        raise KeyboardInterrupt
+
+    write, good = batch.Shards.write, [{**LINE, "request_id": str(n)} for n in range(9)]
+    run = options(shop, tmp_path, requests=write_lines(tmp_path / "in.jsonl", good), shard_size=3)
+    monkeypatch.setattr(batch.Shards, "write", stop)
+    with pytest.raises(KeyboardInterrupt):
+        retrieve.main(run)
+    monkeypatch.undo()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != "in.jsonl"}
+    assert any(path.name == "000000.parquet" for path in before)
+    write_lines(tmp_path / "in.jsonl", [*good[:8], {**good[8], "k": 3}])
+    for restart in (False, True):
+        with pytest.raises(SidtuneError, match="restart|option of the whole run"):
+            retrieve.main(dataclasses.replace(run, restart=restart))
+        assert before == {path: path.read_bytes() for path in before}
+    write_lines(tmp_path / "in.jsonl", good)
+    retrieve.main(run)
+    assert result(tmp_path / "out")["request_id"].to_pylist() == [str(n) for n in range(9)]
 
 
 def test_all_wrong_rows_are_listed_at_once(shop, tmp_path, no_model):

@@ -200,6 +200,8 @@ def test_what_cannot_be_found_by_is_said(parts, retriever):
         ({"exclude_seen": "no"}, "'exclude_seen' must be true or false, got \"no\""),
         ({"price_min": "9"}, "'price_min' must be a number, got \"9\""),
         ({"price_max": float("nan")}, "'price_max' must be a number, got NaN"),
+        ({"price_max": 10**400}, "'price_max' must be a number, got 1000"),
+        ({"profile": [{5: "x"}]}, "'profile[0]' has the unknown field '5'"),
         ({"price_min": 9, "price_max": 3}, "'price_min' is 9, above 'price_max' 3"),
     ],
 )

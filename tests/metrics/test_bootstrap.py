@@ -174,6 +174,10 @@ def test_holm():
         (lambda: bootstrap_interval([1.0, 2.0], level=95), "between 0 and 1"),
         (lambda: bootstrap_interval([1.0, 2.0], samples=10), "at least 100"),
         (lambda: paired_bootstrap([1.0, 2.0], [1.0, 2.0, 3.0]), "2 and 3 values"),
+        (lambda: paired_bootstrap("a", [1.0]), "list of numbers, got 'a' as the first system"),
+        (lambda: bootstrap_interval([1.0, 2.0], clusters=5), "Clusters must be a list"),
+        (lambda: bootstrap_interval([1.0, 2.0], level="x"), "between 0 and 1, got 'x'"),
+        (lambda: bootstrap_interval([1.0, 2.0], seed="x"), "whole number from 0, got 'x'"),
     ],
 )
 def test_bad_input_is_one_sentence(call, message):

@@ -147,6 +147,35 @@ def test_bad_input_is_one_sentence(predictions, relevance, options, message):
         evaluate_ranking(np.array(predictions), relevance, **{"ks": [2], **options})
 
 
+@pytest.mark.parametrize(
+    ("predictions", "relevance", "options", "message"),
+    [
+        (None, ONE, {}, "integer item rows, got shape"),
+        ([["a", "b"]], ONE, {}, "integer item rows, got shape"),
+        ([["a"], ["b", "c"]], ONE, {}, "Predictions must be a list of item row numbers for each request, got"),
+        ([[1, 2]], None, {}, "Relevant items must be a list of item row numbers for each request, got None"),
+        ([[1, 2]], {"r": [1]}, {}, "Relevant items must be a list"),
+        ([[1, 2]], [["a"]], {}, "Relevant items must be a list"),
+        ([[1, 2]], [1], {}, "Relevant items must be a list"),
+        ([[1, 2]], [[1.5]], {}, "Relevant items must be a list"),
+        ([[1, 2]], Relevance(None, None), {}, "relevance for 0 requests"),
+        ([[1, 2]], Relevance(np.array([0, 1]), np.array([1]), ["x"]), {}, "Gains must be finite numbers"),
+        ([[1, 2]], ONE, {"ks": 2}, "ks must be a list of positive integers such as .*got 2"),
+        ([[1, 2]], ONE, {"ks": None}, "ks must be a list"),
+        ([[1, 2]], ONE, {"metrics": "ndcg"}, "metrics must be a list of names such as .*got 'ndcg'"),
+        ([[1, 2]], ONE, {"metrics": []}, "metrics must be a list"),
+    ],
+)
+def test_a_wrong_type_is_one_sentence(predictions, relevance, options, message):
+    with pytest.raises((DataError, ConfigError), match=message):
+        evaluate_ranking(predictions, relevance, **{"ks": [2], **options})
+
+
+def test_lists_are_taken_as_they_come():
+    wanted = evaluate_ranking(np.array([[3, 1, -1], [2, 0, 4]]), Relevance.from_lists([[1], [4, 2]]), ks=[3]).means()
+    assert evaluate_ranking([[3, 1], (2, 0, 4)], [[1], [4, 2]], ks=(3,)).means() == wanted
+
+
 def test_two_empty_places_are_no_repeat_and_no_requests_are_an_error():
     assert evaluate_ranking(np.array([[1, -1, -1]]), ONE, ks=[3]).means()["hr@3"] == 1.0
     none = evaluate_ranking(np.zeros((0, 3), dtype=int), Relevance.from_lists([]), ks=[3])

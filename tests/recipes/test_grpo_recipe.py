@@ -23,8 +23,8 @@ from sidtune.decoding.retrieval.loading import ModelFolder, final_model, load_re
 from sidtune.recipes.steps import grpo as recipe
 from sidtune.recipes.steps.grpo import Arguments
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
-from sidtune.trainers.grpo.examples import grpo_examples, hard_requests, position_bias
-from sidtune.trainers.grpo.stage import GRPOStage, run_grpo
+from sidtune.trainers.grpo.examples import grpo_examples, hard_rows, position_bias
+from sidtune.trainers.grpo.stage import GRPOStage
 from sidtune.trainers.rewards.gains import LeafFacts
 
 ARGS = {
@@ -61,7 +61,7 @@ def options(steps, output, **changes) -> Arguments:
     return Arguments(**(values | changes))
 
 
-def stage_of(arguments: Arguments) -> GRPOStage:
+def stage_of(arguments: Arguments, **more) -> GRPOStage:
     from pathlib import Path
 
     source = ModelFolder.open(arguments.model_dir)
@@ -74,6 +74,8 @@ def stage_of(arguments: Arguments) -> GRPOStage:
         source.settings.max_history,
         source.settings.max_length,
         source.complete,
+        arguments,
+        **more,
     )
 
 
@@ -144,13 +146,13 @@ class Kill(TrainerCallback):
 
 def test_a_killed_recipe_goes_on_from_its_checkpoint(steps, tmp_path, caplog):
     whole = options(steps, tmp_path / "whole")
-    run_grpo(stage_of(whole), whole)
+    stage_of(whole).run()
     broken = options(steps, tmp_path / "broken")
     with pytest.raises(KeyboardInterrupt):
-        run_grpo(stage_of(broken), broken, callbacks=[Kill()])
+        stage_of(broken, callbacks=[Kill()]).run()
     assert not (tmp_path / "broken").exists() and (tmp_path / ".work_broken" / "train").is_dir()
     with caplog.at_level("INFO", logger="sidtune.trainers.common.callbacks"):
-        run_grpo(stage_of(broken), broken)
+        stage_of(broken).run()
     assert "goes on from checkpoint-2" in caplog.text
     one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("whole", "broken"))
     for (name, a), b in zip(one.named_parameters(), two.parameters(), strict=True):
@@ -160,10 +162,10 @@ def test_a_killed_recipe_goes_on_from_its_checkpoint(steps, tmp_path, caplog):
 def test_other_settings_do_not_resume_from_a_checkpoint(steps, tmp_path, caplog):
     first = options(steps, tmp_path / "one")
     with pytest.raises(KeyboardInterrupt):
-        run_grpo(stage_of(first), first, callbacks=[Kill()])
+        stage_of(first, callbacks=[Kill()]).run()
     other = options(steps, tmp_path / "one", rewards={"hit": 1.0})
     with caplog.at_level("WARNING"):
-        metrics = run_grpo(stage_of(other), other)
+        metrics = stage_of(other).run()
     assert "differs in rewards; it is thrown away" in caplog.text
     assert metrics["steps"] == 4 and "rewards/hit/mean" in metrics["last"]
 
@@ -172,17 +174,17 @@ def test_a_hard_set_chooses_the_requests(steps, tmp_path):
     requests = load_folder(steps / "data").requests["train"]
     names = requests["request_id"].to_pylist()[5:25]
     pq.write_table(pa.table({"request_id": names, "rank": range(20)}), tmp_path / "hard.parquet")
-    assert hard_requests(tmp_path / "hard.parquet", requests)["request_id"].to_pylist() == names
+    assert hard_rows(tmp_path / "hard.parquet", requests["request_id"]).tolist() == list(range(5, 25))
     arguments = options(steps, tmp_path / "grpo", hard_set=str(tmp_path / "hard.parquet"), args=ARGS | {"max_steps": 1})
     recipe.main(arguments)
     assert json.loads((tmp_path / "grpo" / "run.json").read_text())["metrics"]["data"]["requests"] == 20
     pq.write_table(pa.table({"request_id": ["nobody"]}), tmp_path / "wrong.parquet")
     with pytest.raises(DataError, match="names the request 'nobody', which is not in the split that is trained on"):
-        hard_requests(tmp_path / "wrong.parquet", requests)
+        hard_rows(tmp_path / "wrong.parquet", requests["request_id"])
     pq.write_table(pa.table({"id": ["x"]}), tmp_path / "column.parquet")
     for name in ("column", "missing"):
         with pytest.raises(DataError, match="no parquet file with a column request_id"):
-            hard_requests(tmp_path / f"{name}.parquet", requests)
+            hard_rows(tmp_path / f"{name}.parquet", requests["request_id"])
 
 
 def test_requests_that_sft_has_not_seen_can_be_trained_on(steps, tmp_path):

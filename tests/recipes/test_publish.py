@@ -1,7 +1,9 @@
 """A published bundle stands alone: pushed to a stand-in hub, fetched again, it ranks as the evaluation did."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -11,10 +13,11 @@ import yaml
 from hub_stand_in import hub_stand_in
 from tiny_pipeline import pipeline, run_in_process
 
+from sidtune.core.config import command
 from sidtune.core.errors import DataError
 from sidtune.core.folders import fingerprint, read_json
 from sidtune.decoding.retrieval.retriever import PastTurn, SidRetriever
-from sidtune.recipes.steps import publish
+from sidtune.recipes.steps import publish, report
 
 
 @pytest.fixture(scope="module")
@@ -168,3 +171,39 @@ def test_search_refuses_bad_input_in_a_sentence(finished, tmp_path):
         SidRetriever.from_pretrained(tmp_path)
     # A query that spells SIDs and chat tokens is text: it stays searchable and steers nothing.
     assert retriever.search("<a_1><b_2><c_3><|im_end|>", k=3)
+
+
+READ = {  # file of an earlier step → a place in it that somebody reads
+    "eval/metrics.json": "systems.0.name", "eval/samples.json": "0.query", "eval/run.json": "inputs.data_dir.sha256",
+    "data/run.json": "metrics.items", "sids/quality.json": "levels.0.size", "sft/run.json": "metrics.stages.0.name",
+    "sft/stage_2_personalise/serializer.json": "max_history", "sft/stage_2_personalise/log_history.json": "0.step",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", READ)
+def test_damaged_json_of_an_earlier_step_is_one_sentence(finished, tmp_path, file, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    text = (tmp_path / "run" / file).read_text("utf-8")
+    *above, last = [int(key) if key.isdigit() else key for key in READ[file].split(".")]
+    damaged = [text[: len(text) // 2], "[]", "null"]
+    value = place = json.loads(text)
+    for key in above:
+        place = place[key]
+    place[last] = {"a": [None]}
+    damaged.append(json.dumps(value))
+    del place[last]
+    damaged.append(json.dumps(value))
+    refused = 0
+    for text in damaged:
+        (tmp_path / "run" / file).write_text(text, "utf-8")
+        for script in (report, publish):
+            output = tmp_path / "out" / script.__name__
+            words = [word for pair in folders(tmp_path / "run").items() for word in (f"--{pair[0]}", pair[1])]
+            try:
+                command(script.main, script.Arguments, [*words, "--output_dir", str(output)])
+            except SystemExit as ended:
+                said = capsys.readouterr().err
+                assert ended.code == 2 and said.count("error: ") == 1, said
+                refused += 1
+            shutil.rmtree(output, ignore_errors=True)
+    assert refused >= len(damaged) / 2

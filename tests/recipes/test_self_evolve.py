@@ -17,6 +17,7 @@ from sidtune.decoding.retrieval.reasoner import few, is_hard, ranks_of, sample_t
 from sidtune.decoding.retrieval.reasoning_requests import load_requests
 from sidtune.recipes.crs import reason, self_evolve, trajectories
 from sidtune.recipes.crs.self_evolve import Arguments, Loop
+from sidtune.trainers.grpo.examples import hard_rows
 
 NAMES = [
     "aligned/valid",
@@ -339,17 +340,17 @@ def test_a_wrong_config_is_told_before_the_first_step(values, tmp_path, more, wo
 def test_hard_sets_that_do_not_fit_are_refused(tmp_path, shop):
     found = pq.read_table(shop / "data/requests/train.parquet")["request_id"]
     path = tmp_path / "hard.parquet"
-    with pytest.raises(DataError, match="does not exist"):
-        trajectories.hard_rows(path, found)
+    with pytest.raises(DataError, match="no parquet file"):
+        hard_rows(path, found)
     for table, words in (
         (found.slice(0, 0), "is empty"),
-        (pq.read_table(shop / "data/requests/test.parquet")["request_id"], "not in the train split"),
+        (pq.read_table(shop / "data/requests/test.parquet")["request_id"], "not in the split that is trained on"),
     ):
         pq.write_table(table_of(table), path)
         with pytest.raises(DataError, match=words):
-            trajectories.hard_rows(path, found)
+            hard_rows(path, found)
     pq.write_table(table_of(found.slice(5, 3)), path)
-    assert trajectories.hard_rows(path, found).tolist() == [5, 6, 7]
+    assert hard_rows(path, found).tolist() == [5, 6, 7]
     with pytest.raises(ConfigError, match="source: sampled"):
         trajectories.Arguments("d", "s", "m", "o", hard_set="x")
     with pytest.raises(ConfigError, match="go together"):

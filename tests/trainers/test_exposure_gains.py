@@ -161,7 +161,7 @@ def test_facts_of_leaves():
     _, _, bare = catalogue(with_counts=False)
     assert bare.popularity_of_leaf is None and bare.statistics_of_leaf is None
     _, requests = random_requests(n=3)
-    with pytest.raises(ConfigError, match="popularity_alpha needs counts"):
+    with pytest.raises(ConfigError, match="popularity needs counts"):
         exposure_gains(requests, bare, config=GainsConfig(popularity_alpha=1.0))
     with pytest.raises(DataError, match="not in the items table"):
         LeafFacts.of(items.slice(0, 5), sids)

@@ -48,7 +48,7 @@ def test_every_way_to_end_a_reasoning_is_in_the_gradient(tmp_path, shared):
     closed, stopped = (torch.arange(VOCABULARY) == token for token in (END, EOS))
     rollout = made._maker._with_reasoning([PROMPT] * VOCABULARY, texts, closed, found.leaves, found.scores, stopped)
     own, made._maker = made._maker, lambda *_: rollout
-    made._maker.tokens_of, made._maker.read_ids = own.tokens_of, own.read_ids
+    made._maker.tokens_of = own.tokens_of
     row = {"prompt": "w7", "prompt_ids": PROMPT, "target_leaves": [TARGET], "target_gains": [1.0]}
     inputs = made._generate_and_score_completions([dict(row) for _ in range(VOCABULARY)])
     chances = first.detach().exp() * VOCABULARY
@@ -127,6 +127,18 @@ def test_a_generation_without_differing_rewards_is_skipped_and_said(tmp_path, ca
     assert not any(seen) and torch.equal(weights_of(made.model), before)
     assert [h["group/skipped"] for h in made.state.log_history if "reward" in h] == [1.0] * 3
     assert caplog.text.count("forward and backward passes are skipped") == 1
+
+
+@pytest.mark.parametrize(("rollout", "own"), [("without_replacement", "leave_one_out"), ("beam", "group_mean")])
+def test_sets_and_beams_of_equal_rewards_teach_nothing(tmp_path, rollout, own):
+    """Their baselines are sums of probabilities, which leave rounding errors; without a baseline rewards are advantages."""
+    for baseline in (own, "none"):
+        made = trainer(tmp_path, {"validity": 0.7}, rollout=rollout, patience=0, baseline=baseline, max_steps=1)
+        made.train()
+        (told,) = [h for h in made.state.log_history if "reward" in h]
+        assert (told["advantage/abs_mean"] == 0.0, told["group/skipped"]) == (
+            (True, 1.0) if baseline != "none" else (False, 0.0)
+        )
 
 
 def test_what_else_has_a_gradient_is_not_skipped(tmp_path):

@@ -26,7 +26,7 @@ from sidtune.trainers.grpo.config import PRESETS, DebiasedGRPOConfig, position_w
 from sidtune.trainers.grpo.diagnostics import group_metrics
 from sidtune.trainers.grpo.rollout_rewards import RolloutRewards
 from sidtune.trainers.grpo.rollouts import Rollout, Rows, pad_left
-from sidtune.trainers.grpo.sid_positions import SidTable
+from sidtune.trainers.grpo.sid_positions import SidTable, read_ids
 from sidtune.trainers.grpo.trainer import DebiasedGRPOTrainer
 
 
@@ -143,7 +143,7 @@ def test_the_list_loss_is_the_exact_gradient_of_the_rollouts(tmp_path):
     mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
     width = inputs["completion_ids"].shape[1]
     read = torch.cat(
-        [inputs["prompt_ids"], made._maker.read_ids(inputs["completion_ids"], inputs["completion_mask"])], 1
+        [inputs["prompt_ids"], read_ids(inputs["completion_ids"], inputs["completion_mask"], *made.marks)], 1
     )
     states = made.model(input_ids=read, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
     logs = states[:, -width - 1 : -1].log_softmax(-1).gather(-1, inputs["completion_ids"][..., None])[..., 0]

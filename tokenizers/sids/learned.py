@@ -49,7 +49,7 @@ class LearnedSids:
             )
         collisions = {"name": "suffix"} if sids.suffix_level else {"name": "expand"}
         if (folder / COLLISION_FILE).exists():
-            collisions = read_json(folder / COLLISION_FILE)["method"]
+            collisions = read_json(folder / COLLISION_FILE, {"method": {"name": str}})["method"]
         quantizer, encoder = load_quantizer(folder / "quantizer"), load_encoder(folder / "encoder")
         return cls(sids, quantizer, encoder, vectors, batch, collisions)
 

@@ -63,62 +63,46 @@ def measure(dataset: Dataset, vocab_size: int | None = None, where: str = "The t
     tokens, targets, first = [], [], 0
     columns = dataset.select_columns(["input_ids", "labels"]).with_format("arrow")
     for table in columns.iter(batch_size=10_000):
-        ids, labels = (_flat(table.column(c), where) for c in ("input_ids", "labels"))
-        if not np.array_equal(ids.lengths, labels.lengths):
-            row = first + int(np.flatnonzero(ids.lengths != labels.lengths)[0])
+        ids, starts, lengths = _flat(table.column("input_ids"), where)
+        labels, _, of_labels = _flat(table.column("labels"), where)
+        if not np.array_equal(lengths, of_labels):
+            row = first + int(np.flatnonzero(lengths != of_labels)[0])
             raise DataError(f"{where}, row {row}: 'labels' must be as long as 'input_ids'; encode the example again.")
-        learned = labels.values != IGNORED
-        learned[labels.starts[labels.lengths > 0]] = False
-        count = np.add.reduceat(np.append(learned, False), labels.starts).astype(np.int64)
-        count[labels.lengths == 0] = 0
+        learned = labels != IGNORED
+        learned[starts[lengths > 0]] = False
+        count = np.add.reduceat(np.append(learned, False), starts).astype(np.int64)
+        count[lengths == 0] = 0
         if (count == 0).any():
             row = first + int(np.flatnonzero(count == 0)[0])
             raise DataError(
                 f"{where}, row {row}: no token after the first one is learned, so the example teaches nothing; check "
                 "the learn flags of its task, or remove it."
             )
-        if vocab_size is not None:
-            _check_ids(ids, vocab_size, first, where)
-            wrong = learned & ((labels.values < 0) | (labels.values >= vocab_size))
-            if wrong.any():
-                row = first + int(np.searchsorted(labels.starts, int(np.flatnonzero(wrong)[0]), side="right")) - 1
+        for named, values, counted in (("ids", ids, True), ("a label", labels, learned)):
+            wrong = False if vocab_size is None else counted & ((values < 0) | (values >= vocab_size))
+            if np.any(wrong):
+                place = int(np.flatnonzero(wrong)[0])
+                row = first + int(np.searchsorted(starts, place, side="right")) - 1
+                named = f"token id {values[place]}" if named == "ids" else named
                 raise DataError(
-                    f"{where}, row {row}: a label lies outside the vocabulary of {vocab_size}; encode it again."
+                    f"{where}, row {row}: {named} lies outside the model's vocabulary of {vocab_size}; encode "
+                    "the examples with the tokenizer of the model."
                 )
-        tokens.append(ids.lengths)
+        tokens.append(lengths)
         targets.append(count)
-        first += len(ids.lengths)
+        first += len(lengths)
     return ExampleSizes(np.concatenate(tokens), np.concatenate(targets))
 
 
-@dataclass(frozen=True)
-class _Lists:
-    values: np.ndarray
-    starts: np.ndarray
-    lengths: np.ndarray
-
-
-def _flat(column: pa.ChunkedArray, where: str) -> _Lists:
+def _flat(column: pa.ChunkedArray, where: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Values of all lists, the first place and the length of each."""
     lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy().astype(np.int64)
     values = pc.list_flatten(column)
     if values.null_count or values.type.id not in _INTEGERS:
         raise DataError(
             f"{where}: a list of tokens or labels must hold integers only, got {values.type} with nulls or fractions."
         )
-    return _Lists(
-        np.asarray(values.to_numpy()), np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64), lengths
-    )
-
-
-def _check_ids(ids: _Lists, vocab_size: int, first: int, where: str) -> None:
-    wrong = (ids.values < 0) | (ids.values >= vocab_size)
-    if wrong.any():
-        place = int(np.flatnonzero(wrong)[0])
-        row = first + int(np.searchsorted(ids.starts, place, side="right")) - 1
-        raise DataError(
-            f"{where}, row {row}: token id {ids.values[place]} lies outside the model's vocabulary of {vocab_size}; "
-            "encode the examples with the tokenizer of the model."
-        )
+    return np.asarray(values.to_numpy()), np.cumsum(lengths) - lengths, lengths
 
 
 def epoch_order(rows: int, seed: int, epoch: int, lengths: np.ndarray | None = None, batch: int = 1) -> np.ndarray:

@@ -130,12 +130,16 @@ class DebiasedGRPOConfig(GRPOConfig):
     use_bias_correction_kl: bool | None = _option(None, "importance-weighted KL")
 
     @classmethod
+    def _defaults(cls) -> dict[str, Any]:
+        own = [f for f in fields(cls) if f.init]
+        return {f.name: f.default_factory() if f.default is MISSING else f.default for f in own}  # type: ignore[misc]
+
+    @classmethod
     def of(cls, args: GRPOConfig) -> DebiasedGRPOConfig:
         """A copy, or TRL's config with the switches of preset "none"; what is settled (sizes, devices) stays."""
         made = cls.__new__(cls)
         if not isinstance(args, cls):
-            made.__dict__.update({f.name: f.default for f in fields(cls) if f.init and f.default is not MISSING})
-            made.__dict__.update(preset="none", credit=None)
+            made.__dict__.update(cls._defaults(), preset="none")
         made.__dict__.update(vars(args))
         if not isinstance(args, cls):
             made.settle()
@@ -153,12 +157,7 @@ class DebiasedGRPOConfig(GRPOConfig):
             ConfigError: as when the config is built, but for the batch sizes, which depend on the launch.
         """
         bare = object.__new__(cls)
-        for f in fields(cls):
-            if f.init:
-                default = (
-                    f.default_factory() if f.default is MISSING and f.default_factory is not MISSING else f.default
-                )
-                bare.__dict__[f.name] = values.get(f.name, default)
+        bare.__dict__.update({**cls._defaults(), **values})
         bare.settle()
 
     def settle(self) -> None:

@@ -94,11 +94,15 @@ class Credit:
     ) -> tuple[Tensor, Tensor]:
         config, one = self.config, torch.ones_like(total)
         baseline = config.baseline != "none"
+        # Equal rewards leave rounding errors: no group of them may look as if it had something to teach.
+        equal = baseline & (estimators.spread(total, size).repeat_interleave(size) < config.snap)
         if config.rollout == "beam":
-            return estimators.beam_advantages(total, log_probs, size, baseline=baseline), one
+            values = estimators.beam_advantages(total, log_probs, size, baseline=baseline)
+            return values.masked_fill(equal, 0.0), one
         if config.rollout == "without_replacement":
             whole = complete.view(-1, size)[:, 0]
-            return estimators.set_advantages(total, log_probs, size, complete=whole, baseline=baseline), one
+            values = estimators.set_advantages(total, log_probs, size, complete=whole, baseline=baseline)
+            return values.masked_fill(equal, 0.0), one
         if config.rank_correction:
             total = estimators.rank_corrected(total, log_probs, size, config.rank_correction)
         if config.multi_objective_aggregation == "normalize_then_sum":

@@ -74,6 +74,13 @@ def group_metrics(
     return found | ({} if closed is None else {"rollout/closed": closed.double().mean().item()})
 
 
+def ended_metrics(cut: Tensor, lengths: Tensor) -> dict[str, float]:
+    """TRL's metrics of completions that ended, from (N,) whether a reasoning was cut and its sampled tokens."""
+    ended = lengths[~cut].float() if not bool(cut.all()) else torch.zeros(1)
+    found = {f"completions/{kind}_terminated_length": getattr(ended, kind)().item() for kind in ("mean", "min", "max")}
+    return found | {"completions/clipped_ratio": cut.float().mean().item()}
+
+
 class LegalMass:
     """Running mean of log Z, the logarithm of the probability of the legal tokens, at each SID level."""
 

@@ -21,6 +21,7 @@ from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.ragged import drawn
 from sidtune.data_builders.prompts.encoding import encode_prompts
 from sidtune.data_builders.prompts.serializer import Serializer
+from sidtune.data_builders.tables.columns import rows_of
 from sidtune.data_builders.tables.store import DataFolder
 from sidtune.data_builders.tasks.behaviour import prompt_for_requests
 from sidtune.data_builders.tasks.input import TaskInput
@@ -43,11 +44,11 @@ def position_bias(how: str | None, requests: pa.Table) -> PositionBias | None:
     return PositionBias.from_pretrained(how)
 
 
-def hard_requests(path: str | Path, requests: pa.Table) -> pa.Table:
-    """The requests that a hard set names in its column `request_id`.
+def hard_rows(path: str | Path, request_ids: pa.ChunkedArray) -> np.ndarray:
+    """Rows of the requests that a hard set names in its column `request_id`, each once, rising.
 
     Raises:
-        DataError: no such file or column, or a request that the split does not hold.
+        DataError: no such file or column, no request, or one that the split does not hold.
     """
     try:
         wanted = pq.read_table(path, columns=["request_id"])["request_id"]
@@ -55,14 +56,16 @@ def hard_requests(path: str | Path, requests: pa.Table) -> pa.Table:
         raise DataError(
             f"The hard set {path} is no parquet file with a column request_id ({' '.join(str(error).split())}); write it again."
         ) from None
-    wanted = pc.unique(wanted.cast(requests["request_id"].type))
-    known = pc.is_in(wanted, value_set=requests["request_id"].combine_chunks())
-    if not pc.all(known).as_py():
-        wrong = wanted.filter(pc.invert(known))[0].as_py()
+    wanted = pc.unique(wanted.cast(request_ids.type))
+    rows = rows_of(wanted, request_ids)
+    if not len(rows):
+        raise DataError(f"The hard set {path} is empty; make it from the split of this data that is trained on.")
+    if (rows < 0).any():
         raise DataError(
-            f"The hard set names the request '{wrong}', which is not in the split that is trained on; use data of one run."
+            f"The hard set names the request '{wanted[int((rows < 0).argmax())].as_py()}', which is not in the split that is "
+            "trained on; use data of one run."
         )
-    return requests.filter(pc.is_in(requests["request_id"], value_set=wanted))
+    return np.sort(rows)
 
 
 def logged_gains(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sidtune.trainers.grpo.losses import list_surrogate, row_weights
 from sidtune.trainers.grpo.rollouts import pad_left
-from sidtune.trainers.grpo.sid_positions import SidTable
+from sidtune.trainers.grpo.sid_positions import SidTable, read_ids
 
 
 def list_loss(trainer: Any, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -35,7 +35,7 @@ def list_loss(trainer: Any, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
 def _prefixes(trainer: Any, inputs: dict[str, Any], depth: int) -> tuple[Tensor, Tensor]:
     """Prompt, reasoning and end mark of each row, padded on the left."""
     prompts = inputs["prompt_ids"]
-    completions = trainer._maker.read_ids(inputs["completion_ids"], inputs["completion_mask"])
+    completions = read_ids(inputs["completion_ids"], inputs["completion_mask"], *trainer.marks)
     lengths = inputs["completion_mask"].sum(1).tolist()
     seen = inputs["prompt_mask"].sum(1).tolist()
     rows = [

@@ -5,7 +5,7 @@ Direct rollouts answer with a SID at once: independent samples, a set without re
 text; the row's SID is the first beam. Every completion ends with EOS, so that no SID looks truncated (sheet 4, row 9),
 and a mask says which tokens may carry a gradient: never the last EOS or an end mark that was forced, SID tokens only where they
 were sampled. A policy that ends a reasoning by EOS has sampled that EOS, but the end mark takes its place in what the model
-reads: the completion holds the EOS, which is scored and credited, and `read_ids` puts the end mark there.
+reads: the completion holds the EOS, which is scored and credited, and `sid_positions.read_ids` puts the end mark there.
 
 TRL hands every prompt G times in a row; here it is read once. When a process holds part of a group (its rows are no
 multiple of G), independent samples, reasonings and beams still come out right, because each row only needs its number
@@ -125,14 +125,6 @@ class RolloutMaker:
         """Leaves (*,) → token ids (*, L) on the CPU; those of leaf 0 where the leaf is -1."""
         codes = self.trie.leaf_codes(leaves.to(self.trie.device).clamp(min=0)).cpu()
         return self._tokens[codes + self._starts]
-
-    def read_ids(self, completion_ids: Tensor, completion_mask: Tensor) -> Tensor:
-        """(B, C) what the model reads of completions: the end mark in place of an EOS that ended a reasoning."""
-        if self.config.rollout != "reasoning":
-            return completion_ids
-        last = completion_mask.sum(1, keepdim=True) - 1
-        inside = torch.arange(completion_ids.shape[1], device=last.device) < last
-        return completion_ids.masked_fill(inside & (completion_ids == self.eos_token_id), self.end_token_id)
 
     def __call__(self, model: nn.Module, prompt_ids: Sequence[Sequence[int]], rows: Rows) -> Rollout:
         """Rolls out. Call it on every process; each makes the same number of calls of the model.

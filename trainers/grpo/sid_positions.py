@@ -54,3 +54,12 @@ class SidTable:
         codes = codes.where(inside & (known >= 0), -1)
         found = self.trie.find(codes) >= 0
         return start.where(found, -1), codes.where(found[:, None], -1)
+
+
+def read_ids(completion_ids: Tensor, completion_mask: Tensor, eos_token_id: int, end_token_id: int | None) -> Tensor:
+    """(B, C) what the model reads of completions: the end mark in place of an EOS that ended a reasoning (None: no reasonings)."""
+    if end_token_id is None:
+        return completion_ids
+    last = completion_mask.sum(1, keepdim=True) - 1
+    inside = torch.arange(completion_ids.shape[1], device=last.device) < last
+    return completion_ids.masked_fill(inside & (completion_ids == eos_token_id), end_token_id)

@@ -8,11 +8,10 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
@@ -27,7 +26,7 @@ from sidtune.trainers.common.stage import Stage
 from sidtune.trainers.common.stage_model import StageModel
 from sidtune.trainers.grpo.args import grpo_config
 from sidtune.trainers.grpo.config import DebiasedGRPOConfig
-from sidtune.trainers.grpo.examples import grpo_examples, hard_requests, logged_gains
+from sidtune.trainers.grpo.examples import grpo_examples, hard_rows, logged_gains
 from sidtune.trainers.grpo.options import GRPOOptions
 from sidtune.trainers.grpo.rollout_rewards import SidCatalogue
 from sidtune.trainers.grpo.trainer import DebiasedGRPOTrainer
@@ -103,7 +102,7 @@ class GRPOStage(Stage):
         self._end_token(model)  # told before the prompts are made
         requests = log = self.data.requests[options.split]
         if options.hard_set:
-            requests = hard_requests(options.hard_set, requests)
+            requests = requests.take(hard_rows(options.hard_set, requests["request_id"]))
         answer = self.args.max_completion_length + 2 if self.args.rollout == "reasoning" else 0
         examples, counts = grpo_examples(
             *(self.data, requests, sids, self.facts, self.serializer, model.tokenizer),
@@ -150,22 +149,3 @@ class GRPOStage(Stage):
                 "model with init_model and extra_tokens, or name another end."
             )
         return ids[0]
-
-
-def run_grpo(
-    stage: GRPOStage, options: GRPOOptions, callbacks: Sequence[TrainerCallback] | None = None
-) -> dict[str, Any] | None:
-    """Trains, unless the output folder is this run's already. Every process calls this; only the main one writes.
-
-    Args:
-        stage: folders and prompts. options: what the run is told. callbacks: further callbacks of the trainer.
-
-    Returns:
-        The metrics of `run.json` on the main process, None on the others.
-
-    Raises:
-        ConfigError, DataError: before anything is trained, where the input is to blame.
-        SidtuneError: when the run can no longer learn.
-    """
-    metrics = replace(stage, options=options, callbacks=callbacks or ()).run()
-    return metrics if PartialState().is_main_process else None

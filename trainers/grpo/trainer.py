@@ -3,7 +3,7 @@ its own.
 
 Overriding points (everything else is TRL's and stays untouched; `trl_surface.py` names what they rely on):
 
-1. `__init__`: hands TRL a rollout function and one reward function per reward of the config.
+1. `__init__`: hands TRL a rollout function and one function per reward.
 2. `_generate_and_score_completions`: afterwards, sets the advantages of our estimators and carries group, row and list
    tensors.
 3. `_calculate_rewards`: before, scores the rollouts by leaf numbers; keeps the gathered rewards.
@@ -13,14 +13,12 @@ Overriding points (everything else is TRL's and stays untouched; `trl_surface.py
 6. `_compute_loss`: caps bad ratios by ECPO and adds the surrogate of searched lists; the rest is TRL's loss. Nothing is
    computed, forward or backward, where no group has anything to learn from.
 7. `log`: adds log Z.
-8. `_get_train_sampler`: the order of an epoch is a function of seed and epoch, so that a resumed run sees the same
-   prompts.
+8. `_get_train_sampler`: the order of an epoch is a function of seed and epoch, the same for a resumed run.
 
 `common/hooks.py` adds what both trainers have: no weight decay on embedding rows that are trained alone or beside LoRA, and no
 telemetry.
 
-The paper (CRS) fixes neither the formula nor the numbers; `specs/crs_debiased_grpo.md` 2.7 reconstructs them, and the
-config names what is a choice.
+The paper (CRS) fixes neither formula nor numbers; `specs/crs_debiased_grpo.md` 2.7 reconstructs them, the config names choices.
 """
 
 from __future__ import annotations
@@ -48,7 +46,7 @@ from sidtune.trainers.grpo import losses as grpo_losses
 from sidtune.trainers.grpo.args import check_launch
 from sidtune.trainers.grpo.config import DebiasedGRPOConfig
 from sidtune.trainers.grpo.credit import Credit
-from sidtune.trainers.grpo.diagnostics import Health, LegalMass, StopDegenerate
+from sidtune.trainers.grpo.diagnostics import Health, LegalMass, StopDegenerate, ended_metrics
 from sidtune.trainers.grpo.list_loss import list_loss
 from sidtune.trainers.grpo.logps.group_logps import LogpsOutput, group_logps
 from sidtune.trainers.grpo.rollout_rewards import (
@@ -59,7 +57,7 @@ from sidtune.trainers.grpo.rollout_rewards import (
 )
 from sidtune.trainers.grpo.rollouts import Rollout, RolloutMaker, Rows
 from sidtune.trainers.grpo.sampler import RepeatedEpochs, regrouped
-from sidtune.trainers.grpo.sid_positions import SidTable
+from sidtune.trainers.grpo.sid_positions import SidTable, read_ids
 from sidtune.trainers.rewards.batch import CombinedReward
 
 logger = logging.getLogger(__name__)
@@ -145,24 +143,16 @@ class DebiasedGRPOTrainer(TrlHooks, GRPOTrainer):
         check_launch(self)
         self._prepare_catalogue(catalogue, end_token_id)
         self.add_callback(StopDegenerate(self.health, args.patience))
-        if args.preset_values:
-            filled = ", ".join(f"{name}={value}" for name, value in args.preset_values.items())
-            logger.info("Preset '%s' set %s.", args.preset, filled)
+        filled = ", ".join(f"{name}={value}" for name, value in args.preset_values.items())
+        logger.info("Preset '%s' set %s.", args.preset, filled or "nothing")
 
     def _prepare_catalogue(self, catalogue: SidCatalogue, end_token_id: int | None) -> None:
         tokens = torch.from_numpy(np.array(catalogue.sid_token_ids, dtype=np.int64))
         reasoned = self.args.rollout == "reasoning"
         self.table = SidTable(catalogue.trie, tokens, reasoned)
-        self._maker = RolloutMaker(
-            *(
-                self.args,
-                catalogue.trie,
-                tokens,
-                self._tokenizer.eos_token_id,
-                self._tokenizer.pad_token_id,
-                end_token_id,
-            )
-        )
+        special = (self._tokenizer.eos_token_id, self._tokenizer.pad_token_id, end_token_id)
+        self._maker = RolloutMaker(self.args, catalogue.trie, tokens, *special)
+        self.marks = (special[0], end_token_id if reasoned else None)
         self._credit = Credit(self.args, catalogue.trie)
         self._legal = {mode: LegalMass(catalogue.trie.depth) for mode in ("train", "eval")}
         if not reasoned:  # a constant that divides dr_grpo's loss: the tokens that a SID has
@@ -185,8 +175,6 @@ class DebiasedGRPOTrainer(TrlHooks, GRPOTrainer):
 
     def _rows(self, count: int) -> Rows:
         return Rows(self.accelerator.process_index * count, count, self._group_size)
-
-    # Rollouts and rewards.
 
     def _roll_out(self, prompts: list, trainer: GRPOTrainer) -> dict[str, Any]:
         """TRL's rollout function."""
@@ -229,15 +217,9 @@ class DebiasedGRPOTrainer(TrlHooks, GRPOTrainer):
         self._given_prompts = [row["prompt_ids"] for row in inputs] if "prompt_ids" in inputs[0] else None
         output = super()._generate_and_score_completions(inputs)
         rows, device = self._rows(len(inputs)), output["advantages"].device
-        matches = self._rewarding.matches()
         result = self._credit(
-            self._rollout,
-            self._gathered_rewards,
-            self.reward_weights,
-            matches,
-            rows,
-            output["completion_ids"].shape[1],
-            self._gather,
+            *(self._rollout, self._gathered_rewards, self.reward_weights, self._rewarding.matches()),
+            *(rows, output["completion_ids"].shape[1], self._gather),
         )
         output["advantages"] = result.advantages.float().to(device)
         output["group_ids"] = torch.from_numpy(rows.groups).to(device)
@@ -256,9 +238,8 @@ class DebiasedGRPOTrainer(TrlHooks, GRPOTrainer):
 
     def _is_idle(self, output: dict[str, Any]) -> bool:
         """Whether no row of any process has anything to learn from, and the step of the optimizer may be left out for it."""
-        found = output["advantages"].flatten(1) if output["advantages"].ndim > 1 else output["advantages"][:, None]
-        moved = [found, output["list_coefficients"]] if "list_coefficients" in output else [found]
-        if self._gather(torch.stack([part.abs().amax(1) for part in moved])).any() or not self.model.training:
+        moved = [output[name].any().long() for name in ("advantages", "list_coefficients") if name in output]
+        if self._gather(torch.stack(moved)).any() or not self.model.training:
             return False
         other = self.beta != 0 or self._entropy_bonus_enabled or self.aux_loss_enabled
         # A step that mixes generations would reduce only some of its gradients; loss scaling and DeepSpeed need every one.
@@ -276,13 +257,9 @@ class DebiasedGRPOTrainer(TrlHooks, GRPOTrainer):
 
     def _tell_cut(self, rollout: Rollout) -> None:
         """TRL takes a completion for ended that ends in EOS; of reasonings only those are that were not cut at their limit."""
-        cut = self._gather(rollout.cut.long()).bool()
-        lengths = self._gather(torch.tensor([sum(mask) for mask in rollout.credit_mask])).float()
-        ended = lengths[~cut] if bool((~cut).any()) else torch.zeros(1)
-        values = {"clipped_ratio": cut.float().mean()}
-        values |= {f"{kind}_terminated_length": getattr(ended, kind)() for kind in ("mean", "min", "max")}
-        for name, value in values.items():
-            self._metrics[self._mode][f"completions/{name}"][-1] = value.item()
+        lengths = torch.tensor([sum(mask) for mask in rollout.credit_mask])
+        for name, value in ended_metrics(self._gather(rollout.cut.long()).bool(), self._gather(lengths)).items():
+            self._metrics[self._mode][name][-1] = value
 
     def _gather(self, values: Tensor) -> Tensor:
         """Rows of all processes, in order, on the CPU."""
@@ -305,8 +282,6 @@ class DebiasedGRPOTrainer(TrlHooks, GRPOTrainer):
             self._buffered_inputs = regrouped(self._buffered_inputs)
             inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
         return inputs
-
-    # Log-probabilities and loss.
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -378,7 +353,7 @@ class DebiasedGRPOTrainer(TrlHooks, GRPOTrainer):
                     model,
                     prompt_ids,
                     prompt_mask,
-                    self._maker.read_ids(completion_ids, completion_mask),
+                    read_ids(completion_ids, completion_mask, *self.marks),
                     completion_mask,
                 ),
                 target_ids=completion_ids,

@@ -11,7 +11,7 @@ import numpy as np
 
 from sidtune.core.errors import ConfigError, nearest
 from sidtune.trainers.rewards.batch import RewardBatch, Targets
-from sidtune.trainers.rewards.lists import discounts, popularity
+from sidtune.trainers.rewards.lists import discounts, first_places, popularity
 
 SAME_CATEGORY = 0.2
 
@@ -27,9 +27,8 @@ def _weighted_mean(values: np.ndarray, known: np.ndarray) -> np.ndarray:
 
 def _cut(batch: RewardBatch, k: int | None) -> tuple[np.ndarray, np.ndarray]:
     """The first k places and which of them count."""
-    if k is not None and k < 1:
-        raise ConfigError(f"k must be at least 1 or null for the whole list, got {k}.")
-    return batch.lists[:, :k], batch.alive[:, :k]
+    places = first_places(batch, k)
+    return batch.lists[:, :places], batch.alive[:, :places]
 
 
 def _judged(batch: RewardBatch, name: str) -> Targets:
@@ -145,7 +144,7 @@ def popularity_penalty(batch: RewardBatch, *, k: int | None = None) -> np.ndarra
     0 for leaves of average popularity, negative for popular ones. p_pop is smoothed, see `lists.popularity`.
     """
     lists, alive = _cut(batch, k)
-    value = np.append(-np.log(len(batch.leaf_codes) * popularity(batch)), 0.0)
+    value = np.append(-np.log(len(batch.leaf_codes) * popularity(batch.popularity_of_leaf)), 0.0)
     return _weighted_mean(value[lists], alive)
 
 

@@ -29,9 +29,11 @@ import pyarrow.compute as pc
 
 from sidtune.core.config import check_keys
 from sidtune.core.errors import ConfigError, DataError
+from sidtune.data_builders.tables.columns import one_array, rows_of
 from sidtune.models.position_bias.interventions import PositionBias, situations
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 from sidtune.trainers.rewards.batch import Targets
+from sidtune.trainers.rewards.lists import popularity_weight
 
 LABELS = ("order", "like", "click")
 PARS_LEVELS = {"order": 2.0, "click": 1.0, "exposed": 0.5}
@@ -68,9 +70,9 @@ class LeafFacts:
         leaf_of_item = np.empty(len(rows), np.int64)
         leaf_of_item[rows] = np.repeat(np.arange(len(codes)), np.diff(offsets))
         ids = pa.array(sids.item_ids, pa.string())
-        found = pc.index_in(ids, value_set=pa.chunked_array(items["item_id"].chunks).combine_chunks())
-        if found.null_count:
-            wrong = ids.filter(pc.is_null(found))[0].as_py()
+        found = rows_of(ids, items["item_id"])
+        if (found < 0).any():
+            wrong = sids.item_ids[int((found < 0).argmax())]
             raise DataError(
                 f"The item '{wrong}' has a semantic ID but is not in the items table; use data and SIDs of one run."
             )
@@ -88,8 +90,7 @@ class LeafFacts:
 
     def leaves_of(self, item_ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
         """(n,) leaves of items, -1 for an item without a semantic ID."""
-        found = pc.fill_null(pc.index_in(item_ids, value_set=self.item_ids), -1)
-        found = found.to_numpy().astype(np.int64) if isinstance(found, pa.ChunkedArray) else np.asarray(found, np.int64)
+        found = rows_of(item_ids, self.item_ids)
         return np.where(found >= 0, self.leaf_of_item[found], -1)
 
 
@@ -193,7 +194,7 @@ def exposure_gains(
         DataError: `shown` does not fit. ConfigError: a popularity correction without counts.
     """
     config = config or GainsConfig()
-    lists = _one(requests["candidates"])
+    lists = one_array(requests["candidates"])
     flat, owner = pc.list_flatten(lists), pc.list_parent_indices(lists).to_numpy().astype(np.int64)
     if shown is not None and (len(shown) != len(flat) or not ((shown > 0) & (shown <= 1)).all()):
         raise DataError(f"shown must hold a probability in (0, 1] for each of the {len(flat)} candidates.")
@@ -204,7 +205,9 @@ def exposure_gains(
         total = np.bincount(owner, weight * known, requests.num_rows)
         mean = total / np.maximum(np.bincount(owner, known, requests.num_rows), 1)
         weight = weight / np.where(mean > 0, mean, 1.0)[owner]
-    weight = weight * _popularity_weight(facts, config.popularity_alpha)[leaf]
+    if config.popularity_alpha > 0:
+        rare = popularity_weight(facts.popularity_of_leaf, config.popularity_alpha, _LARGEST_POPULARITY_WEIGHT)
+        weight = weight * np.append(rare, 1.0)[leaf]
     keep = known & (leaf >= 0)
     gain = np.where(positive, gain * weight, gain)
     level, _, level_known = _labelled(flat, {k: PARS_LEVELS[k] for k in ("order", "click")}, PARS_LEVELS["exposed"])
@@ -221,11 +224,6 @@ def exposure_gains(
         _merged(requests.num_rows, owner[level_known], leaf[level_known], level[level_known], len(facts.leaf_codes)),
         counts,
     )
-
-
-def _one(column: pa.ChunkedArray) -> pa.Array:
-    array = column.combine_chunks()
-    return array if isinstance(array, pa.Array) else pa.concat_arrays(array.chunks)
 
 
 def _labelled(flat: pa.StructArray, labels: Mapping[str, float], exposed: float) -> tuple[np.ndarray, ...]:
@@ -255,19 +253,6 @@ def _seen(flat: pa.StructArray, bias: PositionBias | None) -> np.ndarray:
     return np.where(known, bias.propensity(positions, floor=1e-9), 1.0)
 
 
-def _popularity_weight(facts: LeafFacts, alpha: float) -> np.ndarray:
-    """(M + 1,) weight of each leaf, 1 for -1."""
-    leaves = len(facts.leaf_codes)
-    if alpha == 0:
-        return np.ones(leaves + 1)
-    if facts.popularity_of_leaf is None:
-        raise ConfigError(
-            "popularity_alpha needs counts of exposures, clicks or orders in the items table; set it to 0."
-        )
-    share = (facts.popularity_of_leaf + 1.0) / (facts.popularity_of_leaf.sum() + leaves)
-    return np.append(np.minimum((leaves * share) ** -alpha, _LARGEST_POPULARITY_WEIGHT), 1.0)
-
-
 def _merged(rows: int, owner: np.ndarray, leaf: np.ndarray, gain: np.ndarray, leaves: int) -> Targets:
     key = owner * max(1, leaves) + leaf
     order = np.lexsort((-gain, key))
@@ -284,7 +269,7 @@ def shown_rates(requests: pa.Table) -> np.ndarray:
     A situation is a query, or the context where there is none (`models.position_bias.situations`). It is 1 for a situation that
     was logged once, so nothing is corrected where nothing is known.
     """
-    lists = _one(requests["candidates"])
+    lists = one_array(requests["candidates"])
     owner = pc.list_parent_indices(lists).to_numpy().astype(np.int64)
     item = pc.list_flatten(lists).field("item_id").dictionary_encode().indices.to_numpy().astype(np.int64)
     situation = situations(requests)

@@ -110,16 +110,13 @@ def _prefix_ranges(codes: np.ndarray, leaves: np.ndarray, shared: int) -> tuple[
     return starts[run], ends[run]
 
 
-def has_positive(batch: RewardBatch) -> np.ndarray:
-    """(R,) bool: the row has a leaf with a gain above 0, so a list can be scored."""
-    return (batch.targets.padded[1] > 0).any(axis=1)
-
-
 def _where_scorable(batch: RewardBatch, values: np.ndarray) -> np.ndarray:
-    return np.where(has_positive(batch), values, np.nan)
+    """NaN for a row without a leaf of a gain above 0, where no list can be scored."""
+    return np.where((batch.targets.padded[1] > 0).any(axis=1), values, np.nan)
 
 
-def _places(batch: RewardBatch, k: int | None) -> int:
+def first_places(batch: RewardBatch, k: int | None) -> int:
+    """How many places count: k, or all of the list."""
     if k is not None and k < 1:
         raise ConfigError(f"k must be at least 1 or null for the whole list, got {k}.")
     return batch.lists.shape[1] if k is None else k
@@ -127,7 +124,7 @@ def _places(batch: RewardBatch, k: int | None) -> int:
 
 def hit(batch: RewardBatch, *, k: int | None = 1) -> np.ndarray:
     """(R,) 1 when a positive is among the first k places (default 1: the plain reward of vanilla GRPO), else 0."""
-    found = list_gains(batch)[:, : _places(batch, k)] > 0
+    found = list_gains(batch)[:, : first_places(batch, k)] > 0
     return _where_scorable(batch, found.any(axis=1).astype(np.float64))
 
 
@@ -141,8 +138,14 @@ def list_ndcg(batch: RewardBatch, *, k: int | None = None, gammas: list[float] |
         k: places that count; the ideal list has k places too, so a list that is shorter than k cannot gain by that.
         gammas: (L - 1,) share of the gain for 1 ... L - 1 shared leading codes; null is all 0, plain NDCG.
     """
-    places = _places(batch, k)
-    gains = list_gains(batch, gammas)[:, :places]
+    return _ndcg(batch, k, gammas)
+
+
+def _ndcg(
+    batch: RewardBatch, k: int | None, gammas: Sequence[float] | None, targets: Targets | None = None
+) -> np.ndarray:
+    places = first_places(batch, k)
+    gains = list_gains(batch, gammas, targets)[:, :places]
     best = best_gains(batch, places, gammas) @ discounts(places)
     return _where_scorable(batch, gains @ discounts(gains.shape[1]) / np.where(best > 0, best, 1.0))
 
@@ -160,7 +163,7 @@ def list_dcg(
         condensed: leave out leaves that the row does not judge, and let the judged ones move up (Sakai 2007): what was never
             shown then is no evidence against a list. NaN where the list holds no judged leaf. Needs all gammas 0.
     """
-    places = _places(batch, k)
+    places = first_places(batch, k)
     gains = list_gains(batch, gammas)
     known = np.diff(batch.targets.offsets) > 0
     if not condensed:
@@ -187,21 +190,11 @@ def expected_gain(batch: RewardBatch, *, gammas: list[float] | None = None) -> n
     return _where_scorable(batch, (share * list_gains(batch, gammas)).sum(axis=1))
 
 
-def prefix_parts(batch: RewardBatch, weights: Sequence[float] | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Position-level rewards of the first place of each list, for credit by position (OneSearch-V2's TPMA).
-
-    The gate is a product: a wrong code closes every later position. (The released code adds the matches up, so a wrong first
-    code still opens later gates; the printed formula divides a weighted sum. Both are defects, see the spec 2.9.)
+def prefix_match(batch: RewardBatch, *, weights: list[float] | None = None) -> np.ndarray:
+    """(R,) share of the weighted levels that the first place gets right before its first wrong code, in [0, 1].
 
     Args:
-        weights: (L,) worth of each level; None is 1 each. The figure of the paper draws 2, 2, 2, 1, 1.
-
-    Returns:
-        marginal: (R, L) float64, `weights[l]` when codes 1 ... l all match one positive, else 0; NaN without a positive.
-        gate: (R, L) float64, 1 when the codes before l all match one positive, else 0; so 1 at the first level.
-
-    Raises:
-        ConfigError: not one weight per level, or a weight that is negative or not finite.
+        weights: (L,) worth of each level; null is 1 each. The figure of OneSearch-V2 draws 2, 2, 2, 1, 1.
     """
     depth = batch.leaf_codes.shape[1]
     worth = np.ones(depth) if weights is None else np.asarray(weights, np.float64)
@@ -211,20 +204,8 @@ def prefix_parts(batch: RewardBatch, weights: Sequence[float] | None = None) -> 
         )
     leaves, gains = batch.targets.padded
     shared = shared_codes(batch, batch.lists[:, :1], np.where(gains > 0, leaves, -1))[:, 0].max(axis=1)
-    levels = np.arange(depth)
-    marginal = (shared[:, None] > levels) * worth[:depth]
-    return np.where(has_positive(batch)[:, None], marginal, np.nan), (shared[:, None] >= levels).astype(np.float64)
-
-
-def prefix_match(batch: RewardBatch, *, weights: list[float] | None = None) -> np.ndarray:
-    """(R,) share of the weighted levels that the first place gets right before its first wrong code, in [0, 1].
-
-    Args:
-        weights: (L,) worth of each level; null is 1 each.
-    """
-    marginal, _ = prefix_parts(batch, weights)
-    total = batch.leaf_codes.shape[1] if weights is None else float(np.sum(weights))
-    return marginal.sum(axis=1) / max(total, 1e-300)
+    right = (shared[:, None] > np.arange(depth)) * worth[:depth]
+    return _where_scorable(batch, right.sum(axis=1) / max(float(worth.sum()), 1e-300))
 
 
 def ndcg_rule(batch: RewardBatch) -> np.ndarray:
@@ -261,27 +242,29 @@ def popularity_ndcg(
     """
     if not (np.isfinite(alpha) and alpha >= 0 and largest > 0):
         raise ConfigError(f"alpha must be at least 0 and largest above 0, got {alpha} and {largest}.")
-    weight = np.minimum((len(batch.leaf_codes) * popularity(batch)) ** -alpha, largest)
+    weight = popularity_weight(batch.popularity_of_leaf, alpha, largest)
     targets = batch.targets
     gains = targets.gains * weight[targets.leaves] if len(weight) else targets.gains
-    places = _places(batch, k)
-    found = list_gains(batch, gammas, Targets(targets.offsets, targets.leaves, gains))[:, :places]
-    best = best_gains(batch, places, gammas) @ discounts(places)
-    return _where_scorable(batch, found @ discounts(found.shape[1]) / np.where(best > 0, best, 1.0))
+    return _ndcg(batch, k, gammas, Targets(targets.offsets, targets.leaves, gains))
 
 
-def popularity(batch: RewardBatch) -> np.ndarray:
-    """(M,) smoothed popularity (n + 1) / (sum + M) of each leaf; sums to 1.
+def popularity(counts: np.ndarray | None) -> np.ndarray:
+    """(M,) smoothed popularity (n + 1) / (sum + M) of each leaf from its (M,) counts; sums to 1.
 
     Raises:
-        ConfigError: the batch knows no popularity, or a negative one.
+        ConfigError: no counts, or a negative one.
     """
-    if batch.popularity_of_leaf is None:
+    if counts is None:
         raise ConfigError(
-            "This reward needs the popularity of the catalogue, which the data does not give; remove the reward or use items "
-            "with counts."
+            "The correction of popularity needs counts of exposures, clicks or orders in the items table; remove it or add them."
         )
-    counts = np.asarray(batch.popularity_of_leaf, np.float64)
+    counts = np.asarray(counts, np.float64)
     if not np.isfinite(counts).all() or (counts < 0).any():
         raise ConfigError("The popularity of leaves must hold finite counts of at least 0; check the items table.")
     return (counts + 1.0) / (counts.sum() + max(1, len(counts)))
+
+
+def popularity_weight(counts: np.ndarray | None, alpha: float, largest: float) -> np.ndarray:
+    """(M,) min((M p_pop)^-alpha, largest): 1 for leaves of average popularity, more for rare ones."""
+    share = popularity(counts)
+    return np.minimum((len(share) * share) ** -alpha, largest)
