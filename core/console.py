@@ -37,7 +37,7 @@ def quiet() -> None:
         one.addFilter(_is_ours_or_an_error)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-        warnings.filterwarnings("default", module=r"(sidtune\.|__main__)")
+        warnings.filterwarnings("default", category=UserWarning, module=r"(sidtune\.|__main__)")
         warnings.showwarning = lambda message, *_, **__: logging.getLogger("sidtune").warning("%s", message)
 
 

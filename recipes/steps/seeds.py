@@ -10,7 +10,7 @@ Each seed has its own folder below output_dir, so finished seeds are skipped lik
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,9 @@ class Arguments(RunArguments):
 
     def pipeline_of(self, seed: int) -> RunArguments:
         """The pipeline of one seed."""
-        fields = {name: getattr(self, name) for name in RunArguments.__dataclass_fields__}
+        options = {one.name: getattr(self, one.name) for one in fields(RunArguments)}
         folder = Path(self.output_dir) / f"seed_{seed}"
-        return RunArguments(**{**fields, "seed": seed, "output_dir": str(folder)})
+        return RunArguments(**{**options, "seed": seed, "output_dir": str(folder)})
 
 
 @writes(None, tree=True)

@@ -167,7 +167,7 @@ def test_keyword_fusion_in_one_code_space(shop, tmp_path, capsys):
 def test_what_cannot_share_a_code_space_is_refused(shop, tmp_path):
     vectors = np.random.default_rng(0).normal(size=(260, 8)).astype(np.float32)
     np.save(tmp_path / "v.npy", vectors)
-    with pytest.raises(DataError, match="Precomputed vectors are of items only"):
+    with pytest.raises(DataError, match="vectors of the 'precomputed' encoder are of items only"):
         learn(
             shop / "data",
             tmp_path / "out",
