@@ -219,13 +219,16 @@ def parse(cls: type[T], argv: Sequence[str] | None = None) -> T:
         ConfigError: unknown key, wrong type, missing required key, unreadable file.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    if words and not words[0].startswith("-") and (option := getattr(cls, "POSITIONAL", None)):
-        words = [f"--{option}", *words]
+    first = getattr(cls, "POSITIONAL", None)
+    if words and not words[0].startswith("-") and first is not None:
+        words = [f"--{first}", *words]
     config_path, options, flags = _split_options(words)
     config_path = find_config(config_path) if config_path else None
     if flags:
         print(help_text(cls))
         sys.exit(0)
+    if not words and first == "config":
+        raise ConfigError("Name a YAML file, or a pipeline of recipes/: sidtune run quickstart.")
     where = f"In {config_path}" if config_path else "On the command line"
     values = renamed(cls, load_yaml(config_path) if config_path else {}, where)
     names = [f.name for f in dataclasses.fields(cls) if f.init]
@@ -248,7 +251,8 @@ def help_text(cls: type) -> str:
     program = sys.argv[0] if sys.argv[0].startswith("sidtune ") else Path(sys.argv[0]).name
     hints = typing.get_type_hints(cls)
     about = [inspect.cleandoc(one.__doc__ or "") for one in cls.__mro__[:-1]]  # of inherited options too
-    lines = [f"usage: {program} [--config FILE] [--OPTION VALUE ...]", "", *about, ""]
+    first = {None: "", "config": "[FILE] "}.get(name := getattr(cls, "POSITIONAL", None), f"{str(name).upper()} ")
+    lines = [f"usage: {program} {first}[--config FILE] [--OPTION VALUE ...]", "", *about, ""]
     lines.append(
         "Every option may stand in FILE, a YAML file; nested values are reached by dots: --stages.align.args.max_steps 5."
     )

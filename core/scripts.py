@@ -113,4 +113,8 @@ def find_config(name: str) -> str:
     ('quickstart', 'pipeline.yaml')
     """
     places = [Path(name), RECIPES / name, RECIPES / f"{name}.yaml", RECIPES / name / "pipeline.yaml"]
-    return str(next((place for place in places if place.is_file()), name))
+    found = next((place for place in places if place.is_file()), None)
+    if found is None and "/" not in name and not Path(name).suffix:
+        known = [file.parent.relative_to(RECIPES).as_posix() for file in RECIPES.rglob("pipeline.yaml")]
+        raise ConfigError(f"There is neither a file nor a pipeline of recipes/ called '{name}': {nearest(name, known)}")
+    return str(found or name)

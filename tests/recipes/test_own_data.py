@@ -107,3 +107,7 @@ def test_a_pipeline_of_the_suite_is_found_by_name_anywhere(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     steps = resolve(parse(RunArguments, ["quickstart", "--output_dir", str(tmp_path / "runs")]))
     assert [step.name for step in steps][:2] == ["data", "sids"] and steps[0].config.options["n_items"] == 2000
+    with pytest.raises(ConfigError, match="called 'quikstart': did you mean 'quickstart'"):
+        parse(RunArguments, ["quikstart"])
+    with pytest.raises(ConfigError, match="sidtune run quickstart"):
+        parse(RunArguments, [])
