@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TextIO
 
 import yaml
 
@@ -278,12 +278,22 @@ def run_step(step: Step, options: dict[str, Any]) -> None:
         words = launch_command(step.script, options, ["--config", str(config_file)])
         environment = {**inherited, ERROR_FILE_VARIABLE: str(error_file), LOGGED_VARIABLE: step.name}
         step.log.parent.mkdir(parents=True, exist_ok=True)
-        with step.log.open("w", encoding="utf-8") as log:
+        with _own_log(step) as log:
             code = run_tied(words, environment, launcher=not step.script.alone, output=log)
         if code:
             told = f"it ended with exit code {code}, see above and {step.log}"
             reason = error_file.read_text("utf-8") if error_file.exists() else told
             raise SidtuneError(f"The step '{step.name}' failed: {reason}")
+
+
+def _own_log(step: Step) -> TextIO:
+    """The log of a step, begun anew where an earlier run of it wrote the file; to anybody else's file it is added."""
+    head = f"sidtune {step.script.command}\n"
+    ours = not step.log.exists() or step.log.read_bytes().startswith(head.encode())
+    log = step.log.open("w" if ours else "a", encoding="utf-8")
+    log.write(head)
+    log.flush()
+    return log
 
 
 def do_step(
@@ -316,7 +326,7 @@ def run_pipeline(arguments: RunArguments) -> None:
                 break
     for step in steps[:number]:
         if getattr(step.script.load(), "SHOW_AT_END", False) and step.log.is_file():
-            print(step.log.read_text("utf-8").rstrip(), flush=True)
+            print(step.log.read_text("utf-8").rpartition(f"sidtune {step.script.command}\n")[2].rstrip(), flush=True)
     print(f"{arguments.name}: finished in {time.time() - started:.0f} s, results in {arguments.output_dir}", flush=True)
 
 

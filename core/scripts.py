@@ -107,12 +107,12 @@ def find_script(name: str) -> Script:
 
 
 def find_config(name: str) -> str:
-    """The YAML file that `name` means: a file, else one of `recipes/` by its path there, else the pipeline of a folder there.
+    """The YAML file that `name` means: a file, or the pipeline of a folder, here or else in `recipes/`.
 
     >>> Path(find_config("quickstart")).parts[-2:]
     ('quickstart', 'pipeline.yaml')
     """
-    places = [Path(name), RECIPES / name, RECIPES / f"{name}.yaml", RECIPES / name / "pipeline.yaml"]
+    places = [Path(name), Path(name, "pipeline.yaml"), RECIPES / name, RECIPES / name / "pipeline.yaml"]
     found = next((place for place in places if place.is_file()), None)
     if found is None and "/" not in name and not Path(name).suffix:
         known = [file.parent.relative_to(RECIPES).as_posix() for file in RECIPES.rglob("pipeline.yaml")]

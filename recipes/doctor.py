@@ -8,6 +8,7 @@ Nothing is written. Problems of the tables are listed all at once.
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -44,7 +45,7 @@ def main(arguments: Arguments) -> None:
     for part, answer in found.parts().items():
         print(f"  {'-' if answer.startswith('no') else '+'} {part}: {answer}")
     reader = "" if arguments.reader == "sidtune" else f" --reader {arguments.reader}"
-    print(f"\nNext: sidtune new my_shop --data {arguments.path}{reader}")
+    print(f"\nNext: sidtune new my_shop --data {shlex.quote(arguments.path)}{reader}")
 
 
 def described(path: str, reader: str, found: Survey) -> list[str]:

@@ -56,10 +56,16 @@ class Arguments:
         reader_options(self.reader, self.options, self.data)
         if not re.fullmatch(r"[\w./-]*\w", self.name):
             raise ConfigError(f"name must be a folder of letters, digits, '_' and '-', got '{self.name}'.")
-        if Path(self.name, FILE).exists():
-            raise ConfigError(f"{Path(self.name, FILE)} exists already; move it away or give another name.")
+        for there in (Path(self.name, FILE), self.output):
+            if there.exists():
+                raise ConfigError(f"{there} exists already; move it away or give another name.")
         if self.vectors is not None and not Path(self.vectors).is_file():
             raise ConfigError(f"vectors: {self.vectors} does not exist; check the path.")
+
+    @property
+    def output(self) -> Path:
+        """Where the pipeline will write."""
+        return Path("runs", Path(self.name).name)
 
 
 def main(arguments: Arguments) -> None:
@@ -85,14 +91,13 @@ def pipeline_text(arguments: Arguments, found: Survey) -> str:
     """
     if not found.items or not found.requests:
         raise DataError(f"{arguments.data} has {found.items:,} items and {found.requests:,} requests; both are needed.")
+    own = {"name": Path(arguments.name).name, "output_dir": str(arguments.output), "seed": 0}
     lines = [
         f"# sidtune run --config {Path(arguments.name, FILE)}",
         "#",
         f"# Made for {found.items:,} items, {found.users:,} users, {found.events:,} events and {found.requests:,} requests of "
-        f"{arguments.data}.",
-        f"name: {Path(arguments.name).name}",
-        f"output_dir: {Path('runs', Path(arguments.name).name)}",
-        "seed: 0",
+        f"{arguments.data!r}.",
+        *yaml.safe_dump(own, sort_keys=False, allow_unicode=True).splitlines(),
         "launch: {config_file: accelerate_configs/cpu.yaml}  # with GPUs: ddp.yaml, zero2.yaml, ... and num_processes",
         "steps:",
     ]
@@ -193,6 +198,7 @@ def _sft(found: Survey) -> tuple[str, dict]:
             stages.append({"name": name, "tasks": wanted, "train": "all", "max_length": length, "args": args})
     args = {"prompt_max_history": 20, "prompt_max_length": 512, "max_chars": {"description": 0}, "stages": stages}
     inputs = {"data_dir": "data", "sids_dir": "sids", "model_dir": "model"}
+    told.append("descriptions are left out of prompts (max_chars)")
     return "; ".join(told) + ".", {"name": "sft", "script": "sft", "inputs": inputs, "args": args}
 
 

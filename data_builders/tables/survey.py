@@ -68,7 +68,8 @@ class Survey:
 
     def parts(self) -> dict[str, str]:
         """Part of the suite -> "yes" with a reason, or "no: " with what is missing."""
-        found = {
+        taken = [name for name in FEEDBACK if self.feedback[name]]
+        return {
             "semantic IDs": f"yes, of {self.titled:.0%} titles"
             if self.has_words
             else "yes, of who took what (encoder 'collaborative') or of vectors you give: too few items have a title",
@@ -79,16 +80,17 @@ class Survey:
             if self.history >= 2
             else "no: most users have fewer than two events",
             "training on whole histories": "yes" if self.history >= 2 else "no: most users have fewer than two events",
-            "GRPO with rewards from clicks": "yes" if self.requests else "no: there are no requests",
+            "GRPO, rewarded by what was logged": f"yes, by {', '.join(taken)}"
+            if taken
+            else "no: candidates need a known 'click', 'like' or 'order'",
             "correction of position and exposure": "yes, candidates have positions and clicks"
             if self.has_choices
             else "no: candidates need 'position' and 'click' (0 where it was shown and not clicked)",
-            "post-ranking of shown lists": "yes, as lists of shown candidates with labels"
-            if self.has_choices
-            else "no: candidates need 'position' and 'click' (0 where it was shown and not clicked)",
+            "post-ranking of the model's own lists": f"yes, judged by {', '.join(taken)}"
+            if taken
+            else "no: candidates need a known 'click', 'like' or 'order'",
             "filters by category": "yes" if self.categorised else "no: items have no 'category'",
         }
-        return found
 
 
 def survey(tables: Tables) -> Survey:

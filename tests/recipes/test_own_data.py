@@ -111,3 +111,25 @@ def test_a_pipeline_of_the_suite_is_found_by_name_anywhere(tmp_path, monkeypatch
         parse(RunArguments, ["quikstart"])
     with pytest.raises(ConfigError, match="sidtune run quickstart"):
         parse(RunArguments, [])
+
+
+def test_names_and_folders_that_are_odd_text_stay_text(tmp_path, rows, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    odd = written(tmp_path / "a\n# b: 'c'", rows)
+    new.main(new.Arguments("2024", str(odd)))
+    steps = resolved(Path("2024"))
+    assert steps[0].config.path == str(odd) and steps[0].folder == Path("runs/2024/data")
+    with pytest.raises(ConfigError, match="runs/mine exists already"):
+        Path("runs/mine").mkdir(parents=True)
+        new.Arguments("mine", str(odd))
+
+
+def test_a_strangers_file_beside_the_steps_is_kept(tables, tmp_path):
+    stranger = tmp_path / "runs/logs/data.log"
+    stranger.parent.mkdir(parents=True)
+    stranger.write_text("mine\n")
+    step = {"name": "data", "script": "build_data", "args": {"reader": "sidtune", "path": str(tables)}}
+    for _ in range(2):
+        run_pipeline(RunArguments([step], str(tmp_path / "runs"), force=["data"]))
+        told = stranger.read_text()
+        assert told.startswith("mine\nsidtune build-data\n") and "150 items" in told

@@ -112,7 +112,7 @@ def test_empty_and_unknown_texts_get_the_catalogue_mean():
     np.testing.assert_allclose(vectors[50], known / np.linalg.norm(known), atol=1e-5)
     np.testing.assert_array_equal(encoder.encode(["qwertz", "red pen"])[0], vectors[51])
     assert encoder.empty_texts == 1
-    with pytest.warns(UserWarning, match="1 of 2 items had no text"):
+    with pytest.warns(UserWarning, match="1 of 2 items had nothing"):
         warn_empty(encoder, 2)
 
 

@@ -78,11 +78,13 @@ class Encoder(Registered):
         name: its name in the registry.
         config_class: dataclass of its options.
         config: the options.
+        remedy: what helps items that it knows nothing of.
         empty_texts: how many texts of the last `encode` had nothing to encode and got the fallback.
     """
 
     kind: ClassVar[str] = "encoder"
     registry: ClassVar[Registry] = ENCODERS
+    remedy: ClassVar[str] = "Give these items a title or a description."
 
     def __init__(self, config: Any = None) -> None:
         super().__init__(config)
@@ -115,8 +117,8 @@ def warn_empty(encoder: Encoder, count: int) -> None:
     """Warns once when an encoder used its fallback for some of `count` texts."""
     if encoder.empty_texts:
         warnings.warn(
-            f"{encoder.empty_texts} of {count} items had no text the '{encoder.name}' encoder knows; they share one "
-            "fallback vector and hence one semantic ID. Give these items a title or a description.",
+            f"{encoder.empty_texts} of {count} items had nothing the '{encoder.name}' encoder knows; they share one "
+            f"fallback vector and hence one semantic ID. {encoder.remedy}",
             stacklevel=2,
         )
 

@@ -60,6 +60,7 @@ class CollaborativeEncoder(Encoder):
 
     name: ClassVar[str] = "collaborative"
     config_class: ClassVar[type] = CollaborativeConfig
+    remedy: ClassVar[str] = "Give the items titles and use an encoder of texts, or precomputed vectors."
 
     def __init__(self, config: CollaborativeConfig | None = None) -> None:
         super().__init__(config)
