@@ -14,11 +14,9 @@ from sidtune.trainers.grpo.advantages import (
     decoupled_rewards,
     group_advantages,
     list_credit,
-    rank_corrected,
     scale_of,
     set_advantages,
     set_ratios,
-    sibling_advantages,
     spread,
     tpma_advantages,
 )
@@ -176,14 +174,6 @@ def test_list_credit_is_the_gradient_of_the_expected_gain():
     assert empty == 0 and (none == 0).all()
 
 
-def test_rewarding_the_unlikely():
-    rewards = torch.tensor([1.0, 1.0, 1.0, 0.0])
-    log_probs = torch.tensor([-1.0, -3.0, -1.0, -2.0])
-    # ranks 0, 3, 0, 2: the factor is 1 - 0.25 (4 - rank) / 4
-    close(rank_corrected(rewards, log_probs, 4, 0.25), [0.75, 1 - 0.25 / 4, 0.75, 0.0])
-    close(rank_corrected(rewards, log_probs, 4, 0.0), rewards)
-
-
 def test_decoupled_rewards_weigh_components_of_any_variance_alike():
     components = torch.tensor([[0.0, 0.0], [1.0, 1000.0], [0.0, 0.0], [1.0, 1000.0]])
     total = decoupled_rewards(components, torch.tensor([1.0, 1.0]), 4)
@@ -203,24 +193,3 @@ def test_tpma_gates_by_a_product_and_uses_the_weights():
             assert found[row, level].item() == pytest.approx(gate * alone.item() + 0.5 * item[row].item(), abs=1e-7)
     # The row whose first code is wrong gets nothing for its later codes, unlike with a sum of matches.
     close(found[2, 1:], [0.5 * -0.2, 0.5 * -0.2], 1e-7)
-
-
-def test_sibling_advantages_match_a_loop():
-    random = np.random.default_rng(4)
-    codes, rewards = random.integers(0, 2, (12, 3)), random.normal(size=12)
-    rewards[5] = np.nan
-    found = sibling_advantages(torch.tensor(codes), torch.tensor(rewards), 6, torch.zeros(12))
-    for row in range(12):
-        group = range(row // 6 * 6, row // 6 * 6 + 6)
-        for level in range(3):
-            means = {}
-            for other in group:
-                if (codes[other, :level] == codes[row, :level]).all() and not np.isnan(rewards[other]):
-                    means.setdefault(codes[other, level], []).append(rewards[other])
-            means = {code: np.mean(values) for code, values in means.items()}
-            wanted = 0.0 if row == 5 else means[codes[row, level]] - np.mean(list(means.values()))
-            assert found[row, level].item() == pytest.approx(wanted, abs=1e-12)
-    scaled = sibling_advantages(
-        torch.tensor([[0], [1]]), torch.tensor([0.0, 1.0]), 2, torch.tensor([1.0, 1.0]), scale=True
-    )
-    close(scaled[:, 0], [1 - 0.5 / (0.5 + 1e-4), 1 + 0.5 / (0.5 + 1e-4)])

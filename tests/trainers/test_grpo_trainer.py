@@ -48,17 +48,8 @@ def target_probability(made) -> float:
     [
         ("sample", {}),
         ("sample", {"position_credit": "tpma"}),
-        ("sample", {"position_credit": "sibling", "item_weight": 0.5}),
-        ("sample", {"preset": "none", "ecpo_delta": 0.1, "num_iterations": 2}),
-        (
-            "sample",
-            {
-                "rank_correction": 0.25,
-                "loss_type": "dapo",
-                "per_device_train_batch_size": 16,
-                "gradient_accumulation_steps": 2,
-            },
-        ),
+        ("sample", {"preset": "none", "num_iterations": 2}),
+        ("sample", {"loss_type": "dapo", "per_device_train_batch_size": 16, "gradient_accumulation_steps": 2}),
         ("sample", {"multi_objective_aggregation": "normalize_then_sum", "preset": "none"}),
         ("without_replacement", {}),
         ("beam", {}),
@@ -85,9 +76,9 @@ def reasoned_target_probability(made, texts: list[list[int]]) -> float:
     return found.scores.exp().where(found.leaves == targets[:, None], 0.0).sum(1).mean().item()
 
 
-@pytest.mark.parametrize("credit", ["reasoning", "reasoning_top1", "list"])
+@pytest.mark.parametrize("credit", ["reasoning", "list"])
 def test_reasoning_rollouts_learn(tmp_path, credit):
-    """Credit "list" trains the SID behind a reasoning directly; the others must at least raise the reward they see."""
+    """Credit "list" trains the SID behind a reasoning directly; the other must at least raise the reward it sees."""
     made = trainer(
         tmp_path,
         rollout="reasoning",
@@ -343,11 +334,9 @@ REFUSED = [
     ({"rollout": "beam", "scale_rewards": "group"}, "weights its rows by their probabilities"),
     ({"rollout": "without_replacement", "baseline": "group_mean"}, "baseline of its own"),
     ({"rollout": "beam", "temperature": 0.7}, "only at temperature 1"),
-    ({"rollout": "beam", "position_credit": "tpma"}, "compare independent samples"),
+    ({"rollout": "beam", "position_credit": "tpma"}, "compares independent samples"),
     ({"beta": 0.1, "importance_sampling_level": "sequence"}, "token-level importance sampling"),
     ({"multi_objective_aggregation": "normalize_then_sum"}, "divides by standard deviations"),
-    ({"ecpo_delta": 0.1, "delta": 2.0}, "the gradient that ECPO keeps|cut the gradient"),
-    ({"ecpo_delta": -0.1}, "must not be negative"),
     ({"loss_type": "cispo"}, "cispo caps the ratio at epsilon_high itself"),
     ({"rollout": "reasoning", "loss_type": "grpo"}, "divides by the length of each reasoning"),
     ({"rollout": "reasoning", "credit": "list", "loss_type": "vespo"}, "needs a clipped loss_type"),

@@ -48,7 +48,7 @@ def test_a_catalogue_is_that_of_its_parts(shop):
     found = SidCatalogue.from_semantic_ids(sids, vocabulary, facts)
     assert (found.trie.codes == SidTrie.from_semantic_ids(sids).codes).all()
     assert np.array_equal(found.sid_token_ids, vocabulary.sid_token_ids)
-    assert found.popularity_of_leaf is facts.popularity_of_leaf and found.category_of_leaf is facts.category_of_leaf
+    assert found.popularity_of_leaf is facts.popularity_of_leaf
     assert SidCatalogue.from_semantic_ids(sids, vocabulary).popularity_of_leaf is None
     with pytest.raises(DataError, match="do not belong together"):
         SidCatalogue.from_semantic_ids(sids.replaced(codes=sids.codes[::-1]), vocabulary)

@@ -8,7 +8,6 @@ import pytest
 
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.trainers.rewards.batch import RewardBatch, Targets, build_rewards
-from sidtune.trainers.rewards.catalogue import calibrated_rates
 from sidtune.trainers.rewards.lists import best_gains, list_gains
 from sidtune.trainers.rewards.registry import REWARDS
 
@@ -113,20 +112,16 @@ def test_rank_reward_depends_on_the_rank_of_a_single_positive_only():
 
 
 def test_a_repeated_leaf_counts_once():
-    fields = {"popularity_of_leaf": np.ones(LEAVES)}
-    for name in ("list_ndcg", "popularity_ndcg", "expected_gain"):
+    for name in ("list_ndcg", "list_dcg"):
         reward = build_rewards({name: None})
-        once, twice = batch([[1, 7, -1]], [[7, 8]], **fields), batch([[1, 7, 7]], [[7, 8]], **fields)
+        once, twice = batch([[1, 7, -1]], [[7, 8]]), batch([[1, 7, 7]], [[7, 8]])
         assert reward(once)[0, 0] == pytest.approx(reward(twice)[0, 0], abs=1e-15)
-    share = math.exp(-2) / (math.exp(-1) + math.exp(-2))
-    assert build_rewards({"expected_gain": None})(twice)[0, 0] == pytest.approx(share, abs=1e-7)
     assert build_rewards({"validity": None})(batch([[1, 7, 7, -1]], [[7]]))[0, 0] == 0.5
 
 
 def test_rows_without_a_positive_are_unknown_not_zero():
     data = batch([[1, 2], [1, 2], [1, 2]], [[], [1], [2]], [[], [0.0], [1.0]], popularity_of_leaf=np.ones(LEAVES))
-    names = ["hit", "list_ndcg", "expected_gain", "prefix_match", "ndcg_rule", "popularity_ndcg"]
-    reward = build_rewards(dict.fromkeys(names, 1.0))
+    reward = build_rewards(dict.fromkeys(["hit", "list_ndcg", "prefix_match"], 1.0))
     values = reward(data)
     assert np.isnan(values[:2]).all() and not np.isnan(values[2]).any()
     assert np.isnan(reward.total(values)).tolist() == [True, True, False]
@@ -138,20 +133,6 @@ def test_weights_add_what_could_be_scored():
     assert reward.names == ["hit", "validity", "wide"]
     np.testing.assert_array_equal(values, [[0.0, 1.0, 1.0], [np.nan, 0.5, np.nan]])
     np.testing.assert_allclose(reward.total(values), [0.5 - 1.0, 0.25])
-
-
-def test_expected_gain_is_the_expectation_over_all_leaves():
-    rng = np.random.default_rng(5)
-    log_p = np.log(rng.dirichlet(np.ones(LEAVES), 4))
-    order = np.argsort(-log_p, axis=1)
-    scores = np.take_along_axis(log_p, order, axis=1).astype(np.float32)
-    targets, gains = [[3, 8], [1], [0, 14], [5]], [[1.0, 0.5], [2.0], [1.0, 1.0], [1.0]]
-    value = build_rewards({"expected_gain": {"gammas": [0.1, 0.5]}})(batch(order, targets, gains, scores=scores))[:, 0]
-    for r in range(4):
-        wanted = sum(
-            math.exp(log_p[r, leaf]) * slow_gain(leaf, targets[r], gains[r], [0.1, 0.5]) for leaf in range(LEAVES)
-        )
-        assert value[r] == pytest.approx(wanted, abs=1e-6)
 
 
 def test_prefix_credit_stops_at_the_first_wrong_code():
@@ -168,94 +149,12 @@ def test_prefix_credit_stops_at_the_first_wrong_code():
     assert build_rewards({"prefix_match": 1.0})(batch([leaf], [[target]])).tolist() == [[0.0]]
 
 
-def test_ndcg_rule_of_minionerec():
-    lists = [3, 7, 1, 2] + [3, 4, 1, 2]
-    value = build_rewards({"ndcg_rule": None})(batch(lists, [[7]] * 8, group_size=4))[:, 0]
-    weight = [1 / math.log2(i + 2) for i in range(4)]
-    wanted = [0.0 if i == 1 else -weight[i] / sum(weight) for i in range(4)]
-    np.testing.assert_allclose(value, wanted + [0.0] * 4)
-
-
 def test_popularity_correction():
     counts = np.arange(LEAVES) * 10.0
-    data = batch([[2, 7], [2, 7]], [[7], [2]], popularity_of_leaf=counts)
-    plain = build_rewards({"list_ndcg": None})(data)[:, 0]
-    corrected = build_rewards({"popularity_ndcg": {"alpha": 0.5, "largest": 50.0}})(data)[:, 0]
     share = (counts + 1) / (counts.sum() + LEAVES)
-    np.testing.assert_allclose(corrected, plain * (LEAVES * share[[7, 2]]) ** -0.5)
-    np.testing.assert_allclose(build_rewards({"popularity_ndcg": {"alpha": 0}})(data)[:, 0], plain)
-    even = batch([[2, 7], [2, 7]], [[7], [2]], popularity_of_leaf=np.full(LEAVES, 5.0))
-    np.testing.assert_allclose(build_rewards({"popularity_ndcg": None})(even)[:, 0], plain)
-    assert build_rewards({"popularity_ndcg": {"largest": 0.5}})(data)[1, 0] == pytest.approx(0.5)
     penalty = build_rewards({"popularity_penalty": None})(batch([1, 8, -1], [[1]] * 3, popularity_of_leaf=counts))[:, 0]
     np.testing.assert_allclose(penalty[:2], -np.log(LEAVES * share[[1, 8]]))
     assert penalty[0] > penalty[1] and math.isnan(penalty[2])
-
-
-def test_category_match_compares_coarse_to_fine():
-    categories = np.full((LEAVES, 2), -1)
-    categories[[0, 1, 2, 3]] = [[5, 6], [5, 7], [4, 6], [5, -1]]
-    reward = build_rewards({"category_match": None})
-    lists = [[0], [1], [2], [3], [9]]
-    np.testing.assert_array_equal(
-        reward(batch(lists, [[0]] * 5, category_of_leaf=categories))[:, 0], [1, 0.5, 0, 0.5, np.nan]
-    )
-    assert np.isnan(reward(batch([[0]], [[9]], category_of_leaf=categories))).all()
-    mixed = reward(batch([[9, 0, 2]], [[0]], category_of_leaf=categories))[0, 0]
-    w = [1 / math.log2(i + 2) for i in range(3)]
-    assert mixed == pytest.approx(w[1] / (w[1] + w[2]))  # the unknown first place does not count
-    assert reward(batch([[1]], [[0]], category_of_leaf=categories[:, 0]))[0, 0] == 1.0
-
-
-def test_relevance_tiers_leave_the_unjudged_out():
-    judged = Targets.from_lists([[1, 2], [], [4]], [[3.0, 1.0], [], [0.0]])
-    data = batch([[5, 1, 2], [1, 2, 3], [4, 1, 2]], [[1]] * 3, judgements={"tier": judged})
-    value = build_rewards({"relevance_tier": None})(data)[:, 0]
-    w = [1 / math.log2(i + 2) for i in range(3)]
-    assert value[0] == pytest.approx((w[1] * 1 + w[2] / 3) / (w[1] + w[2]))
-    assert math.isnan(value[1]) and value[2] == 0.0
-    with pytest.raises(ConfigError, match="'tier'"):
-        build_rewards({"relevance_tier": None})(batch([1], [[1]]))
-
-
-def test_calibrated_rates_of_onesearch():
-    """specs/onesearch.md, check 11."""
-    assert calibrated_rates(0, 0, 0) == calibrated_rates(7, 7, 7) == pytest.approx(0.5)
-    a, b, c = math.log(11), math.log(11), math.log(10)
-    ctr, cvr = b / (a + b + c), c / b
-    assert calibrated_rates(1, 1, 0) == pytest.approx(2 * ctr * cvr / (ctr + cvr))
-    assert ctr == pytest.approx(0.3378, abs=1e-4)
-    rng = np.random.default_rng(0)
-    counts = np.sort(np.floor(10 ** rng.uniform(0, 6, (3, 5000))) - 1, axis=0)[::-1]
-    h = calibrated_rates(*counts)
-    assert (h <= 0.5 + 1e-12).all() and (h > 0).all()
-    more = counts[1] > counts[2]  # an order needs a click
-    assert (calibrated_rates(counts[0], counts[1], counts[2] + 1) > h)[more].all() and more.sum() > 4000
-    assert (calibrated_rates(counts[0] + 1, counts[1], counts[2]) < h).all()
-
-
-def test_pars_levels_dominate_the_statistics():
-    rng = np.random.default_rng(1)
-    statistics = np.sort(np.floor(10 ** rng.uniform(0, 6, (LEAVES, 3))) - 1, axis=1)[:, ::-1]
-    levels = Targets.from_lists([[0, 1, 2]] * 5, [[2.0, 1.0, 0.5]] * 5)
-    categories = np.where(np.arange(LEAVES) < 8, 0, 1)
-    data = batch(
-        [0, 1, 2, 3, 9],
-        [[0]] * 5,
-        judgements={"level": levels},
-        statistics_of_leaf=statistics,
-        category_of_leaf=categories,
-    )
-    value = build_rewards({"pars": None})(data)[:, 0]
-    h = calibrated_rates(*statistics.T)
-    np.testing.assert_allclose(value, 2 * np.array([2.0, 1.0, 0.5, 0.2, 0.0]) * h[[0, 1, 2, 3, 9]])
-    assert (np.diff(value) < 0).all() and value[-1] == 0
-    no_judgement = Targets.from_lists([[]] * 5)
-    assert np.isnan(
-        build_rewards({"pars": None})(
-            batch([0] * 5, [[0]] * 5, judgements={"level": no_judgement}, statistics_of_leaf=statistics)
-        )
-    ).all()
 
 
 def test_reasoning_rewards():
@@ -287,9 +186,7 @@ def test_reasoning_rewards():
         ({"list_ndcg": {"gammas": [0.1]}}, "must hold 2 numbers"),
         ({"list_ndcg": {"gammas": [0.5, 0.1]}}, "not fall"),
         ({"prefix_match": {"weights": [1.0, -1.0, 1.0]}}, "at least 0"),
-        ({"popularity_ndcg": {"alpha": -1}}, "alpha"),
         ({"reasoning_length": {"shortest": 9, "longest": 3}}, "shortest"),
-        ({"relevance_tier": {"highest": 0}}, "highest"),
     ],
 )
 def test_a_wrong_config_says_so_before_any_work(config, words):
@@ -304,8 +201,6 @@ def test_a_batch_that_does_not_fit_is_refused():
         batch([[0]], [[LEAVES]])
     with pytest.raises(DataError, match="'closed' must|closed has 2"):
         batch([[0]], [[0]], closed=np.array([True, False]))
-    with pytest.raises(DataError, match="groups of 2"):
-        batch([0, 1, 2], [[0]] * 3, group_size=2)
     with pytest.raises(DataError, match="lexicographic"):
         batch([[0]], [[0]], codes=CODES[::-1].copy())
     with pytest.raises(DataError, match="negative"):
@@ -325,10 +220,7 @@ def test_every_registered_reward_takes_defaults():
     fields = {
         "closed": np.array([True]),
         "reasoning_lengths": np.array([9]),
-        "category_of_leaf": np.zeros(LEAVES, np.int64),
         "popularity_of_leaf": np.ones(LEAVES),
-        "statistics_of_leaf": np.ones((LEAVES, 3)),
-        "judgements": {n: Targets.from_lists([[1]]) for n in ("tier", "level")},
     }
     reward = build_rewards(dict.fromkeys(REWARDS, 1.0), depth=3)
     values = reward(batch([[1, 2, 3]], [[1]], **fields))

@@ -7,7 +7,7 @@ float32, equal rewards such as 0.7 leave a rounding error that a division by a s
 full step (`specs/crs_debiased_grpo.md` 4, row 4).
 
 Sources: GRPO and its biases (sheet 4, rows 2-4, 12, 16-18), Kool, van Hoof and Welling 2020 for sets drawn without
-replacement, OneSearch-V2's TPMA (with a gate of our own, see `tpma_advantages`), V-STAR's sibling advantages. The
+replacement, OneSearch-V2's TPMA (with a gate of our own, see `tpma_advantages`). The
 quadrature of the set probabilities is our own: in arrival times instead of the Gumbel threshold, so that it holds for
 any size of set and any probabilities.
 """
@@ -92,20 +92,6 @@ def decoupled_rewards(components: Tensor, weights: Tensor, group_size: int) -> T
     scaled = [group_advantages(c, group_size, baseline="group_mean", scale="group", snap=0.0) for c in components.T]
     total = torch.stack(scaled, dim=1) @ weights.double().to(components.device)
     return total.masked_fill(components.isnan().all(1), torch.nan)
-
-
-def rank_corrected(rewards: Tensor, log_probs: Tensor, group_size: int, strength: float) -> Tensor:
-    """Less reward for what is likely anyway: r (1 - strength (G - rank) / G), rank 0 = the most likely row of its
-    group.
-
-    "Rewarding the Unlikely" (sheet 4, row 18). Rows of equal probability (duplicates) share the better rank.
-
-    Args:
-        rewards, log_probs: (N,); a row that cannot be scored stays NaN.
-    """
-    likely = log_probs.double().view(-1, group_size)
-    rank = (likely[:, None, :] > likely[:, :, None]).sum(2)
-    return rewards.double() * (1 - strength * (group_size - rank) / group_size).flatten()
 
 
 def list_credit(gains: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -245,38 +231,3 @@ def tpma_advantages(
     columns = [group_advantages(r, group_size, baseline=baseline, scale=scale, snap=snap) for r in rewards.T]
     gate = torch.cat([matches.new_ones(len(matches), 1), matches[:, :-1]], dim=1).cumprod(1)
     return torch.stack(columns, dim=1) * gate + item_weight * item.double()[:, None]
-
-
-def sibling_advantages(
-    codes: Tensor, rewards: Tensor, group_size: int, item: Tensor, *, item_weight: float = 1.0, scale: bool = False
-) -> Tensor:
-    """One advantage per code: the mean reward through a code against that of its siblings in the group's tree.
-
-    Args:
-        codes: (N, L) codes of the sampled SIDs. rewards: (N,), NaN = cannot be scored.
-        item: (N,) advantage of the whole item, added to every position with `item_weight`.
-        scale: divide by the standard deviation among the siblings (V-STAR does; it brings the difficulty bias back).
-
-    Returns:
-        (N, L) float64; without siblings only the item's part is left.
-    """
-    group = torch.arange(len(codes), device=codes.device) // group_size
-    known, values = ~rewards.isnan(), rewards.double().nan_to_num(nan=0.0)
-    parent, columns = group, []
-    for level in range(codes.shape[1]):
-        pairs, child = torch.stack([parent, codes[:, level].long()], 1).unique(dim=0, return_inverse=True)
-        total = values.new_zeros(len(pairs)).index_add_(0, child, values * known)
-        count = values.new_zeros(len(pairs)).index_add_(0, child, known.double())
-        scored = (count > 0).double()
-        mean = total / count.clamp(min=1)
-        above = pairs[:, 0]
-        parents = int(parent.max()) + 1
-        siblings = values.new_zeros(parents).index_add_(0, above, scored).clamp(min=1)
-        centre = values.new_zeros(parents).index_add_(0, above, mean * scored) / siblings
-        node = (mean - centre[above]) * scored
-        if scale:
-            square = values.new_zeros(parents).index_add_(0, above, node.square()) / siblings
-            node = node / (square.sqrt()[above] + _EPSILON)
-        columns.append(node[child] * known)
-        parent = child
-    return torch.stack(columns, dim=1) + item_weight * item.double()[:, None]

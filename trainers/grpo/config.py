@@ -25,8 +25,8 @@ from sidtune.trainers.grpo.advantages import BASELINES, SCALES
 from sidtune.trainers.grpo.losses import CLIPPED, LOSSES
 
 ROLLOUTS = ("reasoning", "sample", "without_replacement", "beam")
-CREDITS = ("reasoning", "reasoning_top1", "list", "sid")
-POSITION_CREDITS = ("none", "tpma", "sibling")
+CREDITS = ("reasoning", "list", "sid")
+POSITION_CREDITS = ("none", "tpma")
 DIRECT = ("sample", "without_replacement", "beam")
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -82,9 +82,8 @@ class DebiasedGRPOConfig(GRPOConfig):
         rollout: "reasoning" (num_generations reasonings, a beam list behind each), "sample" (independent constrained
             SIDs), "without_replacement" (distinct SIDs with the unbiased set estimator) or "beam" (beams with
             importance weights).
-        credit: which tokens of a reasoning rollout are credited: "reasoning" (exact for a searched list),
-            "reasoning_top1" (a
-            heuristic: the SID was not sampled) or "list" (Rao-Blackwell over the beams). Direct rollouts have "sid".
+        credit: which tokens of a reasoning rollout are credited: "reasoning" (exact for a searched list) or
+            "list" (Rao-Blackwell over the beams). Direct rollouts have "sid".
         num_beams: K, beams behind each reasoning.
         baseline: "group_mean", "leave_one_out" or "none". The set and beam rollouts bring baselines of their own: there
             "leave_one_out" and "group_mean" mean the one they have.
@@ -94,19 +93,17 @@ class DebiasedGRPOConfig(GRPOConfig):
         log_z_rows: about how many rows of a micro-batch measure the mass on legal tokens, which costs the whole head; 0
             = none.
         group_micro_batches: keep the rows of a group next to each other in micro-batches (TRL shuffles rows).
-        ecpo_delta: caps the ratio of bad samples at 1 + epsilon_high + ecpo_delta and keeps its gradient; None = off.
-        position_credit: "none", "tpma" or "sibling": an advantage for each code instead of one for the SID.
+        position_credit: "none" or "tpma": an advantage for each code instead of one for the SID.
         position_weights: weight of each position for "tpma"; None: (2, 2, 2, 1, 1), as in the figure of OneSearch-V2, cut to the
             depth or with 1 for each further level.
         item_weight: weight of the whole item's advantage beside the position's.
-        rank_correction: strength of "rewarding the unlikely", usual 0.25; 0 = off.
         max_rollout_rows: most rows (prompts times beams or samples) decoded at once; None for all.
         patience: the run stops after so many generations in a row in which no group has differing rewards; 0 = never.
     """
 
     preset: str = _option("strict", "faithful, strict or none")
     rollout: str | None = _option(None, "reasoning, sample, without_replacement or beam")
-    credit: str | None = _option(None, "reasoning, reasoning_top1 or list (reasoning rollouts), sid (direct ones)")
+    credit: str | None = _option(None, "reasoning or list (reasoning rollouts), sid (direct ones)")
     num_beams: int = _option(10, "beams behind each reasoning")
     baseline: str | None = _option(None, "group_mean, leave_one_out or none")
     snap: float | None = _option(None, "groups whose rewards differ by less get no advantage")
@@ -114,11 +111,9 @@ class DebiasedGRPOConfig(GRPOConfig):
     shared_prompt: bool = _option(True, "read the prompt of a group once")
     log_z_rows: int = _option(8, "rows of a micro-batch that measure the mass on legal tokens")
     group_micro_batches: bool = _option(True, "keep groups together in micro-batches")
-    ecpo_delta: float | None = _option(None, "ECPO: cap of the ratio of bad samples above 1 + epsilon_high")
-    position_credit: str = _option("none", "none, tpma or sibling")
+    position_credit: str = _option("none", "none or tpma")
     position_weights: list[float] | None = _option(None, "weights of the positions for tpma")
     item_weight: float = _option(1.0, "weight of the item's advantage beside the position's")
-    rank_correction: float = _option(0.0, "strength of the rank correction")
     max_rollout_rows: int | None = _option(None, "most rows decoded at once")
     patience: int = _option(20, "stop after so many generations without any differing rewards")
     # TRL's own, filled by the preset where they are None.
@@ -219,16 +214,11 @@ class DebiasedGRPOConfig(GRPOConfig):
                 f"beta, epsilon, epsilon_high and item_weight must not be negative, got {self.beta}, {self.epsilon}, "
                 f"{self.epsilon_high} and {self.item_weight}; correct them."
             )
-        if not 0 <= self.rank_correction <= 1 or (self.ecpo_delta is not None and self.ecpo_delta < 0):
-            raise ConfigError(
-                f"rank_correction must lie in 0..1 and ecpo_delta must not be negative, got {self.rank_correction} and "
-                f"{self.ecpo_delta}; correct them."
-            )
 
     def _check_rollout(self) -> None:
         reasons = self.rollout == "reasoning"
         if reasons != (self.credit != "sid"):
-            right = "reasoning, reasoning_top1 or list" if reasons else "sid"
+            right = "reasoning or list" if reasons else "sid"
             raise ConfigError(f"rollout '{self.rollout}' has no credit '{self.credit}'; use {right}.")
         if self.baseline == "none" and self.scale_rewards == "group":
             raise ConfigError(
@@ -251,11 +241,9 @@ class DebiasedGRPOConfig(GRPOConfig):
             raise ConfigError(
                 "A set drawn without replacement has a baseline of its own; set baseline: leave_one_out, or none."
             )
-        if self.rollout != "sample" and (self.position_credit != "none" or self.rank_correction):
-            raise ConfigError(
-                "position_credit and rank_correction compare independent samples of SIDs; use rollout: sample with them."
-            )
-        if self.temperature != 1.0 and (self.rollout == "beam" or self.credit in ("list", "reasoning_top1")):
+        if self.rollout != "sample" and self.position_credit != "none":
+            raise ConfigError("position_credit compares independent samples of SIDs; use rollout: sample with it.")
+        if self.temperature != 1.0 and (self.rollout == "beam" or self.credit == "list"):
             raise ConfigError(
                 "Beams are searched at temperature 1, so their probabilities are those of the policy only at temperature 1; "
                 f"got {self.temperature}."
@@ -274,12 +262,6 @@ class DebiasedGRPOConfig(GRPOConfig):
             raise ConfigError(
                 "normalize_then_sum divides by standard deviations whatever scale_rewards says, which preset 'strict' and the "
                 "set and beam rollouts exclude; use sum_then_normalize and fixed reward weights."
-            )
-        if self.ecpo_delta is not None and (self.delta is not None or sequence or self.loss_type not in CLIPPED):
-            raise ConfigError(
-                "ecpo_delta needs a clipped loss_type with token-level ratios and without TRL's delta, which would cut the "
-                f"gradient that ECPO keeps; got loss_type {self.loss_type}, delta {self.delta}, "
-                f"importance_sampling_level {self.importance_sampling_level}."
             )
         if self.loss_type == "cispo" and (self.epsilon_high is None or self.epsilon_high < 1):
             raise ConfigError(

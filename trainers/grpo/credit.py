@@ -42,7 +42,7 @@ class Credit:
     """
 
     def __init__(self, config: DebiasedGRPOConfig, trie: SidTrie) -> None:
-        self.config, self.trie = config, trie
+        self.config = config
         self._weights = torch.tensor(position_weights(config.position_weights, trie.depth), dtype=torch.float64)
 
     def __call__(
@@ -78,7 +78,7 @@ class Credit:
         metrics["advantage/abs_mean"] = every.abs().mean().item()
         here = slice(rows.first, rows.first + rows.count)
         if config.position_credit != "none":
-            columns = self._by_position(every, total, leaves, matches, size)[here]
+            columns = self._by_position(every, matches, size)[here]
             every = torch.nn.functional.pad(columns, (0, width - columns.shape[1]))
             return Credited(every, scale[here], metrics)
         return Credited(every[here], scale[here], metrics)
@@ -103,8 +103,6 @@ class Credit:
             whole = complete.view(-1, size)[:, 0]
             values = estimators.set_advantages(total, log_probs, size, complete=whole, baseline=baseline)
             return values.masked_fill(equal, 0.0), one
-        if config.rank_correction:
-            total = estimators.rank_corrected(total, log_probs, size, config.rank_correction)
         if config.multi_objective_aggregation == "normalize_then_sum":
             flat = estimators.spread(total, size).repeat_interleave(size) < config.snap
             decoupled = estimators.decoupled_rewards(components, weights, size)
@@ -116,13 +114,9 @@ class Credit:
         options = {"baseline": config.baseline, "scale": config.scale_rewards, "snap": config.snap}
         return estimators.group_advantages(total, size, **options), scale
 
-    def _by_position(self, item: Tensor, total: Tensor, leaves: Tensor, matches: Tensor, size: int) -> Tensor:
+    def _by_position(self, item: Tensor, matches: Tensor, size: int) -> Tensor:
         """(N, L) advantages."""
         config = self.config
-        if config.position_credit == "sibling":
-            codes = self.trie.leaf_codes(leaves.to(self.trie.device)).cpu()
-            scale = config.scale_rewards != "none"
-            return estimators.sibling_advantages(codes, total, size, item, item_weight=config.item_weight, scale=scale)
         if bool((matches < 0).any()):
             raise DataError(
                 "TPMA compares codes with those of a target, but a prompt has none; leave it out of the data."

@@ -114,8 +114,8 @@ def grpo_examples(
         limit: at most so many prompts, drawn by `seed` among the requests that can be rewarded; None for all.
 
     Returns:
-        Columns `prompt` (text, for people), `prompt_ids`, `request_id`, `target_leaves`, `target_gains`,
-        `level_leaves`, `level_gains`; and counts of what was read and left out.
+        Columns `prompt` (text, for people), `prompt_ids`, `request_id`, `target_leaves`, `target_gains`; and
+        counts of what was read and left out.
 
     Raises:
         DataError: no request has a positive leaf, or a prompt does not fit.

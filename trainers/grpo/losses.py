@@ -1,9 +1,7 @@
 """Parts of the GRPO objective that TRL lacks, as pure tensor functions.
 
-TRL's surrogates stay TRL's. Added here: the dual clip of ECPO (OneRec-V1), written as a change of the *old*
-log-probabilities so that it works inside TRL's own loss; the surrogate of a searched list (credit "list"); and the
-weight that TRL's aggregations give a row, which that surrogate must share. TRL's `delta` also bounds the ratio of a bad
-sample, but with a zero gradient above it (`specs/crs_debiased_grpo.md` 4, row 6).
+TRL's surrogates stay TRL's. Added here: the surrogate of a searched list (credit "list"), and the weight that TRL's
+aggregations give a row, which that surrogate must share.
 """
 
 from __future__ import annotations
@@ -13,21 +11,6 @@ from torch import Tensor
 
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 LOSSES = (*CLIPPED, "cispo", "sapo", "vespo")  # TRL's
-
-
-def ecpo_old_logps(log_probs: Tensor, old: Tensor, advantages: Tensor, epsilon_high: float, delta: float) -> Tensor:
-    """Old log-probabilities that cap the ratio of bad samples at 1 + epsilon_high + delta and keep its gradient.
-
-    ECPO replaces the old policy of samples with a negative advantage by max(stop_gradient(policy) / (1 + epsilon +
-    delta), old).
-
-    Args:
-        log_probs: (B, T) of the policy; no gradient flows through this use.
-        old: (B, T). advantages: (B,) or (B, T).
-    """
-    advantages = advantages[:, None] if advantages.ndim == 1 else advantages
-    cap = torch.log(torch.tensor(1 + epsilon_high + delta, dtype=old.dtype, device=old.device))
-    return torch.where(advantages < 0, torch.maximum(log_probs.detach() - cap, old), old)
 
 
 def list_surrogate(log_probs: Tensor, old: Tensor, coefficients: Tensor, low: float, high: float) -> Tensor:

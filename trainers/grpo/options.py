@@ -60,12 +60,10 @@ class GRPOOptions:
         named = [
             one.get("reward", name) if isinstance(one, dict) else name for name, one in self.rewards.items() if one != 0
         ]
-        divided = sorted({"list_ndcg", "popularity_ndcg"} & set(named))
-        if divided and (self.position_bias or self.exposure):
+        if "list_ndcg" in named and (self.position_bias or self.exposure):
             logger.warning(
-                "%s divides by the best list, and with it the correction of a request's only positive: the reward stays that of "
-                "raw feedback there; use list_dcg with position_bias or exposure.",
-                " and ".join(divided),
+                "list_ndcg divides by the best list, and with it the correction of a request's only positive: the reward "
+                "stays that of raw feedback there; use list_dcg with position_bias or exposure."
             )
         check_range(self, 1, "max_requests", "max_length", most=10**9)
         check_range(self, 0, "seed", most=SEEDS)

@@ -38,16 +38,13 @@ class SidCatalogue:
 
     Attributes:
         trie: legal SIDs. sid_token_ids: (sum of level sizes,) token id of each code, level-major.
-        category_of_leaf: (M,) or (M, C) int64, -1 = unknown. popularity_of_leaf: (M,) counts of the past.
-        statistics_of_leaf: (M, 3) exposures, clicks, orders of the past.
+        popularity_of_leaf: (M,) counts of the past.
         leaf_of_item: item id → leaf, for targets by item id; None without.
     """
 
     trie: SidTrie
     sid_token_ids: np.ndarray
-    category_of_leaf: np.ndarray | None = None
     popularity_of_leaf: np.ndarray | None = None
-    statistics_of_leaf: np.ndarray | None = None
     leaf_of_item: Mapping[str, int] | None = None
 
     @classmethod
@@ -56,16 +53,15 @@ class SidCatalogue:
     ) -> SidCatalogue:
         """The catalogue of semantic IDs and of the vocabulary of a model that learned them.
 
-        `facts` are what rewards about categories and popularity need: `LeafFacts.of(items, sids)`. Raises DataError where the
-        vocabulary is of other semantic IDs.
+        `facts` are what rewards about popularity need: `LeafFacts.of(items, sids)`. Raises DataError where the vocabulary is of
+        other semantic IDs.
         """
         vocabulary.check(sids=sids)
-        names = ("category_of_leaf", "popularity_of_leaf", "statistics_of_leaf")
-        known = {} if facts is None else {name: getattr(facts, name) for name in names}
         _, offsets, rows = sids.paths()
         leaves = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets)).tolist()
         items = dict(zip([sids.item_ids[row] for row in rows], leaves, strict=True))
-        return cls(SidTrie.from_semantic_ids(sids), vocabulary.sid_token_ids, **known, leaf_of_item=items)
+        popularity = None if facts is None else facts.popularity_of_leaf
+        return cls(SidTrie.from_semantic_ids(sids), vocabulary.sid_token_ids, popularity, items)
 
     @cached_property
     def leaf_codes(self) -> np.ndarray:
@@ -93,30 +89,22 @@ class SidCatalogue:
 
 def reward_batch(catalogue: SidCatalogue, columns: Mapping[str, list], **rows: Any) -> RewardBatch:
     """What rewards see of rows with these `columns` of the data; `rows` are further fields of `RewardBatch`."""
-    ends = ("_leaves", "_gains")
-    judged = [n.removesuffix("_leaves") for n in columns if n.endswith("_leaves") and n != "target_leaves"]
-    used = {name + end for name in ("target", *judged) for end in ends}
-    count = len(rows["lists"])
     return RewardBatch(
-        targets=_targets(columns, "target", count),
+        targets=_targets(columns, len(rows["lists"])),
         leaf_codes=catalogue.leaf_codes,
-        category_of_leaf=catalogue.category_of_leaf,
         popularity_of_leaf=catalogue.popularity_of_leaf,
-        statistics_of_leaf=catalogue.statistics_of_leaf,
-        judgements={name: _targets(columns, name, count) for name in judged},
-        columns={name: values for name, values in columns.items() if name not in used},
+        columns={name: values for name, values in columns.items() if name not in ("target_leaves", "target_gains")},
         **rows,
     )
 
 
-def _targets(columns: Mapping[str, list], name: str, rows: int) -> Targets:
-    leaves, gains = f"{name}_leaves", f"{name}_gains"
-    if leaves not in columns:
+def _targets(columns: Mapping[str, list], rows: int) -> Targets:
+    if "target_leaves" not in columns:
         return Targets.make(np.zeros(rows + 1, np.int64), np.zeros(0, np.int64))
-    lists = [list(row or []) for row in columns[leaves]]
-    values = [list(row or []) for row in columns[gains]] if gains in columns else None
+    lists = [list(row or []) for row in columns["target_leaves"]]
+    values = [list(row or []) for row in columns["target_gains"]] if "target_gains" in columns else None
     if values is not None and [len(row) for row in values] != [len(row) for row in lists]:
-        raise DataError(f"The columns {leaves} and {gains} differ in length; give every leaf one gain.")
+        raise DataError("The columns target_leaves and target_gains differ in length; give every leaf one gain.")
     return Targets.from_lists(lists, values)
 
 
@@ -125,7 +113,6 @@ def check_targets(rewards: CombinedReward, catalogue: SidCatalogue, row: Mapping
 
     Raises:
         DataError: a column that is nearly a target column, or none where a reward needs targets.
-        ConfigError: judgements that are not there.
     """
     for name in sorted(row.keys() - set(TARGET_COLUMNS)):
         if difflib.get_close_matches(name, TARGET_COLUMNS, 1, 0.8):
@@ -215,36 +202,25 @@ class RolloutRewards:
             )
         return [*([] if self.combined is None else map(float, self.combined.weights)), *given]
 
-    def score(
-        self,
-        rollout: Rollout,
-        rows: list[dict[str, Any]],
-        group_size: int,
-        *,
-        gather: Callable[[list], list] | None,
-        process: int,
-    ) -> None:
-        """Computes all rewards of a generation.
-
-        Args:
-            rollout: the n rows of this process. rows: their columns. group_size: G.
-            gather: collects objects of all processes where groups are shared between them, else None.
-            process: number of this process.
-        """
-        part = _part(rollout, rows)
-        self._matches = self._best_matches(rollout.leaves[:, 0], _targets(part["columns"], "target", len(rows)))
+    def score(self, rollout: Rollout, rows: list[dict[str, Any]]) -> None:
+        """Computes all rewards of the n rows of a rollout; `rows` are their columns."""
+        known = {
+            "lists": rollout.leaves,
+            "scores": rollout.scores,
+            "closed": rollout.closed,
+            "reasoning_lengths": rollout.reasoning_lengths,
+        }
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name not in _OWN}
+        self._matches = self._best_matches(rollout.leaves[:, 0], _targets(columns, len(rows)))
         if self.combined is None:
             return
-        parts = [part] if gather is None else gather([part])
-        here = slice(None) if gather is None else slice(process * len(rollout), (process + 1) * len(rollout))
-        columns = {name: [v for part in parts for v in part["columns"][name]] for name in part["columns"]}
-        fields = {n: np.concatenate([part[n] for part in parts]) for n in part if n != "columns"}
-        batch = reward_batch(self.catalogue, columns, group_size=group_size, **fields)
+        fields = {name: value.numpy() for name, value in known.items() if value is not None}
+        batch = reward_batch(self.catalogue, columns, **fields)
         if not self.by_item:
-            self._values = self.combined(batch)[here]
+            self._values = self.combined(batch)
             return
         shape = batch.lists.shape
-        values = self.combined(_one_by_one(batch)).reshape(*shape, -1)[here]
+        values = self.combined(_one_by_one(batch)).reshape(*shape, -1)
         scores = rollout.scores
         expected = [list_credit(torch.from_numpy(v), scores)[0] for v in np.moveaxis(values, 2, 0)]
         self._values = torch.stack(expected, dim=1).numpy()
@@ -271,18 +247,6 @@ class RolloutRewards:
         return torch.from_numpy(chosen)
 
 
-def _part(rollout: Rollout, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The rows of one process: fields of a `RewardBatch` that are known, and the columns of the data."""
-    known = {
-        "lists": rollout.leaves,
-        "scores": rollout.scores,
-        "closed": rollout.closed,
-        "reasoning_lengths": rollout.reasoning_lengths,
-    }
-    columns = {name: [row[name] for row in rows] for name in rows[0] if name not in _OWN}
-    return {name: value.numpy() for name, value in known.items() if value is not None} | {"columns": columns}
-
-
 def _one_by_one(batch: RewardBatch) -> RewardBatch:
     """(R, K) lists → (R K, 1)."""
     rows = np.repeat(np.arange(len(batch)), batch.lists.shape[1])
@@ -293,7 +257,5 @@ def _one_by_one(batch: RewardBatch) -> RewardBatch:
         targets=batch.targets.take(rows),
         closed=None if batch.closed is None else batch.closed[rows],
         reasoning_lengths=None if batch.reasoning_lengths is None else batch.reasoning_lengths[rows],
-        judgements={name: value.take(rows) for name, value in batch.judgements.items()},
         columns={name: [value[row] for row in rows] for name, value in batch.columns.items()},
-        group_size=1,
     )

@@ -219,14 +219,13 @@ class RolloutMaker:
         cut = ~closed if stopped is None else ~closed & ~stopped
         masked = self.config.mask_truncated_completions
         marks = torch.where(~closed & ~cut, self.eos_token_id, self.end_token_id).tolist()
-        sampled = int(self.config.credit == "reasoning_top1")
         tokens = self.tokens_of(leaves[:, 0]).tolist()
         completions, masks = [], []
         alive = (leaves[:, 0] >= 0).tolist()
         for text, forced, mark, sid, found in zip(texts, cut.tolist(), marks, tokens, alive, strict=True):
             sid = sid if found else []
             completions.append([*text, mark, *sid, self.eos_token_id])
-            mask = [1] * len(text) + [int(not forced)] + [sampled] * len(sid) + [0]
+            mask = [1] * len(text) + [int(not forced)] + [0] * (len(sid) + 1)
             masks.append([0] * len(mask) if masked and forced else mask)
         lengths = torch.tensor([len(text) for text in texts])
         scores = scores.float().masked_fill(leaves < 0, float("-inf"))

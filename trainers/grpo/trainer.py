@@ -10,8 +10,8 @@ Overriding points (everything else is TRL's and stays untouched; `trl_surface.py
 4. `_prepare_inputs`: afterwards, puts the rows of a group next to each other again (TRL shuffles rows).
 5. `_get_per_token_logps_and_entropies`: normalises SID tokens over the trie for the old, new and reference policy, and
    reads the prompt of a group once.
-6. `_compute_loss`: caps bad ratios by ECPO and adds the surrogate of searched lists; the rest is TRL's loss. Nothing is
-   computed, forward or backward, where no group has anything to learn from.
+6. `_compute_loss`: adds the surrogate of searched lists; the rest is TRL's loss. Nothing is computed, forward or
+   backward, where no group has anything to learn from.
 7. `log`: adds log Z.
 8. `_get_train_sampler`: the order of an epoch is a function of seed and epoch, the same for a resumed run.
 
@@ -30,7 +30,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import Sampler
@@ -42,7 +41,6 @@ from sidtune.core.errors import ConfigError, SidtuneError
 from sidtune.core.finite import NOT_NUMBERS
 from sidtune.trainers.common import trl_surface
 from sidtune.trainers.common.hooks import TrlHooks, causal_config, check_dataset, default_args
-from sidtune.trainers.grpo import losses as grpo_losses
 from sidtune.trainers.grpo.args import check_launch
 from sidtune.trainers.grpo.config import DebiasedGRPOConfig
 from sidtune.trainers.grpo.credit import Credit
@@ -125,7 +123,7 @@ class DebiasedGRPOTrainer(TrlHooks, GRPOTrainer):
         self._rollout: Rollout | None = None
         self._given_prompts: list[list[int]] | None = None
         self._gathered_rewards: Tensor | None = None
-        self._loss_inputs: dict[str, Any] | None = None
+        self._in_loss = False
         self._told_idle = False
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*'rollout_func'.*")  # named in trl_surface.py
@@ -206,10 +204,7 @@ class DebiasedGRPOTrainer(TrlHooks, GRPOTrainer):
         }
 
     def _calculate_rewards(self, inputs: list, prompts: list, completions: list, completion_ids_list: list) -> Tensor:
-        gather = None if self._rows(len(inputs)).whole or self.accelerator.num_processes == 1 else gather_object
-        self._rewarding.score(
-            *(self._rollout, inputs, self._group_size), gather=gather, process=self.accelerator.process_index
-        )
+        self._rewarding.score(self._rollout, inputs)
         self._gathered_rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         return self._gathered_rewards
 
@@ -320,7 +315,10 @@ class DebiasedGRPOTrainer(TrlHooks, GRPOTrainer):
             )
         log_probs = torch.cat([part.log_probs for part in parts])
         entropies = torch.cat([part.entropies for part in parts]) if compute_entropy else None
-        self._saw_logps(log_probs, [part.log_z for part in parts], input_ids, attention_mask, logits_to_keep)
+        if self._in_loss and all(part.log_z is not None for part in parts):
+            start, _ = self.table.find(input_ids[:, -logits_to_keep:], attention_mask[:, -logits_to_keep:])
+            self._legal[self._mode].add(torch.cat([part.log_z for part in parts]), start)
+        self._in_loss = False
         return log_probs, entropies, None
 
     def _logps(
@@ -344,7 +342,7 @@ class DebiasedGRPOTrainer(TrlHooks, GRPOTrainer):
             columns = torch.arange(completion_ids.shape[1], device=start.device)
             options["scored"] = (columns < (start + table.trie.depth)[:, None]) | (start < 0)[:, None]
         # Only a loss logs log Z, which costs the whole head.
-        measured = self.args.log_z_rows if options and self._loss_inputs is not None else 0
+        measured = self.args.log_z_rows if options and self._in_loss else 0
         if measured:
             options |= {"compute_log_z": True, "log_z_rows": measured}
         with self.accelerator.autocast():
@@ -365,28 +363,13 @@ class DebiasedGRPOTrainer(TrlHooks, GRPOTrainer):
                 **options,
             )
 
-    def _saw_logps(self, log_probs: Tensor, log_z: list, input_ids: Tensor, attention_mask: Tensor, keep: int) -> None:
-        """During a loss: the legal mass, and the old log-probabilities that ECPO changes."""
-        inputs, self._loss_inputs = self._loss_inputs, None
-        if inputs is None:
-            return
-        if all(part is not None for part in log_z):
-            start, _ = self.table.find(input_ids[:, -keep:], attention_mask[:, -keep:])
-            self._legal[self._mode].add(torch.cat(log_z), start)
-        if self.args.ecpo_delta is not None:
-            old = inputs.get("old_per_token_logps")
-            old = log_probs.detach() if old is None else old
-            inputs["old_per_token_logps"] = grpo_losses.ecpo_old_logps(
-                log_probs, old, inputs["advantages"], self.epsilon_high, self.args.ecpo_delta
-            )
-
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         if inputs.get("idle"):
             return torch.zeros((), device=inputs["advantages"].device, requires_grad=True)
         inputs = dict(inputs)
-        self._loss_inputs = inputs  # TRL reads the old log-probabilities after ours, so they can still be changed
+        self._in_loss = True
         loss = super()._compute_loss(model, inputs)
-        self._loss_inputs = None
+        self._in_loss = False
         if self.args.credit == "list":
             loss = loss + list_loss(self, model, inputs)
         return loss

@@ -8,8 +8,6 @@ legal may be no item at all; such a place is dead, as everywhere. Our own plumbi
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,8 +32,8 @@ def as_trl_reward(
         options: options of the reward, such as `k` or `gammas`.
 
     Returns:
-        The function, named like the reward. It reads the columns `target_leaves` or `target_items`, `target_gains` and those of
-        further judgements, and gives None where a row cannot be scored. Rows of equal prompts that stand together are a group.
+        The function, named like the reward. It reads the columns `target_leaves` or `target_items`, `target_gains`,
+        and gives None where a row cannot be scored.
 
     Raises:
         ConfigError: an unknown reward or option. When the function is called, DataError: missing or misspelt target columns.
@@ -52,8 +50,7 @@ def as_trl_reward(
         leaves, closed, lengths = _read(completion_ids, table, end_token_id)
         rows = {"lists": leaves[:, None], "scores": np.where(leaves < 0, -np.inf, 0.0).astype(np.float32)[:, None]}
         reasoned = {} if end_token_id is None else {"closed": closed, "reasoning_lengths": lengths}
-        group = math.gcd(*(len(list(same)) for _, same in itertools.groupby(prompts)))
-        batch = reward_batch(catalogue, told, group_size=group, **rows, **reasoned)
+        batch = reward_batch(catalogue, told, **rows, **reasoned)
         total = rewards.total(rewards(batch))
         return [None if np.isnan(value) else value for value in total.tolist()]
 

@@ -94,7 +94,7 @@ class Targets:
 
 @dataclass(frozen=True)
 class RewardBatch:
-    """R rollouts as rewards see them. Rows of one prompt stand together, `group_size` of them.
+    """R rollouts as rewards see them.
 
     Attributes:
         lists: (R, K) int64 leaf numbers, best first, -1 where a beam is dead. A direct SID rollout has K = 1.
@@ -103,13 +103,8 @@ class RewardBatch:
         leaf_codes: (M, L) int32 codes of the catalogue's leaves in leaf order, which is lexicographic (`SidTrie.leaf_codes`).
         closed: (R,) bool, whether the reasoning was ended by the model itself, or None where there is no reasoning.
         reasoning_lengths: (R,) tokens of the reasoning, without its end mark, or None.
-        category_of_leaf: (M,) or (M, C) int64, coarse to fine, -1 for unknown, or None.
         popularity_of_leaf: (M,) counts of the past (exposures or clicks), or None.
-        statistics_of_leaf: (M, 3) counts of exposures, clicks and orders of the past, or None.
-        judgements: further judged leaves by name, such as "tier" (relevance tiers) or "level" (PARS levels); a leaf that is
-            not in a row's judgement is unknown.
         columns: any column of the data set, (R,) each.
-        group_size: rows of one prompt, which stand next to each other.
     """
 
     lists: np.ndarray
@@ -118,12 +113,8 @@ class RewardBatch:
     leaf_codes: np.ndarray
     closed: np.ndarray | None = None
     reasoning_lengths: np.ndarray | None = None
-    category_of_leaf: np.ndarray | None = None
     popularity_of_leaf: np.ndarray | None = None
-    statistics_of_leaf: np.ndarray | None = None
-    judgements: Mapping[str, Targets] = field(default_factory=dict)
     columns: Mapping[str, Any] = field(default_factory=dict)
-    group_size: int = 1
 
     def __post_init__(self) -> None:
         rows, leaves = len(self.lists), len(self.leaf_codes)
@@ -133,17 +124,15 @@ class RewardBatch:
                 f"{self.scores.shape} and {self.leaf_codes.shape}."
             )
         per_row = {"targets": self.targets, "closed": self.closed, "reasoning_lengths": self.reasoning_lengths}
-        per_row |= {f"judgements['{name}']": value for name, value in self.judgements.items()}
         per_row |= {f"columns['{name}']": value for name, value in self.columns.items()}
-        names = ("category_of_leaf", "popularity_of_leaf", "statistics_of_leaf")
-        for name, value in [*per_row.items(), *((name, getattr(self, name)) for name in names)]:
-            wanted, unit = (leaves, "leaves") if name in names else (rows, "rows")
+        for name, value in {**per_row, "popularity_of_leaf": self.popularity_of_leaf}.items():
+            wanted, unit = (leaves, "leaves") if name == "popularity_of_leaf" else (rows, "rows")
             if value is not None and len(value) != wanted:
                 raise DataError(
                     f"A reward batch has {wanted} {unit} but {name} has {len(value)}; they must be aligned."
                 )
-        highest = max((int(t.leaves.max(initial=-1)) for t in (self.targets, *self.judgements.values())), default=-1)
-        if max(highest, int(self.lists.max(initial=-1))) >= leaves or int(self.lists.min(initial=-1)) < -1:
+        highest = max(int(part.max(initial=-1)) for part in (self.targets.leaves, self.lists))
+        if highest >= leaves or int(self.lists.min(initial=-1)) < -1:
             raise DataError(
                 f"A reward batch names a leaf outside the {leaves} of the catalogue; use lists, targets and leaf_codes of one trie."
             )
@@ -151,8 +140,6 @@ class RewardBatch:
             raise DataError(
                 "leaf_codes must be the distinct codes of a trie in lexicographic order; take them from its leaf_codes."
             )
-        if self.group_size < 1 or rows % self.group_size:
-            raise DataError(f"{rows} rows are no whole number of groups of {self.group_size}; keep groups together.")
 
     def __len__(self) -> int:
         return len(self.lists)
@@ -269,19 +256,5 @@ def _probe(depth: int | None) -> RewardBatch:
         leaf_codes=np.zeros((0, depth or 0), np.int32),
         closed=none.astype(bool),
         reasoning_lengths=none,
-        category_of_leaf=none,
         popularity_of_leaf=np.zeros(0),
-        statistics_of_leaf=np.zeros((0, 3)),
-        judgements=_AnyJudgement(targets),
     )
-
-
-class _AnyJudgement(dict):
-    """Every name is judged, with nothing in it."""
-
-    def __init__(self, targets: Targets) -> None:
-        super().__init__()
-        self._targets = targets
-
-    def __missing__(self, name: str) -> Targets:
-        return self._targets

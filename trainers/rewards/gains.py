@@ -36,7 +36,6 @@ from sidtune.trainers.rewards.batch import Targets
 from sidtune.trainers.rewards.lists import popularity_weight
 
 LABELS = ("order", "like", "click")
-PARS_LEVELS = {"order": 2.0, "click": 1.0, "exposed": 0.5}
 _LARGEST_POPULARITY_WEIGHT = 10.0
 
 
@@ -47,17 +46,13 @@ class LeafFacts:
     Attributes:
         leaf_codes: (M, L) int32, lexicographic.
         leaf_of_item: item id → leaf, as two aligned arrays: `item_ids` (N,) and `leaf_of_item` (N,).
-        category_of_leaf: (M, C) int64, coarse to fine, -1 unknown; of the leaf's first item. None without categories.
         popularity_of_leaf: (M,) exposures, or else clicks or orders, summed over the leaf's items. None without counts.
-        statistics_of_leaf: (M, 3) exposures, clicks and orders. None unless all three are counted.
     """
 
     leaf_codes: np.ndarray
     item_ids: pa.Array
     leaf_of_item: np.ndarray
-    category_of_leaf: np.ndarray | None
     popularity_of_leaf: np.ndarray | None
-    statistics_of_leaf: np.ndarray | None
 
     @classmethod
     def of(cls, items: pa.Table, sids: SemanticIds) -> LeafFacts:
@@ -77,16 +72,8 @@ class LeafFacts:
                 f"The item '{wrong}' has a semantic ID but is not in the items table; use data and SIDs of one run."
             )
         mine = items.take(found)
-        counts = {name: _summed(mine[name], leaf_of_item, len(codes)) for name in ("exposures", "clicks", "orders")}
-        known = [value for value in counts.values() if value is not None]
-        return cls(
-            codes,
-            ids,
-            leaf_of_item,
-            _categories(mine["category"].take(pa.array(rows[offsets[:-1]]))),
-            known[0] if known else None,
-            np.stack(known, axis=1) if len(known) == 3 else None,
-        )
+        counts = (_summed(mine[name], leaf_of_item, len(codes)) for name in ("exposures", "clicks", "orders"))
+        return cls(codes, ids, leaf_of_item, next((one for one in counts if one is not None), None))
 
     def leaves_of(self, item_ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
         """(n,) leaves of items, -1 for an item without a semantic ID."""
@@ -98,20 +85,6 @@ def _summed(counts: pa.ChunkedArray, leaf: np.ndarray, leaves: int) -> np.ndarra
     if counts.null_count == len(counts):
         return None
     return np.bincount(leaf, pc.fill_null(counts, 0).to_numpy().astype(np.float64), leaves)
-
-
-def _categories(paths: pa.ChunkedArray) -> np.ndarray | None:
-    """(M, C) number of each category, told apart by its whole path from the top; -1 where the path has ended."""
-    lists = paths.to_pylist()
-    depth = max((len(path or []) for path in lists), default=0)
-    if not depth:
-        return None
-    numbers: dict[tuple[str, ...], int] = {}
-    table = np.full((len(lists), depth), -1, np.int64)
-    for row, path in enumerate(lists):
-        for level in range(len(path or [])):
-            table[row, level] = numbers.setdefault(tuple(path[: level + 1]), len(numbers))
-    return table
 
 
 @dataclass
@@ -153,22 +126,16 @@ class ExposureGains:
 
     Attributes:
         targets: judged leaves of each request; gain 0 = shown without success.
-        levels: judgements "level" of the reward `pars`: 2 ordered, 1 clicked, 0.5 shown and not clicked. (OneSearch's level 1.5,
-            bought elsewhere in the same category, cannot be told from a request.)
         counts: candidates by what became of them.
     """
 
     targets: Targets
-    levels: Targets
     counts: dict[str, int]
 
     def columns(self) -> dict[str, list[list[Any]]]:
-        """Lists for a data set: target_leaves, target_gains, level_leaves, level_gains."""
-        made = {}
-        for name, part in (("target", self.targets), ("level", self.levels)):
-            made[f"{name}_leaves"] = [x.tolist() for x in np.split(part.leaves, part.offsets[1:-1])]
-            made[f"{name}_gains"] = [x.tolist() for x in np.split(part.gains, part.offsets[1:-1])]
-        return made
+        """Lists for a data set: target_leaves, target_gains."""
+        ends, parts = self.targets.offsets[1:-1], {"leaves": self.targets.leaves, "gains": self.targets.gains}
+        return {f"target_{name}": [row.tolist() for row in np.split(part, ends)] for name, part in parts.items()}
 
 
 def exposure_gains(
@@ -210,7 +177,6 @@ def exposure_gains(
         weight = weight * np.append(rare, 1.0)[leaf]
     keep = known & (leaf >= 0)
     gain = np.where(positive, gain * weight, gain)
-    level, _, level_known = _labelled(flat, {k: PARS_LEVELS[k] for k in ("order", "click")}, PARS_LEVELS["exposed"])
     counts = {
         "positive": int((positive & keep).sum()),
         "shown_without_success": int((keep & ~positive).sum()),
@@ -218,12 +184,7 @@ def exposure_gains(
         "without_semantic_id": int((known & (leaf < 0)).sum()),
         "without_position": int(flat.field("position").null_count),
     }
-    level_known &= leaf >= 0
-    return ExposureGains(
-        _merged(requests.num_rows, owner[keep], leaf[keep], gain[keep], len(facts.leaf_codes)),
-        _merged(requests.num_rows, owner[level_known], leaf[level_known], level[level_known], len(facts.leaf_codes)),
-        counts,
-    )
+    return ExposureGains(_merged(requests.num_rows, owner[keep], leaf[keep], gain[keep], len(facts.leaf_codes)), counts)
 
 
 def _labelled(flat: pa.StructArray, labels: Mapping[str, float], exposed: float) -> tuple[np.ndarray, ...]:

@@ -1,4 +1,4 @@
-"""Rewards that compare the decoded list with the positives: hit, ranked gain, expectation, shared prefix.
+"""Rewards that compare the decoded list with the positives: hit, ranked gain, shared prefix.
 
 Source: R_rank of R-GRPO as reconstructed in `specs/crs_debiased_grpo.md` 2.7 (the paper's own weights are unknown):
 
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sidtune.core.errors import ConfigError
-from sidtune.trainers.rewards.batch import RewardBatch, Targets
+from sidtune.trainers.rewards.batch import RewardBatch
 
 
 def discounts(places: int) -> np.ndarray:
@@ -54,14 +54,13 @@ def shared_codes(batch: RewardBatch, leaves: np.ndarray, targets: np.ndarray) ->
     return shared
 
 
-def list_gains(batch: RewardBatch, gammas: Sequence[float] | None = None, targets: Targets | None = None) -> np.ndarray:
+def list_gains(batch: RewardBatch, gammas: Sequence[float] | None = None) -> np.ndarray:
     """(R, K) g(y_k, T) of every place; 0 on dead places and repeated leaves.
 
     Args:
         gammas: (L - 1,) share of the gain for 1 ... L - 1 shared leading codes; None is all 0.
-        targets: other judged leaves than `batch.targets`.
     """
-    leaves, gains = (batch.targets if targets is None else targets).padded
+    leaves, gains = batch.targets.padded
     table = level_gains(gammas, batch.leaf_codes.shape[1])
     shared = shared_codes(batch, batch.lists, leaves)
     return np.where(batch.alive, (table[shared] * gains[:, None, :]).max(axis=2), 0.0)
@@ -138,56 +137,20 @@ def list_ndcg(batch: RewardBatch, *, k: int | None = None, gammas: list[float] |
         k: places that count; the ideal list has k places too, so a list that is shorter than k cannot gain by that.
         gammas: (L - 1,) share of the gain for 1 ... L - 1 shared leading codes; null is all 0, plain NDCG.
     """
-    return _ndcg(batch, k, gammas)
-
-
-def _ndcg(
-    batch: RewardBatch, k: int | None, gammas: Sequence[float] | None, targets: Targets | None = None
-) -> np.ndarray:
     places = first_places(batch, k)
-    gains = list_gains(batch, gammas, targets)[:, :places]
+    gains = list_gains(batch, gammas)[:, :places]
     best = best_gains(batch, places, gammas) @ discounts(places)
     return _where_scorable(batch, gains @ discounts(gains.shape[1]) / np.where(best > 0, best, 1.0))
 
 
-def list_dcg(
-    batch: RewardBatch, *, k: int | None = None, gammas: list[float] | None = None, condensed: bool = False
-) -> np.ndarray:
+def list_dcg(batch: RewardBatch, *, k: int | None = None, gammas: list[float] | None = None) -> np.ndarray:
     """(R,) sum of w_k g(y_k, T), not divided by the best list: linear in the gains, so unbiased gains give an unbiased reward.
 
     The reward for inverse-propensity weighted gains. NaN where nothing was judged; where something was, a row without success
-    counts as 0, for leaving such rows out would bias the mean.
-
-    Args:
-        k, gammas: as in `list_ndcg`.
-        condensed: leave out leaves that the row does not judge, and let the judged ones move up (Sakai 2007): what was never
-            shown then is no evidence against a list. NaN where the list holds no judged leaf. Needs all gammas 0.
+    counts as 0, for leaving such rows out would bias the mean. Arguments as in `list_ndcg`.
     """
-    places = first_places(batch, k)
-    gains = list_gains(batch, gammas)
-    known = np.diff(batch.targets.offsets) > 0
-    if not condensed:
-        return np.where(known, gains[:, :places] @ discounts(gains[:, :places].shape[1]), np.nan)
-    if gammas is not None and any(gammas):
-        raise ConfigError("condensed leaves out unjudged leaves, gammas give them a share; use one of them.")
-    judged = batch.alive & (shared_codes(batch, batch.lists, batch.targets.padded[0]) == batch.leaf_codes.shape[1]).any(
-        axis=2
-    )
-    rank = np.cumsum(judged, axis=1)
-    weight = np.where(judged & (rank <= places), 1.0 / np.log2(rank + 1.0 + (rank == 0)), 0.0)
-    return np.where(judged.any(axis=1), (weight * gains).sum(axis=1), np.nan)
-
-
-def expected_gain(batch: RewardBatch, *, gammas: list[float] | None = None) -> np.ndarray:
-    """(R,) sum over k of p_k g(y_k, T), p = softmax of the scores over the list: the Rao-Blackwell reward of 2.7.
-
-    Exact (the expectation over sampled SIDs) when the list holds every leaf. 0 where every beam is dead.
-    """
-    scores = np.where(batch.alive, batch.scores.astype(np.float64), -np.inf)
-    top = scores.max(axis=1, keepdims=True, initial=-np.inf)
-    weight = np.exp(scores - np.where(np.isfinite(top), top, 0.0))
-    share = weight / np.maximum(weight.sum(axis=1, keepdims=True), 1e-300)
-    return _where_scorable(batch, (share * list_gains(batch, gammas)).sum(axis=1))
+    gains = list_gains(batch, gammas)[:, : first_places(batch, k)]
+    return np.where(np.diff(batch.targets.offsets) > 0, gains @ discounts(gains.shape[1]), np.nan)
 
 
 def prefix_match(batch: RewardBatch, *, weights: list[float] | None = None) -> np.ndarray:
@@ -206,46 +169,6 @@ def prefix_match(batch: RewardBatch, *, weights: list[float] | None = None) -> n
     shared = shared_codes(batch, batch.lists[:, :1], np.where(gains > 0, leaves, -1))[:, 0].max(axis=1)
     right = (shared[:, None] > np.arange(depth)) * worth[:depth]
     return _where_scorable(batch, right.sum(axis=1) / max(float(worth.sum()), 1e-300))
-
-
-def ndcg_rule(batch: RewardBatch) -> np.ndarray:
-    """(R,) MiniOneRec's `ndcg_rule`: one beam of a group per row, in beam order.
-
-    A group that holds a positive gives 0 to every hit and -(1/log2(i + 1)) / (sum of 1/log2(j + 1) over the group) to the
-    wrong beam at place i = 1, 2, ...; any other group gives 0 throughout. Kept as a named baseline: it says nothing about
-    *where* the hit stood, and a group without a hit teaches nothing.
-    """
-    size = batch.group_size
-    hits = (list_gains(batch)[:, :1] > 0).reshape(-1, size)
-    weight = discounts(size) / discounts(size).sum()
-    penalty = np.where(hits | ~hits.any(axis=1, keepdims=True), 0.0, -weight)
-    return _where_scorable(batch, penalty.ravel())
-
-
-def popularity_ndcg(
-    batch: RewardBatch,
-    *,
-    k: int | None = None,
-    gammas: list[float] | None = None,
-    alpha: float = 0.5,
-    largest: float = 10.0,
-) -> np.ndarray:
-    """(R,) R_rank in which finding a positive is worth min((M p_pop)^-alpha, largest): popular ones are hit by chance.
-
-    p_pop is the smoothed share (n + 1) / (sum + M) of the leaf among M, so equally popular leaves weigh 1 and the reward is
-    `list_ndcg`. The ideal stays unweighted: for one positive the reward is `list_ndcg` times its weight.
-
-    Args:
-        k, gammas: as in `list_ndcg`.
-        alpha: strength, at least 0; 0 is `list_ndcg`.
-        largest: upper limit of a weight, above 0.
-    """
-    if not (np.isfinite(alpha) and alpha >= 0 and largest > 0):
-        raise ConfigError(f"alpha must be at least 0 and largest above 0, got {alpha} and {largest}.")
-    weight = popularity_weight(batch.popularity_of_leaf, alpha, largest)
-    targets = batch.targets
-    gains = targets.gains * weight[targets.leaves] if len(weight) else targets.gains
-    return _ndcg(batch, k, gammas, Targets(targets.offsets, targets.leaves, gains))
 
 
 def popularity(counts: np.ndarray | None) -> np.ndarray:
