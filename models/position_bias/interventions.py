@@ -1,4 +1,4 @@
-"""Position bias of a click log: how likely each position is looked at, from interventions or by EM.
+"""Position bias of a click log: how likely each position is looked at, from interventions.
 
 The position-based click model: P(click on i at position k) = theta_k * a_g, where a_g is the attraction of the group g the
 impression belongs to (normally: this item under this query). Only ratios of theta can be learned, so the largest is set to 1.
@@ -13,16 +13,12 @@ group effects profiled out:
 which is concave in log theta and needs the mean model only, not the Poisson law; free group effects cost no bias however few
 impressions a group has. This differs from the pairwise ratios of that paper and uses all pairs at once.
 
-*EM* (`estimate_by_em`): the Bernoulli model itself (Wang et al. 2018), a_g with a Beta prior fitted from the log, or a logistic
-regression on features of the group, which also works where no group was ever moved, but believes in the regression.
-
-Both first check that theta is identified, and say which positions hang together if it is not. Standard errors are bootstrap ones
+It first checks that theta is identified, and say which positions hang together if it is not. Standard errors are bootstrap ones
 over whole requests. No paper of the specs treats this; row 20 of `specs/crs_debiased_grpo.md` 4 asks for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -233,15 +229,14 @@ def components(cells: Cells) -> np.ndarray:
     return labels.ravel()
 
 
-def refuse_unlinked(log: PositionLog, cells: Cells) -> None:
+def _refuse_unlinked(log: PositionLog, cells: Cells) -> None:
     labels = components(cells)
     if labels.max(initial=0) == 0:
         return
     parts = [log.positions[labels == label].tolist() for label in range(min(4, int(labels.max()) + 1))]
     raise DataError(
         f"Position bias is not identified: nothing with a click was shown at positions of different parts {parts}"
-        f"{' and more' if labels.max() > 3 else ''}. Log some random swaps between them, use more data, or estimate by EM "
-        "with features of the items (a regression)."
+        f"{' and more' if labels.max() > 3 else ''}. Log some random swaps between them or use more data."
     )
 
 
@@ -257,11 +252,13 @@ def estimate_by_interventions(log: PositionLog, samples: int = 0, seed: int = 0)
         DataError: the log does not identify the ratios, or holds no click.
     """
     cells, cell = Cells.of(log)
-    need_clicks(cells)
-    refuse_unlinked(log, cells)
+    if not cells.clicked.any():
+        raise DataError("The log holds no click, so position bias cannot be estimated; check the label.")
+    _refuse_unlinked(log, cells)
     theta = _poisson(cells, None)
-    errors = bootstrap(log, cells, cell, lambda c: _poisson(c, theta), samples, seed)
-    return as_bias(log, theta, errors, "interventions")
+    errors = _bootstrap(log, cells, cell, theta, samples, seed)
+    shown = np.bincount(log.place, minlength=len(log.positions))
+    return PositionBias(log.positions.astype(np.int64), np.clip(theta, 0.0, 1.0), errors, shown, "interventions")
 
 
 def _poisson(cells: Cells, start: np.ndarray | None) -> np.ndarray:
@@ -326,16 +323,10 @@ def _profile(
     return value, (clicks - own)[free], information[np.ix_(free, free)]
 
 
-def need_clicks(cells: Cells) -> None:
-    """Refuses a log without any click."""
-    if not cells.clicked.any():
-        raise DataError("The log holds no click, so position bias cannot be estimated; check the label.")
-
-
-def bootstrap(
-    log: PositionLog, cells: Cells, cell: np.ndarray, fit: Callable[[Cells], np.ndarray], samples: int, seed: int
+def _bootstrap(
+    log: PositionLog, cells: Cells, cell: np.ndarray, theta: np.ndarray, samples: int, seed: int
 ) -> np.ndarray:
-    """(P,) standard errors of `fit` over resampled clusters; NaN for fewer than two samples.
+    """(P,) standard errors of the fit, started at theta, over resampled clusters; NaN for fewer than two samples.
 
     Raises:
         ConfigError: a negative number of samples.
@@ -348,11 +339,5 @@ def bootstrap(
     found = []
     for _ in range(samples):
         weight = np.bincount(rng.integers(0, size, size), minlength=size).astype(np.float64)
-        found.append(fit(cells.counted(log, cell, weight[log.cluster])))
+        found.append(_poisson(cells.counted(log, cell, weight[log.cluster]), theta))
     return np.std(found, axis=0, ddof=1)
-
-
-def as_bias(log: PositionLog, theta: np.ndarray, errors: np.ndarray, method: str) -> PositionBias:
-    """The result, with the impressions it rests on."""
-    shown = np.bincount(log.place, minlength=len(log.positions))
-    return PositionBias(log.positions.astype(np.int64), np.clip(theta, 0.0, 1.0), errors, shown, method)

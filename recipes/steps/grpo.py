@@ -50,7 +50,7 @@ def preflight(step: Step) -> None:
     check_data(step, config.split)
     if learned is not None and config.args.get("position_weights") is not None:
         position_weights(config.args["position_weights"], learned.depth())
-    bias = None if config.position_bias in ("interventions", "em") else config.position_bias
+    bias = None if config.position_bias == "interventions" else config.position_bias
     check_there(step, hard_set=config.hard_set, position_bias=bias)
 
 

@@ -3,12 +3,10 @@
 import numpy as np
 import pytest
 from scipy.optimize import minimize
-from scipy.special import expit
 
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.data_builders.shop_world.world import ShopWorld, ShopWorldConfig
 from sidtune.data_builders.tables.schema import table_from_rows
-from sidtune.models.position_bias.em import estimate_by_em
 from sidtune.models.position_bias.interventions import (
     Cells,
     PositionBias,
@@ -89,47 +87,6 @@ def test_naive_rates_are_wrong_where_the_estimates_are_right():
     naive = clicked.sum(0) / shown.sum(0)
     assert np.abs(naive / naive.max() - THETA).max() > 0.1
     np.testing.assert_allclose(estimate_by_interventions(log).examination, THETA, atol=0.02)
-    np.testing.assert_allclose(estimate_by_em(log).examination, THETA, atol=0.02)
-
-
-def test_em_maximises_the_likelihood():
-    log = simulated(5, n=4000, groups=12)
-    shown, clicked = counted(log)
-    missed = shown - clicked
-
-    def loss(x):
-        p = expit(x[:5]) * expit(x[5:])[:, None]
-        return -(clicked * np.log(p) + missed * np.log1p(-p)).sum()
-
-    best = minimize(loss, np.full(17, -1.0), method="L-BFGS-B", options={"maxiter": 5000, "ftol": 1e-15, "gtol": 1e-9})
-    theta = expit(best.x[:5])
-    got = estimate_by_em(log, prior_strength=0.0, tolerance=1e-8, max_steps=2000).examination
-    np.testing.assert_allclose(got, theta / theta.max(), atol=1e-3)
-
-
-def test_regression_em_needs_no_move_but_needs_features():
-    """Every group always stands at one place: only what is known of the groups can tell examination from attraction."""
-    rng = np.random.default_rng(2)
-    groups = 4000
-    x = rng.normal(size=(groups, 2))
-    a = expit(x @ [1.0, -0.7] - 1.0)
-    place = np.clip(np.round(2.0 - 1.2 * x[:, 0] + rng.normal(size=groups)), 0, 4).astype(int)
-    group = np.repeat(np.arange(groups), 40)
-    click = rng.random(len(group)) < (THETA[place] * a)[group]
-    log = PositionLog.make(place[group], click, group)
-    with pytest.raises(DataError, match="not identified"):
-        estimate_by_interventions(log)
-    with pytest.raises(DataError, match="not identified"):
-        estimate_by_em(log)
-    found = estimate_by_em(log, x[group], samples=5)
-    np.testing.assert_allclose(found.examination, THETA, atol=0.04)
-    assert (found.standard_error[1:] > 0).all() and found.method == "em with regression"
-    with pytest.raises(DataError, match="tell the position exactly"):
-        estimate_by_em(log, np.column_stack([x[group], place[group] == 2]))
-    with pytest.raises(DataError, match="same value"):
-        estimate_by_em(log, np.ones(len(log)))
-    with pytest.raises(DataError, match="shape"):
-        estimate_by_em(log, x)
 
 
 def test_unlinked_positions_are_named():

@@ -25,7 +25,6 @@ from sidtune.data_builders.tables.columns import rows_of
 from sidtune.data_builders.tables.store import DataFolder
 from sidtune.data_builders.tasks.behaviour import prompt_for_requests
 from sidtune.data_builders.tasks.input import TaskInput
-from sidtune.models.position_bias.em import estimate_by_em
 from sidtune.models.position_bias.interventions import PositionBias, PositionLog, estimate_by_interventions
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 from sidtune.trainers.grpo.options import GRPOOptions
@@ -33,14 +32,13 @@ from sidtune.trainers.rewards.gains import ExposureGains, GainsConfig, LeafFacts
 
 
 def position_bias(how: str | None, requests: pa.Table) -> PositionBias | None:
-    """Examination of positions: None, estimated from train requests ("interventions", "em"), or a folder it was saved in."""
+    """Examination of positions: None, estimated from train requests ("interventions"), or a folder it was saved in."""
     if how is None:
         return None
-    if how in ("interventions", "em"):
-        log = PositionLog.of_requests(requests)
-        return estimate_by_interventions(log) if how == "interventions" else estimate_by_em(log)
+    if how == "interventions":
+        return estimate_by_interventions(PositionLog.of_requests(requests))
     if not Path(how).is_dir():
-        raise ConfigError(f"position_bias must be null, interventions, em or a folder that holds one, got '{how}'.")
+        raise ConfigError(f"position_bias must be null, interventions or a folder that holds one, got '{how}'.")
     return PositionBias.from_pretrained(how)
 
 

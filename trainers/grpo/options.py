@@ -22,7 +22,7 @@ class GRPOOptions:
         train: what trains: "rows", "lora" (LoRA factors and SID rows) or "all".
         lora: options of LoRA for train="lora" (fields of `peft.LoraConfig`).
         gains: how feedback becomes gains, see `trainers.rewards.gains.GainsConfig`.
-        position_bias: null, `interventions` or `em` (estimated from the train requests), or a folder that holds one.
+        position_bias: null, `interventions` (estimated from the train requests), or a folder that holds one.
         exposure: also divide by the share of like requests that showed the item (`gains.shown_rates`); null = where `position_bias`
             is set.
         split: requests to train on: "train", or "valid", which SFT has not seen (choose no settings on it then).
