@@ -210,9 +210,9 @@ def test_requests_that_sft_has_not_seen_can_be_trained_on(steps, tmp_path):
 def test_gains_and_position_bias_reach_the_targets(steps, tmp_path):
     requests = load_folder(steps / "data").requests["train"]
     assert position_bias(None, requests) is None
-    with pytest.raises(ConfigError, match="position_bias must be null, interventions, em or a folder"):
+    with pytest.raises(ConfigError, match="position_bias must be null, interventions or a folder"):
         position_bias("nothing", requests)
-    bias = position_bias("em", requests)
+    bias = position_bias("interventions", requests)
     bias.save_pretrained(tmp_path / "bias")
     arguments = options(
         steps,
