@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from sidtune.models.post_ranking.permutation import RankOutput as RankOutput
     from sidtune.models.post_ranking.processor import PostRankProcessor as PostRankProcessor
     from sidtune.models.post_ranking.ranker import PostRanker as PostRanker
+    from sidtune.models.soft_prompt.soft_prompt import SoftPrompt as SoftPrompt
     from sidtune.tokenizers.encoders.base import Encoder as Encoder
     from sidtune.tokenizers.encoders.base import load_encoder as load_encoder
     from sidtune.tokenizers.encoders.base import make_encoder as make_encoder

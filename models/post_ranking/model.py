@@ -1,8 +1,7 @@
 """A language model that reads soft tokens of users and items and answers with an order: LLM4PR (arXiv 2411.01178).
 
 `PostRankForCausalLM` holds any causal language model of transformers and two adapters, `qia_user` and `qia_item` (candidates and
-history share the latter). Placeholder ids in the prompt lie outside the vocabulary; their embeddings are replaced by the adapters'
-outputs, so the vocabulary is never resized and no text can produce a placeholder.
+history share the latter), whose outputs stand at placeholders of the prompt (`models/soft_prompt`).
 
 The loss is in `losses.py`. How LoRA joins (layout A: one PEFT adapter; layout B: LoRA inside, for ZeRO-3) and what is saved:
 `files.py`.
@@ -10,8 +9,6 @@ The loss is in `losses.py`. How LoRA joins (layout A: one PEFT adapter; layout B
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +35,7 @@ from sidtune.models.post_ranking.permutation import (
     parse_orders,
     single_forward_order,
 )
+from sidtune.models.soft_prompt.soft_prompt import check_left_padded, generate, look_up, put, run, takes
 
 METHODS = ("greedy", "beam", "single_forward", "unconstrained")
 
@@ -150,8 +148,7 @@ class PostRankForCausalLM(PreTrainedModel):
         """
         user_slots, item_slots = input_ids == self.config.user_token_id, input_ids == self.config.item_token_id
         slots = user_slots | item_slots
-        # Read and not indexed: a placeholder id would lie behind the end of the table.
-        embedded = self.get_input_embeddings()(input_ids.masked_fill(slots, 0))
+        embedded = look_up(self.language_model, input_ids, slots)
         if item_mask is None:
             item_mask = torch.zeros((len(input_ids), 0), dtype=torch.bool, device=input_ids.device)
         self._check_slots(item_slots, item_mask)
@@ -195,7 +192,7 @@ class PostRankForCausalLM(PreTrainedModel):
             given = {spec.name: query.new_zeros((0, spec.dim)) for spec in specs}
         else:
             given = {spec.name: fields[spec.name][taken] for spec in specs if spec.name in fields}
-        return embedded.masked_scatter(slots[..., None], adapter(query, given).to(embedded.dtype))
+        return put(embedded, slots, adapter(query, given))
 
     def _check_slots(self, item_slots: Tensor, item_mask: Tensor) -> None:
         wrong = (item_slots.sum(dim=1) != item_mask.sum(dim=1)).nonzero()[:, 0]
@@ -240,13 +237,13 @@ class PostRankForCausalLM(PreTrainedModel):
         """
         embedded = self.embed_prompt(input_ids, query, user_fields, item_fields, item_mask)
         if labels is None:
-            return PostRankOutput(logits=self._run(embedded, attention_mask, **options))
-        if self.training and "logits_to_keep" in _accepted(self.language_model):
+            return PostRankOutput(logits=run(self.language_model, embedded, attention_mask, **options).logits)
+        if self.training and takes(self.language_model, "logits_to_keep"):
             places = (labels[:, 1:] != IGNORE).any(dim=0).nonzero()[:, 0]
-            logits = said = self._run(embedded, attention_mask, logits_to_keep=places, **options)
-            targets = labels[:, places + 1]
+            options["logits_to_keep"], targets = places, labels[:, places + 1]
+            logits = said = run(self.language_model, embedded, attention_mask, **options).logits
         else:
-            logits = self._run(embedded, attention_mask, **options)
+            logits = run(self.language_model, embedded, attention_mask, **options).logits
             said, targets = logits[:, :-1], labels[:, 1:]
         loss, main, aux = answer_loss(said, targets, task_id, *self._loss_options)
         return PostRankOutput(loss=loss, logits=logits, main_loss=main.detach(), aux_loss=aux.detach())
@@ -256,15 +253,6 @@ class PostRankForCausalLM(PreTrainedModel):
         config = self.config
         return config.aux_weight, config.label_token_ids if config.main_loss == "permutation" else None
 
-    def _run(self, embedded: Tensor, attention_mask: Tensor | None, **options: Any) -> Tensor:
-        if attention_mask is None:
-            attention_mask = torch.ones(embedded.shape[:2], dtype=torch.long, device=embedded.device)
-        if "position_ids" in _accepted(self.language_model):
-            # Learned positions (GPT-2) would otherwise count left pads.
-            options.setdefault("position_ids", (attention_mask.long().cumsum(-1) - 1).clamp(min=0))
-        options.setdefault("use_cache", False)
-        return self.language_model(inputs_embeds=embedded, attention_mask=attention_mask, **options).logits
-
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
         """Generated tokens only, (B, new): `generate` of the language model behind left-padded prompts.
@@ -273,10 +261,7 @@ class PostRankForCausalLM(PreTrainedModel):
         """
         features = {key: options.pop(key, None) for key in ("query", "user_fields", "item_fields", "item_mask")}
         options.pop("task_id", None)
-        embedded = self.embed_prompt(input_ids, **features)
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        check_left_padded(mask)
-        return self.language_model.generate(inputs_embeds=embedded, attention_mask=mask, **options)
+        return generate(self.language_model, self.embed_prompt(input_ids, **features), attention_mask, **options)
 
     @torch.no_grad()
     def rank(
@@ -336,8 +321,9 @@ class PostRankForCausalLM(PreTrainedModel):
         mask = torch.ones_like(input_ids) if mask is None else mask
         check_left_padded(mask)
         embedded = self.embed_prompt(input_ids, **features)
-        last = {"logits_to_keep": 1} if "logits_to_keep" in _accepted(self.language_model) else {}
-        return single_forward_order(self._run(embedded, mask, **last)[:, -1], self.config.label_token_ids, counts)
+        last = {"logits_to_keep": 1} if takes(self.language_model, "logits_to_keep") else {}
+        logits = run(self.language_model, embedded, mask, **last).logits[:, -1]
+        return single_forward_order(logits, self.config.label_token_ids, counts)
 
     def _settings(self, steps: int, beams: int) -> GenerationConfig:
         end = self.config.end_token_id
@@ -375,22 +361,6 @@ class PostRankForCausalLM(PreTrainedModel):
     def load_whole(cls, folder: str | Path, **options: Any) -> PostRankForCausalLM:
         """Loads a folder that holds all weights."""
         return super().from_pretrained(folder, **options)
-
-
-@functools.lru_cache(maxsize=64)
-def _parameters(kind: type) -> frozenset[str]:
-    return frozenset(inspect.signature(kind.forward).parameters)
-
-
-def _accepted(model: nn.Module) -> frozenset[str]:
-    """Names the language model's forward takes, below a PEFT wrapper too."""
-    return _parameters(type(model.get_base_model() if hasattr(model, "get_base_model") else model))
-
-
-def check_left_padded(mask: Tensor) -> None:
-    """Raises DataError where a prompt does not end in the last column."""
-    if not bool(mask[:, -1].all()):
-        raise DataError("Prompts must be padded on the left to be answered; make them with padding_side 'left'.")
 
 
 AutoModel.register(PostRankConfig, PostRankForCausalLM, exist_ok=True)

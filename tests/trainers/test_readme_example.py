@@ -41,6 +41,14 @@ def test_the_examples_of_the_readme_train(shop, repo_root, monkeypatch):
     assert names["catalogue"].trie.num_leaves > 100
 
 
+def test_the_example_of_the_models_runs(shop, repo_root, monkeypatch):
+    monkeypatch.chdir(shop)
+    code = (repo_root / "models" / "README.md").read_text("utf-8").split("```python\n")[1].partition("```")[0]
+    names: dict = {}
+    exec(code, names)
+    assert all(vector.grad.abs().sum() > 0 for vector in names["vectors"].values())
+
+
 def test_a_catalogue_is_that_of_its_parts(shop):
     runs = shop / "runs" / "shop"
     sids, vocabulary = SemanticIds.from_pretrained(runs / "sids" / "sids"), Vocabulary.from_pretrained(runs / "model")
