@@ -12,11 +12,13 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: quickstart test lint bench clean help
+.PHONY: quickstart test test-fast test-all lint bench clean help
 
 help:
 	@echo "make quickstart  install, then build data, SIDs and model, train, evaluate and report on the embedded shop"
-	@echo "make test        install, then run the tests"
+	@echo "make test        install, then run the tests, but for the slow ones"
+	@echo "make test-fast   the same without those that take more than a moment"
+	@echo "make test-all    all tests, also those that train in several processes"
 	@echo "make lint        install ruff and a type checker, then check style and the types of the public names"
 	@echo "make bench       install, then run every benchmark in its quick form"
 
@@ -42,9 +44,16 @@ quickstart: $(VENV)/.base
 	$(BIN)/sidtune run --config recipes/quickstart/pipeline.yaml --output_dir $(OUT)
 
 # The tests' models are tiny: a second thread only costs time, a second process halves it. The tests of a file share what they trained.
-test: export OMP_NUM_THREADS = 1
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(PYTEST) -m "not slow"
+
+test-fast: $(VENV)/.test
+	$(PYTEST) -m "not slow and not medium"
+
+# TEST_SECONDS=600 begins no test after so long.
+test-all: $(VENV)/.test
+	$(PYTEST) $(TEST_ONLY)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

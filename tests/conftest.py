@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,6 +18,15 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+BEGUN = time.monotonic()
+
+
+def pytest_runtest_setup(item):
+    most = float(os.environ.get("TEST_SECONDS", "inf"))
+    if time.monotonic() - BEGUN > most:
+        pytest.skip(f"not begun after TEST_SECONDS={most:.0f}")
 
 
 def pytest_collection_modifyitems(config, items):

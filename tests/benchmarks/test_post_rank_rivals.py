@@ -10,6 +10,8 @@ from sidtune.core.folders import read_json
 from sidtune.metrics.list_ranking import BEST, RANDOM
 from sidtune.recipes.llm4pr import post_rank
 
+pytestmark = pytest.mark.medium
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
@@ -26,6 +28,7 @@ def run(tmp_path_factory):
     return folder, [str(word) for word in words]
 
 
+@pytest.mark.slow
 def test_rivals_and_ablations_stand_beside_the_run_and_change_none_of_its_numbers(run, monkeypatch):
     folder, words = run
     made = post_rank_rivals.main(words)

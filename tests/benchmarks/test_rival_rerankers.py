@@ -16,6 +16,8 @@ from sidtune.benchmarks.rivals.rerankers.prs import beam_lists
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.metrics.list_ranking import ListMetrics, evaluate_lists
 
+pytestmark = pytest.mark.medium
+
 EQUIVARIANT = ("mlp", "setrank")
 
 
@@ -181,6 +183,7 @@ def test_seq2slate_likelihoods_sum_to_one_and_ties_share(table):
         assert model.rank(batch).tolist() == greedy.tolist()
 
 
+@pytest.mark.slow
 def test_the_evaluator_of_prs_learns_what_neighbours_do_to_each_other():
     """Items of two kinds; a place earns only next to another kind. No item scorer can see that, the evaluator can."""
     rng = np.random.default_rng(0)

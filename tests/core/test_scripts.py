@@ -17,6 +17,8 @@ from sidtune.core.errors import ConfigError
 from sidtune.core.pipeline import launch_command, launch_options
 from sidtune.core.scripts import find_script, scripts
 
+pytestmark = pytest.mark.medium
+
 HEAVY = ("torch", "transformers", "trl", "accelerate", "sklearn", "matplotlib", "faiss")
 
 

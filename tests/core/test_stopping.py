@@ -14,6 +14,8 @@ import pytest
 from sidtune.core import stopping as core
 from sidtune.core.stopping import GOES_ON
 
+pytestmark = pytest.mark.medium
+
 STEP = """
 import os, sys, time
 from dataclasses import dataclass

@@ -19,6 +19,8 @@ from sidtune.core.folders import is_whole, read_json, read_run
 from sidtune.core.shapes import misfit
 from sidtune.core.text import parse_yaml, read_lines, read_text
 
+pytestmark = pytest.mark.medium
+
 MARK = b"\xef\xbb\xbf"
 
 

@@ -17,6 +17,8 @@ from sidtune.data_builders.tables.schema import SCHEMAS, Tables
 from sidtune.data_builders.tables.splits import apply_split
 from sidtune.data_builders.tables.store import load_folder, save_tables
 
+pytestmark = pytest.mark.medium
+
 
 def test_round_trip_is_lossless(tmp_path):
     tables, split = apply_split(tables_of(sound_rows()))

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from sidtune.data_builders.readers.text_cleaning import clean_html, parse_list_text
 
+pytestmark = pytest.mark.medium
+
 CASES = {
     "": "",
     "  two \t words\n": "two words",

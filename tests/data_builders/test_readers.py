@@ -23,6 +23,8 @@ from sidtune.data_builders.tables.splits import apply_split, item_statistics, tr
 from sidtune.data_builders.tables.store import split_names
 from sidtune.data_builders.tables.validate import validate_tables
 
+pytestmark = pytest.mark.medium
+
 
 def histories(tables: Tables, max_len: int | None = None) -> list[list[str]]:
     """Item ids of the history of each request."""

@@ -17,6 +17,8 @@ from sidtune.data_builders.prompts.sanitizer import Piece, Sanitizer, added_toke
 from sidtune.data_builders.prompts.serializer import Serializer
 from sidtune.data_builders.tasks.behaviour import to_dataset
 
+pytestmark = pytest.mark.medium
+
 KINDS = list(made.ALL)
 FUZZ = settings(
     max_examples=200,

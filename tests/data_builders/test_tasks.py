@@ -16,6 +16,8 @@ from sidtune.data_builders.tables.schema import table_from_rows
 from sidtune.data_builders.tasks.alignment import query_to_sid
 from sidtune.data_builders.tasks.registry import TASKS
 
+pytestmark = pytest.mark.medium
+
 EOS = "<|endoftext|>"
 WORLD = make_world(11)
 GENERAL = [

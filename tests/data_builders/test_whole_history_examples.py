@@ -15,6 +15,8 @@ from sidtune.data_builders.tables.history import TimeCut
 from sidtune.data_builders.tables.schema import table_from_rows
 from sidtune.data_builders.tasks.behaviour import history_to_sid, prompt_for_requests, request_to_sid, whole_history
 
+pytestmark = pytest.mark.medium
+
 MANY = 10_000
 
 

@@ -26,6 +26,8 @@ from sidtune.decoding.engine.head import LevelHead
 from sidtune.decoding.logits_processor import SidLogitsProcessor
 from sidtune.decoding.trie import SidTrie
 
+pytestmark = pytest.mark.medium
+
 CODES = random_codes(1)
 TOKENS = random_token_ids(2)
 LEAVES = sorted_leaves(CODES)

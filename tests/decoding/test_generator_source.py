@@ -21,6 +21,8 @@ from sidtune.decoding.retrieval.loading import final_model, load_retriever, prom
 from sidtune.decoding.serving.generator_source import KINDS
 from sidtune.trainers.post_ranking.data import judged_rows
 
+pytestmark = pytest.mark.medium
+
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory):

@@ -26,6 +26,8 @@ from sidtune.decoding.engine.generation_settings import RESET, SidGenerationConf
 from sidtune.decoding.logits_processor import SidLogitsProcessor, _allowed_leaves_below
 from sidtune.decoding.trie import SidTrie
 
+pytestmark = pytest.mark.medium
+
 CODES, TOKENS = random_codes(1), random_token_ids(2)
 LEAVES, TRIE = sorted_leaves(CODES), SidTrie.from_codes(CODES, LEVEL_SIZES)
 IDS, MASK = random_prompts(3)

@@ -20,6 +20,8 @@ from sidtune.decoding.logits_processor import SidLogitsProcessor
 from sidtune.decoding.reasoning import _close, reason_then_search
 from sidtune.decoding.trie import SidTrie
 
+pytestmark = pytest.mark.medium
+
 CODES, TOKENS = random_codes(1), random_token_ids(2)
 LEAVES, TRIE = sorted_leaves(CODES), SidTrie.from_codes(CODES, LEVEL_SIZES)
 IDS, MASK = random_prompts(3, (6, 1, 9, 4, 3, 2, 8, 5))

@@ -21,6 +21,8 @@ from sidtune.decoding.retrieval.search_request import parse_request
 from sidtune.decoding.serving import batch
 from sidtune.recipes.steps import retrieve
 
+pytestmark = pytest.mark.medium
+
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 WORDS = ("red", "blue", "cup", "boots", "jacket", "leather", "canvas", "cotton", "minimal", "sporty", "tee")
 

@@ -22,6 +22,8 @@ from sidtune.core.errors import ConfigError, SidtuneError
 from sidtune.decoding.sampling import sid_sample
 from sidtune.decoding.trie import SidTrie
 
+pytestmark = pytest.mark.medium
+
 CODES, TOKENS = random_codes(1), random_token_ids(2)
 TRIE = SidTrie.from_codes(CODES, LEVEL_SIZES).bind(TOKENS)
 IDS, MASK = random_prompts(3)

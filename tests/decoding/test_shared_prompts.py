@@ -25,6 +25,8 @@ from sidtune.decoding.engine.search import GenerateCall, Search
 from sidtune.decoding.sampling import sid_sample
 from sidtune.decoding.trie import SidTrie
 
+pytestmark = pytest.mark.medium
+
 CODES = random_codes(1)
 TOKENS = random_token_ids(2)
 TRIE = SidTrie.from_codes(CODES, LEVEL_SIZES)

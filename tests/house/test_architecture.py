@@ -12,6 +12,8 @@ import pytest
 from sidtune.core.lazy import declared_names
 from sidtune.core.registry import Registry
 
+pytestmark = pytest.mark.medium
+
 ROOMS = ["core", "data_builders", "tokenizers", "models", "metrics", "decoding", "trainers", "recipes", "benchmarks"]
 MAY_IMPORT = {
     "core": set(),

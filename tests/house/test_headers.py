@@ -18,6 +18,8 @@ from sidtune.core.errors import ConfigError
 from sidtune.core.pipeline import launch_options, resolve
 from sidtune.core.scripts import Script, find_script, scripts
 
+pytestmark = pytest.mark.medium
+
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(
     p.relative_to(ROOT).as_posix() for room in ("recipes", "accelerate_configs") for p in (ROOT / room).rglob("*.yaml")

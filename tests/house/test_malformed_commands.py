@@ -14,6 +14,8 @@ from tiny_pipeline import TINY, pipeline, run_in_process
 from sidtune.core.config import parse
 from sidtune.recipes.steps import build_data, evaluate, init_model, learn_sids, publish, report, sft
 
+pytestmark = pytest.mark.medium
+
 SPLIT = ["--split.kind", "global_time", "--split.test_share", "0.2"]
 
 

@@ -23,6 +23,8 @@ from sidtune.core.folders import fingerprint
 from sidtune.core.pipeline import Step
 from sidtune.core.scripts import find_script, scripts
 
+pytestmark = pytest.mark.medium
+
 ROOMS = ("core", "data_builders", "tokenizers", "models", "metrics", "decoding", "trainers", "recipes")
 KINDS = ("Config", "Settings", "Options", "Arguments", "Limits", "Training", "Source", "System", "Spec", "StepConfig")
 CHECKS = ("__post_init__", "check")  # a field that only these read is checked and ignored

@@ -9,6 +9,8 @@ import zipfile
 
 import pytest
 
+pytestmark = pytest.mark.medium
+
 
 def run(words, cwd, **environment):
     result = subprocess.run(

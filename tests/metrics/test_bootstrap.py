@@ -8,6 +8,8 @@ from sidtune.core.errors import ConfigError, DataError
 from sidtune.metrics.statistics import bootstrap
 from sidtune.metrics.statistics.bootstrap import bootstrap_interval, holm, paired_bootstrap, resampled
 
+pytestmark = pytest.mark.medium
+
 
 @pytest.mark.parametrize("kind", ["normal", "few values"])
 def test_interval_covers_the_true_mean_as_often_as_it_says(kind):

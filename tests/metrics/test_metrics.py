@@ -18,6 +18,8 @@ from sidtune.metrics import hf, ranking
 from sidtune.metrics.ranking import DEFAULT_METRICS, Relevance, evaluate_ranking
 from sidtune.metrics.registry import BASELINES, METRICS
 
+pytestmark = pytest.mark.medium
+
 
 def textbook(name: str, row: list[int], gain_of: dict[int, float], k: int) -> float:
     """One request, one metric, by the definitions in any textbook."""

@@ -16,6 +16,8 @@ from sidtune.models.position_bias.interventions import (
     situations,
 )
 
+pytestmark = pytest.mark.medium
+
 THETA = np.array([1.0, 0.7, 0.5, 0.4, 0.25])
 
 

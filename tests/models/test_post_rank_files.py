@@ -22,6 +22,8 @@ from sidtune.models.post_ranking.files import (
 from sidtune.models.post_ranking.model import PostRankForCausalLM
 from sidtune.models.post_ranking.processor import PostRankProcessor
 
+pytestmark = pytest.mark.medium
+
 KINDS = ("qwen3", "llama", "gpt2")
 
 

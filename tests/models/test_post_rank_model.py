@@ -19,6 +19,8 @@ from sidtune.models.post_ranking.files import (
 from sidtune.models.post_ranking.losses import answer_loss
 from sidtune.models.post_ranking.model import PostRankForCausalLM
 
+pytestmark = pytest.mark.medium
+
 KINDS = ("qwen3", "llama", "gpt2")
 
 

@@ -31,6 +31,8 @@ from sidtune.trainers.contrastive.trainer import (
     train_aligned,
 )
 
+pytestmark = pytest.mark.medium
+
 TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 WORDS = [
     "ash", "bay", "cod", "dew", "elm", "fig", "gum", "hay", "ivy", "jam",

@@ -27,6 +27,8 @@ from sidtune.trainers.grpo.examples import grpo_examples, hard_rows, position_bi
 from sidtune.trainers.grpo.stage import GRPOStage
 from sidtune.trainers.rewards.gains import LeafFacts
 
+pytestmark = pytest.mark.medium
+
 ARGS = {
     "num_generations": 4,
     "per_device_train_batch_size": 16,

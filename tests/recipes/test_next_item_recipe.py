@@ -14,6 +14,8 @@ from sidtune.decoding.next_item.ensembles import fit_baseline, rank_together, we
 from sidtune.recipes.next_item import table as next_item_table
 from sidtune.recipes.next_item import train as next_item
 
+pytestmark = pytest.mark.medium
+
 TINY = {
     "seeds": [0, 1],
     "num_beams": 12,
@@ -51,6 +53,7 @@ def finished(tmp_path_factory):
     return given, folder
 
 
+@pytest.mark.slow
 def test_the_metric_lies_in_its_band(finished):
     """The rule is followed with probability .85, so no honest ranking reaches 1; the band is that of ten seeds, widened."""
     record = json.loads((finished[1] / "figures.json").read_text())

@@ -15,6 +15,8 @@ from sidtune.data_builders.tables.survey import survey
 from sidtune.recipes import doctor, new
 from sidtune.recipes.new import FILE
 
+pytestmark = pytest.mark.medium
+
 
 @pytest.fixture(scope="module")
 def rows():
@@ -64,6 +66,7 @@ def resolved(folder: Path, **options) -> list:
     return resolve(RunArguments(**yaml.safe_load(file.read_text()), root=str(folder), **options))
 
 
+@pytest.mark.slow
 def test_a_new_pipeline_passes_the_checks_of_every_step_and_runs(tables, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     new.main(parse(new.Arguments, ["shops/mine", "--data", str(tables)]))

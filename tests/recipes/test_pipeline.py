@@ -22,6 +22,8 @@ from sidtune.core.folders import read_json
 from sidtune.metrics.report.readme_table import replace_table
 from sidtune.recipes.steps import evaluate, report, seeds
 
+pytestmark = pytest.mark.medium
+
 STEPS = ("data", "sids", "model", "sft", "grpo", "eval", "post_rank", "bundle", "report")
 NO_STEPS = ("run", "seeds", "ablation", "serve", "next_item")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}

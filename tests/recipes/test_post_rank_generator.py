@@ -14,6 +14,8 @@ from sidtune.decoding.serving.generator_source import KINDS
 from sidtune.metrics.list_ranking import BEST, CLICKS, RANDOM, SORTED
 from sidtune.recipes.llm4pr import post_rank
 
+pytestmark = pytest.mark.medium
+
 STEPS, TRAINING = tiny_training(2)
 
 

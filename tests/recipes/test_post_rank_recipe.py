@@ -24,6 +24,8 @@ from sidtune.recipes.llm4pr.training import Training, start_model, table_for, tr
 from sidtune.tokenizers.base_models.from_scratch import build_model, train_lm_tokenizer
 from sidtune.trainers.post_ranking import trainer as post_rank_steps
 
+pytestmark = pytest.mark.medium
+
 STEPS, TRAINING = tiny_training(3)
 
 

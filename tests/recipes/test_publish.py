@@ -19,6 +19,8 @@ from sidtune.core.folders import fingerprint, read_json
 from sidtune.decoding.retrieval.retriever import PastTurn, SidRetriever
 from sidtune.recipes.steps import publish, report
 
+pytestmark = pytest.mark.medium
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
@@ -32,6 +34,7 @@ def folders(finished):
     }
 
 
+@pytest.mark.slow
 def test_push_and_fetch_give_the_same_answers(finished, tmp_path):
     with hub_stand_in() as (endpoint, state):
         # The hub library reads its endpoint once, at import, so the push runs in a process of its own.

@@ -19,6 +19,8 @@ from sidtune.recipes.crs import reason, self_evolve, trajectories
 from sidtune.recipes.crs.self_evolve import Arguments, Loop
 from sidtune.trainers.grpo.examples import hard_rows
 
+pytestmark = pytest.mark.medium
+
 NAMES = [
     "aligned/valid",
     "seeds",

@@ -18,6 +18,8 @@ from sidtune.tokenizers.registry import QUANTIZERS
 from sidtune.tokenizers.sids.quality import sid_quality
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 
+pytestmark = pytest.mark.medium
+
 SHOP = benchmark.SOURCES["shop"]
 
 

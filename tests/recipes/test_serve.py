@@ -22,6 +22,8 @@ from sidtune.decoding.retrieval.search_request import FIELDS, RequestLimits, par
 from sidtune.decoding.serving import http_app as search_app
 from sidtune.recipes.steps import serve
 
+pytestmark = pytest.mark.medium
+
 WORDS = ("red", "blue", "cup", "boots", "jacket", "leather", "canvas", "cotton", "minimal", "sporty")
 WORDS += ("oxford", "trainer", "tee", "slider", "jumper")
 

@@ -34,6 +34,8 @@ from sidtune.recipes.steps import (
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 from sidtune.tokenizers.vocabulary.extension import Vocabulary
 
+pytestmark = pytest.mark.medium
+
 ALONE = {"num_beams": 10, "ks": [5, 10], "samples": 100, "baselines": ["popularity"], "max_requests": 10}
 
 

@@ -15,6 +15,8 @@ from sidtune.core.pipeline import RunArguments, is_done, resolve
 from sidtune.recipes.steps import seeds, serve, sft
 from sidtune.recipes.steps.retrieve import Arguments as Retrieve
 
+pytestmark = pytest.mark.medium
+
 NAN, HUGE = math.nan, 10**9
 TRAJECTORIES = {
     "name": "loop", "script": "self_evolve", "inputs": GRPO_STEP["inputs"],

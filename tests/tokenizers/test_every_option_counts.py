@@ -13,6 +13,8 @@ from sidtune.core.errors import ConfigError
 from sidtune.tokenizers.registry import COLLISIONS, ENCODERS, QUANTIZERS, made_by
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 
+pytestmark = pytest.mark.medium
+
 DRAW = np.random.default_rng(0)
 VECTORS = (DRAW.normal(size=(12, 6))[DRAW.integers(0, 12, 160)] + 0.3 * DRAW.normal(size=(160, 6))).astype(np.float32)
 SIDE = DRAW.normal(size=(160, 5)).astype(np.float32)

@@ -22,6 +22,8 @@ from sidtune.tokenizers.vocabulary.saving import load_model, save_trained
 from sidtune.trainers.common.args import sft_config
 from sidtune.trainers.sft.trainer import SidSFTTrainer
 
+pytestmark = pytest.mark.medium
+
 SID = WORDS + 2  # the first SID token
 # As bases ship them; each cuts or re-weighs SIDs, or cannot be saved, or points outside the vocabulary.
 FOREIGN = {

@@ -19,6 +19,8 @@ from sidtune.tokenizers.sids.quality import sid_quality
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 from sidtune.tokenizers.vocabulary.embedding_init import check_codebooks
 
+pytestmark = pytest.mark.medium
+
 SHORT = {"epochs": 25, "learning_rate": 5e-3, "batch_size": 256, "hidden": (32,), "device": "cpu"}
 CASES = {
     "residual_kmeans": ("residual_kmeans", {"level_sizes": (16, 16, 16)}),

@@ -29,6 +29,8 @@ from sidtune.tokenizers.sids.query_codes import (
 from sidtune.tokenizers.sids.query_recall import query_item_recall, query_targets
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 
+pytestmark = pytest.mark.medium
+
 SHOP = {"n_items": 260, "n_users": 60, "n_requests": 900}
 QUANTIZER = {"name": "rq_opq", "head_sizes": [12, 8, 6], "tail_size": 8, "rotation_rounds": 3}
 

@@ -13,6 +13,8 @@ from sidtune.tokenizers.quantizers.product_quantizer import ProductQuantizer, Pr
 from sidtune.tokenizers.quantizers.residual_kmeans import ResidualKMeans, ResidualKMeansConfig
 from sidtune.tokenizers.quantizers.rq_opq import RqOpq, RqOpqConfig
 
+pytestmark = pytest.mark.medium
+
 
 def product(**options) -> ProductQuantizer:
     return ProductQuantizer(
@@ -63,6 +65,7 @@ def test_rotation_helps_and_more_codes_help():
     assert error[True, 64] < error[True, 16] < 0.8 * error[False, 16]
 
 
+@pytest.mark.slow
 def test_same_error_as_the_faiss_factory():
     """Sheet 5.7: `OPQ2,IVF1,PQ2x8` has no other error than our rotation and codebooks."""
     vectors = clusters(10_000, dims=12)  # faiss wants 39 rows per code, else it prints warnings

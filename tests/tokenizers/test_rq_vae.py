@@ -17,6 +17,8 @@ from sidtune.tokenizers.quantizers.residual_kmeans import ResidualKMeans, Residu
 from sidtune.tokenizers.quantizers.rq_kmeans_plus import RqKMeansPlus, RqKMeansPlusConfig
 from sidtune.tokenizers.quantizers.rq_vae import RqVae, RqVaeConfig
 
+pytestmark = pytest.mark.medium
+
 SMALL = {"level_sizes": (16, 8, 8), "batch_size": 256, "epochs": 6, "hidden": (32,), "device": "cpu"}
 
 

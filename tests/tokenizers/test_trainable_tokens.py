@@ -23,6 +23,8 @@ from sidtune.tokenizers.vocabulary.trainable_tokens import (
     trained_rows,
 )
 
+pytestmark = pytest.mark.medium
+
 LORA = {"r": 4, "lora_alpha": 8}
 
 

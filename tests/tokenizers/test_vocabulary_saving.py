@@ -21,6 +21,8 @@ from sidtune.tokenizers.vocabulary.saving import load_model, load_trained, merge
 from sidtune.tokenizers.vocabulary.token_matrices import vocab_matrices
 from sidtune.tokenizers.vocabulary.trainable_tokens import set_trainable, split_matrices
 
+pytestmark = pytest.mark.medium
+
 LORA = {"r": 4, "lora_alpha": 8}
 
 

@@ -15,7 +15,8 @@ from launching import LOSS_TOLERANCE, assert_same_weights, launch, needs_deepspe
 from sft_stand_ins import model_folder
 from transformers import AutoModelForCausalLM
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.medium
+
 WORKER = str(Path(__file__).parents[1] / "support" / "sft_worker.py")
 
 
@@ -58,7 +59,11 @@ def assert_main_process_told_the_error(root: Path, output: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["ddp_cpu", pytest.param("zero2_cpu", marks=needs_deepspeed), pytest.param("zero3_cpu", marks=needs_deepspeed)],
+    [
+        "ddp_cpu",
+        pytest.param("zero2_cpu", marks=[needs_deepspeed, pytest.mark.slow]),
+        pytest.param("zero3_cpu", marks=[needs_deepspeed, pytest.mark.slow]),
+    ],
 )
 def test_two_processes_train_like_one(root, name):
     launch(name, [WORKER, str(root), name, "rows,lora,all", "all"], root)
@@ -69,6 +74,7 @@ def test_two_processes_train_like_one(root, name):
     assert_main_process_told_the_error(root, name)
 
 
+@pytest.mark.slow
 def test_fsdp2_trains_like_one_process(root, repo_root, tmp_path):
     config = yaml.safe_load((repo_root / "accelerate_configs" / "fsdp2.yaml").read_text())
     (tmp_path / "fsdp2.yaml").write_text(yaml.safe_dump(config | {"mixed_precision": "no"}))

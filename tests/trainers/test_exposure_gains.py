@@ -18,6 +18,8 @@ from sidtune.trainers.rewards.batch import RewardBatch, build_rewards
 from sidtune.trainers.rewards.gains import GainsConfig, LeafFacts, exposure_gains, shown_rates
 from sidtune.trainers.rewards.lists import list_gains
 
+pytestmark = pytest.mark.medium
+
 LABELS = {"order": 4.0, "like": 2.0, "click": 1.0}
 BIAS = PositionBias(
     np.arange(8), (1.0 + np.arange(8)) ** -1.0, np.full(8, np.nan), np.ones(8, np.int64), "interventions"

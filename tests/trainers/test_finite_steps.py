@@ -23,6 +23,8 @@ from sidtune.models.position_bias.interventions import PositionLog
 from sidtune.tokenizers.quantizers.rq_vae import RqVae, RqVaeConfig
 from sidtune.trainers.contrastive.trainer import AlignedExamples
 
+pytestmark = pytest.mark.medium
+
 K = 3
 
 
@@ -213,8 +215,7 @@ def test_weights_are_looked_at_whatever_their_kind():
 WORKER = Path(__file__)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp_cpu", pytest.param("zero2_cpu", marks=needs_deepspeed)])
+@pytest.mark.parametrize("kind", ["ddp_cpu", pytest.param("zero2_cpu", marks=[needs_deepspeed, pytest.mark.slow])])
 def test_all_processes_stop_together_when_one_meets_a_nan(tmp_path, kind):
     launch(kind, [str(WORKER), str(tmp_path)], tmp_path, seconds=120)
     told = [(tmp_path / f"told_{rank}.txt").read_text() for rank in range(2)]

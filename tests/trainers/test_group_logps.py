@@ -32,6 +32,8 @@ from sidtune.trainers.grpo.logps import passes as group_passes
 from sidtune.trainers.grpo.logps.group_logps import group_logps
 from sidtune.trainers.grpo.logps.packing import pack, read_batch
 
+pytestmark = pytest.mark.medium
+
 _D = decoding_oracles._DECODER
 _T = decoding_oracles._TOKENS
 

@@ -17,6 +17,8 @@ from sidtune.trainers.grpo import losses as grpo_losses
 from sidtune.trainers.grpo.advantages import beam_advantages, group_advantages, set_advantages
 from sidtune.trainers.grpo.rollouts import Rollout, Rows
 
+pytestmark = pytest.mark.medium
+
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 
 

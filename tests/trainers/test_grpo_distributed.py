@@ -14,7 +14,8 @@ from launching import LOSS_TOLERANCE, assert_same_weights, launch, needs_deepspe
 from sft_stand_ins import model_folder
 from transformers import AutoModelForCausalLM
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.medium
+
 WORKER = str(Path(__file__).parents[1] / "support" / "grpo_worker.py")
 
 
@@ -35,8 +36,8 @@ def seen(folder: Path) -> dict:
     ("name", "modes"),
     [
         ("ddp_cpu", "lora,all"),
-        pytest.param("zero2_cpu", "all", marks=needs_deepspeed),
-        pytest.param("zero3_cpu", "rows,lora,all", marks=needs_deepspeed),
+        pytest.param("zero2_cpu", "all", marks=[needs_deepspeed, pytest.mark.slow]),
+        pytest.param("zero3_cpu", "rows,lora,all", marks=[needs_deepspeed, pytest.mark.slow]),
     ],
 )
 def test_two_processes_are_like_one(root, name, modes):

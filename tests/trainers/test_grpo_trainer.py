@@ -29,6 +29,8 @@ from sidtune.trainers.grpo.rollouts import Rollout, Rows, pad_left
 from sidtune.trainers.grpo.sid_positions import SidTable, read_ids
 from sidtune.trainers.grpo.trainer import DebiasedGRPOTrainer
 
+pytestmark = pytest.mark.medium
+
 
 def target_probability(made) -> float:
     """Mean probability of the targets, over all leaves."""
@@ -76,6 +78,7 @@ def reasoned_target_probability(made, texts: list[list[int]]) -> float:
     return found.scores.exp().where(found.leaves == targets[:, None], 0.0).sum(1).mean().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("credit", ["reasoning", "list"])
 def test_reasoning_rollouts_learn(tmp_path, credit):
     """Credit "list" trains the SID behind a reasoning directly; the other must at least raise the reward it sees."""

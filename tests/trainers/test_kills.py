@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.medium
+
 TRAINERS = ("sft", "grpo", "post_rank", "next_item", "encoder")
 
 

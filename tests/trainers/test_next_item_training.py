@@ -25,6 +25,8 @@ from sidtune.trainers.next_item.trainer import (
     train_next_item,
 )
 
+pytestmark = pytest.mark.medium
+
 SEQUENCES = random_sequences(users=12)
 CATALOGUE = random_catalogue(SEQUENCES)
 CODES = torch.from_numpy(CATALOGUE.codes)

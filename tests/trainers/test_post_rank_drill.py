@@ -1,6 +1,7 @@
 """The drill of a backbone built from scratch: it learns to sort numbers, and new adapters begin where it reads them."""
 
 import numpy as np
+import pytest
 import torch
 
 from sidtune.data_builders.post_ranking.text import request_of
@@ -11,7 +12,10 @@ from sidtune.tokenizers.base_models.from_scratch import build_model, train_lm_to
 from sidtune.trainers.post_ranking.data import field_specs
 from sidtune.trainers.post_ranking.drill import drilled, number_lists, start_on_the_line
 
+pytestmark = pytest.mark.medium
 
+
+@pytest.mark.slow
 def test_a_new_backbone_learns_to_sort_in_the_drill(tmp_path):
     """The relevance of a number is its place; a drilled backbone sorts lists it has not seen far better than chance."""
     table = number_lists(500, 4, seed=1)

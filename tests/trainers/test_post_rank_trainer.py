@@ -18,6 +18,8 @@ from sidtune.models.post_ranking.processor import PostRankProcessor, build_confi
 from sidtune.trainers.post_ranking.data import PostRankExamples, auxiliary_pair, field_specs, judged_rows
 from sidtune.trainers.post_ranking.trainer import PostRankTrainer, adapt_features, learn_to_post_rank, paper_arguments
 
+pytestmark = pytest.mark.medium
+
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):

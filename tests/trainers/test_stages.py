@@ -20,6 +20,8 @@ from sidtune.trainers.common.stage import finite
 from sidtune.trainers.sft.mixture import StageConfig, TaskMix, chosen_rows, describe, mixture, parse_stages
 from sidtune.trainers.sft.stages import run_stages
 
+pytestmark = pytest.mark.medium
+
 ARGS = {
     "per_device_train_batch_size": 8,
     "learning_rate": 5e-3,

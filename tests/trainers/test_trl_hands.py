@@ -21,6 +21,8 @@ from sidtune.trainers.grpo.trl_rewards import as_trl_reward
 from sidtune.trainers.rewards.registry import REWARDS
 from sidtune.trainers.sft.trainer import SidSFTTrainer
 
+pytestmark = pytest.mark.medium
+
 PLAIN = {"bf16": False, "use_cpu": True, "report_to": [], "activation_checkpointing": False, "save_strategy": "no"}
 PLAIN |= {"max_steps": 2, "per_device_train_batch_size": 8, "disable_tqdm": True, "logging_steps": 1}
 TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
