@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 
-VERBOSE_VARIABLE, LOGGED_VARIABLE = "SIDTUNE_VERBOSE", "SIDTUNE_LOGGED"
+VERBOSE_VARIABLE, LOGGED_VARIABLE, TRACKER_VARIABLE = "SIDTUNE_VERBOSE", "SIDTUNE_LOGGED", "SIDTUNE_REPORT_TO"
 _CHATTY = (
     "httpx", "httpcore", "faiss", "matplotlib", "bm25s", "absl", "torch", "transformers", "trl", "accelerate", "datasets",
     "DeepSpeed",

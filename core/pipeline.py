@@ -12,14 +12,16 @@ with its runner (`core/stopping.py`).
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
+import resource
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TextIO
+from typing import Any, ClassVar, Literal, TextIO
 
 import yaml
 
@@ -35,7 +37,7 @@ from sidtune.core.config import (
     merged,
     renamed,
 )
-from sidtune.core.console import LOGGED_VARIABLE
+from sidtune.core.console import LOGGED_VARIABLE, TRACKER_VARIABLE
 from sidtune.core.errors import ConfigError, SidtuneError, nearest
 from sidtune.core.folders import RUN_FILE, is_whole, locked, read_json, same_inputs
 from sidtune.core.scripts import Script, find_script
@@ -83,6 +85,7 @@ class RunArguments:
         seed: given to every step that has a `seed` option and does not set it.
         until: stop after this step.
         force: names of steps to run again even when nothing changed.
+        report_to: tracker that every training logs to, beside its files.
         root: folder that relative config paths start from; default the folder of the pipeline file.
     """
 
@@ -94,10 +97,13 @@ class RunArguments:
     seed: int = 0
     until: str | None = None
     force: list[str] = field(default_factory=list)
+    report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
     root: str | None = None
 
     def __post_init__(self) -> None:
         check_range(self, 0, "seed", most=SEEDS)
+        if self.report_to != "none" and importlib.util.find_spec(self.report_to) is None:
+            raise ConfigError(f"report_to: {self.report_to} is not installed; pip install {self.report_to}.")
 
 
 @dataclass
@@ -276,6 +282,7 @@ def run_step(step: Step, options: dict[str, Any]) -> None:
         if "RANK" in inherited or "LOCAL_RANK" in inherited:
             inherited = {k: v for k, v in inherited.items() if k not in _LAUNCHER and not k.startswith(_LAUNCHERS)}
         words = launch_command(step.script, options, ["--config", str(config_file)])
+        inherited.setdefault("TENSORBOARD_LOGGING_DIR", str(step.log.parent / "tensorboard" / step.name))
         environment = {**inherited, ERROR_FILE_VARIABLE: str(error_file), LOGGED_VARIABLE: step.name}
         step.log.parent.mkdir(parents=True, exist_ok=True)
         with _own_log(step) as log:
@@ -309,16 +316,25 @@ def do_step(
         return
     live = sys.stdout.isatty()  # the step's bar takes the line and gives it back
     print(f"{title} ..." if live else f"{title}: started", end="\r" if live else "\n", flush=True)
-    begin = time.time()
+    begin, used = time.time(), _cpu_seconds()
     launch(step, launch_options(options))
     if not (step.folder / RUN_FILE).exists():
         raise SidtuneError(f"The step '{step.name}' ended but left no {step.folder / RUN_FILE}; run it again.")
-    print(f"{CLEAR if live else ''}{title}: done in {time.time() - begin:.0f} s", flush=True)
+    took = f"{time.time() - begin:.0f} s, CPU {_cpu_seconds() - used:.0f} s"
+    print(f"{CLEAR if live else ''}{title}: done in {took}", flush=True)
+
+
+def _cpu_seconds() -> float:
+    """Processor time of the steps that have ended; on a shared machine it says more than the clock."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def run_pipeline(arguments: RunArguments) -> None:
     """Runs the steps that are not done, and prints one line for each."""
-    steps, started = resolve(arguments), time.time()
+    steps, started, used = resolve(arguments), time.time(), _cpu_seconds()
+    if arguments.report_to != "none":
+        os.environ[TRACKER_VARIABLE] = arguments.report_to
     with locked(arguments.output_dir):
         for number, step in enumerate(steps, 1):
             do_step(step, arguments.launch, f"[{number}/{len(steps)}] {step.name}", step.name in arguments.force)
@@ -327,7 +343,8 @@ def run_pipeline(arguments: RunArguments) -> None:
     for step in steps[:number]:
         if getattr(step.script.load(), "SHOW_AT_END", False) and step.log.is_file():
             print(step.log.read_text("utf-8").rpartition(f"sidtune {step.script.command}\n")[2].rstrip(), flush=True)
-    print(f"{arguments.name}: finished in {time.time() - started:.0f} s, results in {arguments.output_dir}", flush=True)
+    took = f"{time.time() - started:.0f} s, CPU {_cpu_seconds() - used:.0f} s"
+    print(f"{arguments.name}: finished in {took}, results in {arguments.output_dir}", flush=True)
 
 
 def launch_options(given: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from tiny_pipeline import whole_pipeline as pipeline
 
 from sidtune.core import pipeline as run
 from sidtune.core.config import parse
-from sidtune.core.errors import ConfigError, DataError
+from sidtune.core.errors import ConfigError, DataError, SidtuneError
 from sidtune.core.folders import read_json
 from sidtune.metrics.report.readme_table import replace_table
 from sidtune.recipes.steps import evaluate, report, seeds
@@ -205,6 +205,24 @@ def test_only_a_runner_inside_a_launcher_hides_what_it_was_told(tmp_path, monkey
     assert seen["SIDTUNE_ERROR_FILE"]
     assert [name in seen for name in ("ACCELERATE_MIXED_PRECISION", "FSDP_VERSION")] == [not inside] * 2
     assert not {"RANK", "LOCAL_RANK"} & seen.keys()
+
+
+def test_a_tracker_is_named_once_and_reaches_every_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="report_to: trackio is not installed; pip install trackio"):
+        run.RunArguments([], str(tmp_path), report_to="trackio")
+    with pytest.raises(ConfigError, match="'report_to' must be"):
+        run.build(run.RunArguments, {"steps": [], "output_dir": "x", "report_to": "clearml"}, "run")
+    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: object())
+    arguments = run.RunArguments(pipeline()["steps"][:1], str(tmp_path / "p"), report_to="tensorboard")
+    monkeypatch.undo()
+    seen = {}
+    monkeypatch.setenv("SIDTUNE_REPORT_TO", "none")
+    monkeypatch.setattr(run, "run_tied", lambda words, environment, **_: seen.update(environment) or 1)
+    with pytest.raises(SidtuneError):
+        run.run_pipeline(arguments)
+    assert seen["SIDTUNE_REPORT_TO"] == "tensorboard"
+    assert seen["TENSORBOARD_LOGGING_DIR"] == str(tmp_path / "p" / "logs" / "tensorboard" / "data")
 
 
 def test_the_seed_reaches_every_step(tmp_path):

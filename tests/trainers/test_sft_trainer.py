@@ -250,6 +250,24 @@ def test_wrong_arguments_are_refused_in_one_sentence(tmp_path, values, words):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("quick", [True, False])
+def test_bf16_auto_asks_the_processor_and_a_slow_one_warns(tmp_path, monkeypatch, caplog, quick):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: quick)
+    made = {v: config(tmp_path, bf16=v).bf16 for v in ("auto", True, False)}
+    assert made == {"auto": quick, True: True, False: False}
+    assert [r.message for r in caplog.records if "emulated" in r.message] == (
+        [] if quick else ["test: bf16 is emulated on this processor, several times slower; set it to auto or false."]
+    )
+
+
+def test_one_variable_names_the_tracker_of_every_training(tmp_path, monkeypatch):
+    monkeypatch.setenv("SIDTUNE_REPORT_TO", "tensorboard")
+    monkeypatch.setattr("sidtune.trainers.common.args.get_available_reporting_integrations", lambda: ["tensorboard"])
+    assert config(tmp_path).report_to == ["tensorboard"]
+    assert config(tmp_path, report_to="none").report_to == []
+
+
 def test_arguments_fit_a_machine_without_accelerator(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     made = sft_config({"learning_rate": "1e-4"}, output_dir=tmp_path, max_length=8, seed=9, evaluate=True, where="x")

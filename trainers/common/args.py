@@ -11,6 +11,7 @@ silently become plain data parallelism, so it is refused.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import typing
 from pathlib import Path
@@ -22,9 +23,11 @@ from transformers.integrations import get_available_reporting_integrations
 from trl import SFTConfig
 
 from sidtune.core.config import check_keys, check_types
+from sidtune.core.console import TRACKER_VARIABLE
 from sidtune.core.errors import ConfigError, nearest
 from sidtune.core.shapes import as_number
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # What no training can be told, and why.
@@ -79,10 +82,10 @@ def machine_defaults() -> dict[str, Any]:
     known = fields_of(SFTConfig)
     checkpointing = _ALIASES["gradient_checkpointing"]
     checkpointing = checkpointing if checkpointing in known else "gradient_checkpointing"
+    tracker = {"report_to": os.environ[TRACKER_VARIABLE]} if TRACKER_VARIABLE in os.environ else {}
     if torch.accelerator.is_available():
-        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        return {"bf16": bf16, checkpointing: True}
-    values = {"bf16": False, checkpointing: False, "dataloader_pin_memory": False}
+        return {"bf16": fast_bf16(), checkpointing: True, **tracker}
+    values = {"bf16": False, checkpointing: False, "dataloader_pin_memory": False, **tracker}
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         raise ConfigError(
             "FSDP was asked for, but this machine has no accelerator and accelerate shards on accelerators only; "
@@ -93,8 +96,15 @@ def machine_defaults() -> dict[str, Any]:
     return values | {"use_cpu": True}
 
 
+def fast_bf16() -> bool:
+    """Whether bfloat16 is quick here: on a GPU that has it, or a processor with AMX; others emulate it, several times slower."""
+    if torch.accelerator.is_available():
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+
+
 def checked_fields(kind: type, reserved: dict[str, str], values: dict[str, Any], where: str) -> dict[str, Any]:
-    """`values` as fields of the config class `kind`; shared by every trainer's `args`.
+    """`values` as fields of the config class `kind`; shared by every trainer's `args`. `bf16: auto` is decided here.
 
     Args:
         reserved: fields that cannot be set, and why.
@@ -113,6 +123,10 @@ def checked_fields(kind: type, reserved: dict[str, str], values: dict[str, Any],
                 raise ConfigError(f"{where}: '{old}' and '{new}' mean the same; keep one of them.")
             values[new] = values.pop(old)
     values = {key: as_number(value, known[key]) for key, value in values.items()}
+    if values.get("bf16") == "auto":
+        values["bf16"] = fast_bf16()
+    elif values.get("bf16") is True and not fast_bf16():
+        logger.warning("%s: bf16 is emulated on this processor, several times slower; set it to auto or false.", where)
     check_types(kind, values, where)
     for key, value in values.items():
         if (least := _LEAST.get(key)) is not None and isinstance(value, (int, float)) and value < least:

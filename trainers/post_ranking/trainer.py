@@ -70,7 +70,6 @@ def checked_paper(changes: dict[str, Any], where: str = "The arguments of post-r
         "max_grad_norm": 1.0,
         "per_device_train_batch_size": 5,
         "logging_first_step": True,
-        "report_to": "none",
         "save_total_limit": 2,
         "ddp_find_unused_parameters": False,
         "prediction_loss_only": True,
@@ -98,7 +97,8 @@ def paper_arguments(output_dir: str | Path, **changes: Any) -> TrainingArguments
     Raises:
         ConfigError: as `checked_paper`, or values that do not fit this machine.
     """
-    values = {**machine_defaults(), **checked_paper(changes), "remove_unused_columns": False}
+    defaults = {"report_to": "none", **machine_defaults()}
+    values = {**defaults, **checked_paper(changes), "remove_unused_columns": False}
     try:
         return TrainingArguments(output_dir=str(output_dir), **values)
     except (ValueError, TypeError, ImportError, AssertionError) as error:
