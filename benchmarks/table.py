@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sidtune.core.errors import DataError
-from sidtune.metrics.report.readme_table import replace_table
+from sidtune.metrics.report.readme_table import replace_table, signed
 
 COLUMNS = {
     "name": "case",
@@ -82,7 +82,8 @@ def main(argv: list[str] | None = None) -> str:
     parser.add_argument("--readme", type=Path, required=True)
     parser.add_argument("--mark", required=True)
     options = parser.parse_args(argv)
-    made = table([json.loads(file.read_text("utf-8")) for file in options.results])
+    found = [json.loads(file.read_text("utf-8")) for file in options.results]
+    made = signed({}, table(found), options.results[0])
     try:
         replace_table(options.readme, made, options.mark)
     except DataError as error:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from sidtune.core.config import as_dict
 from sidtune.core.folders import (
     RUN_FILE,
     fingerprint,
@@ -77,7 +78,8 @@ def report(who: Rankings) -> dict[str, Any]:
         "versions": versions(),
     }
     write_json(Path(arguments.output_dir) / "results.json", record)
-    publish(record, markdown(record), arguments.results, arguments.readme)
+    settings = {"config": {**as_dict(arguments), "output_dir": None}, "tried": len(arguments.systems)}
+    publish(record, markdown(record), arguments.results, arguments.readme, **settings)
     return record
 
 

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from sidtune.core.config import as_dict, command, load_yaml
 from sidtune.core.errors import ConfigError, DataError, nearest
 from sidtune.core.folders import versions, writes
-from sidtune.core.pipeline import RunArguments
+from sidtune.core.pipeline import RunArguments, resolve
 from sidtune.core.shapes import misfit
 from sidtune.metrics.report.readme_table import publish
 from sidtune.metrics.statistics.bootstrap import check_bootstrap, paired_bootstrap
@@ -137,7 +137,9 @@ def main(arguments: Arguments) -> None:
     run_all(pipelines, f"{arguments.split}_{START}", metrics, arguments.readme)
     record = compare(arguments)
     record["seconds"] = round(time.time() - started)
-    publish(record, markdown(record), arguments.results, arguments.readme)
+    settings = [as_dict(step.config) for step in resolve(pipelines[0])]
+    tried = len(arguments.variants) + len(arguments.models)
+    publish(record, markdown(record), arguments.results, arguments.readme, config=settings, tried=tried)
 
 
 def compare(arguments: Arguments) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from sidtune.core.config import command
+from sidtune.core.config import as_dict, command
 from sidtune.core.folders import versions, writes
-from sidtune.core.pipeline import RunArguments
+from sidtune.core.pipeline import RunArguments, resolve
 from sidtune.metrics.report.readme_table import publish
 from sidtune.metrics.statistics.compare import MODEL
 from sidtune.recipes.over_seeds import check_seeds, counted, difference, means, run_all, spread, table
@@ -62,7 +62,8 @@ def main(arguments: Arguments) -> None:
     folders = {seed: Path(pipeline.output_dir) / arguments.eval_step for seed, pipeline in pipelines.items()}
     record = summarise({seed: evaluation(one)[0] for seed, one in folders.items()}, arguments.metrics)
     record["seconds"] = round(time.time() - started)
-    publish(record, markdown(record), arguments.results, arguments.readme)
+    settings = [as_dict(step.config) for step in resolve(next(iter(pipelines.values())))]
+    publish(record, markdown(record), arguments.results, arguments.readme, config=settings)
 
 
 def summarise(found: dict[int, dict[str, Any]], metrics: list[str]) -> dict[str, Any]:
