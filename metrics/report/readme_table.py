@@ -35,7 +35,7 @@ def replace_table(readme: str | Path, table: str, mark: str = RESULTS) -> None:
 
 
 def signed(record: dict[str, Any], table: str, results: str | Path) -> str:
-    """A table with a line that says where its figures lie, and of which config, seeds and number of settings, as far as they know."""
+    """A table with a line that says where its figures lie, and of which config, seeds and number of settings if they say so."""
     told = [f"Figures: `{Path(results).name}`"]
     told += [f"config `{record['config'][:8]}`"] if "config" in record else []
     told += [f"seeds {', '.join(map(str, record['seeds']))}"] if "seeds" in record else []
