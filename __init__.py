@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from sidtune.decoding.reasoning import ReasonedBeams as ReasonedBeams
     from sidtune.decoding.reasoning import reason_then_search as reason_then_search
     from sidtune.decoding.retrieval.catalogue import Catalogue as Catalogue
+    from sidtune.decoding.retrieval.evaluator import Evaluator as Evaluator
     from sidtune.decoding.retrieval.prompter import Prompter as Prompter
     from sidtune.decoding.retrieval.prompter import PromptSettings as PromptSettings
     from sidtune.decoding.retrieval.retriever import Hit as Hit
@@ -85,6 +86,7 @@ if TYPE_CHECKING:
     from sidtune.tokenizers.vocabulary.saving import merge_and_save as merge_and_save
     from sidtune.tokenizers.vocabulary.saving import save_trained as save_trained
     from sidtune.tokenizers.vocabulary.trainable_tokens import set_trainable as set_trainable
+    from sidtune.trainers.common.evaluation import EvaluateItems as EvaluateItems
     from sidtune.trainers.grpo.config import DebiasedGRPOConfig as DebiasedGRPOConfig
     from sidtune.trainers.grpo.logps.group_logps import LogpsOutput as LogpsOutput
     from sidtune.trainers.grpo.logps.group_logps import group_logps as group_logps

@@ -9,7 +9,6 @@ Requests are spread over the processes and gathered by number, so two processes 
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,27 +17,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import rich
-from tqdm.auto import tqdm
 
-from sidtune.core.config import SEEDS, as_dict, check_range, command
-from sidtune.core.errors import ConfigError, DataError, SidtuneError
+from sidtune.core.config import SEEDS, check_range, command
+from sidtune.core.errors import ConfigError
 from sidtune.core.folders import write_folder, write_json, write_run, writes
 from sidtune.core.pipeline import Step, check_there
-from sidtune.core.ragged import drawn, gathered, own_rows
-from sidtune.data_builders.tables.history import History
+from sidtune.core.ragged import drawn
 from sidtune.data_builders.tables.store import DataFolder, load_folder
-from sidtune.metrics.baselines.base import BaselineRequests
-from sidtune.metrics.baselines.relevance import LABELS, check_labels, relevance_of
-from sidtune.metrics.baselines.tables import training_events
-from sidtune.metrics.ranking import RankingResult, check_metrics, evaluate_ranking
+from sidtune.metrics.baselines.relevance import LABELS, check_labels
+from sidtune.metrics.ranking import RankingResult, check_metrics
 from sidtune.metrics.registry import BASELINES
-from sidtune.metrics.statistics.bootstrap import check_bootstrap, paired_bootstrap, resampled
-from sidtune.metrics.statistics.compare import MODEL, compare_systems
-from sidtune.metrics.statistics.slices import build_slices, slice_rows
+from sidtune.metrics.statistics.bootstrap import check_bootstrap
+from sidtune.metrics.statistics.compare import MODEL, SystemRow
 from sidtune.recipes.over_seeds import difference
 from sidtune.recipes.preflight import check_data
 
 SHOW_AT_END = True
+_SHARED = (
+    "split", "ks", "metrics", "primary", "labels", "num_beams", "batch_size", "max_requests", "level", "samples", "seed",
+)  # fmt: skip
 
 
 @dataclass
@@ -118,159 +115,53 @@ def main(arguments: Arguments) -> None:
     import torch
     from accelerate import PartialState
 
+    from sidtune.decoding.retrieval.evaluator import Evaluator
+    from sidtune.decoding.retrieval.loading import load_retriever
     from sidtune.decoding.retrieval.model_folder import ModelFolder
-    from sidtune.metrics.report.html import console_table
 
     # Several CPU processes form a group only when told that the CPU is meant.
     state = PartialState(cpu=not torch.accelerator.is_available())
     data = load_folder(arguments.data_dir)
-    if max(arguments.ks) > data.items.num_rows:
-        raise ConfigError(
-            f"ks: {max(arguments.ks):,} places, but the catalogue has {data.items.num_rows:,} items; lower it."
-        )
-    requests, excluded = _choose(data, arguments)
-    compared, others = _compared(arguments, requests, data), {}
-    for folder in (arguments.model_dir, arguments.start_dir):
-        if folder is not None:  # strangers are refused before anything is decoded
-            ModelFolder.open(folder, arguments.sids_dir, data, whole=True)
-    ranked, scores, decoding = _rank_with_model(arguments, arguments.model_dir, data, requests, state)
-    if arguments.start_dir is not None:
-        others[arguments.start_name], _, _ = _rank_with_model(arguments, arguments.start_dir, data, requests, state)
+    evaluator = Evaluator(data, **{name: getattr(arguments, name) for name in _SHARED})
+    compared = evaluator.stored(arguments.compare_to, arguments.data_dir)
+    folders = {MODEL: arguments.model_dir, arguments.start_name: arguments.start_dir}
+    folders = {name: folder for name, folder in folders.items() if folder is not None}
+    for folder in folders.values():  # strangers are refused before anything is decoded
+        ModelFolder.open(folder, arguments.sids_dir, data, whole=True)
+    ranked = {}
+    for name, folder in folders.items():
+        retriever = load_retriever(folder, arguments.sids_dir, data, whole=True)
+        retriever.model.to(state.device)
+        ranked[name] = evaluator.rank(retriever)
     if not state.is_main_process:
         return
-    others |= compared
-    relevance = relevance_of(requests, data.items, arguments.labels)
-    history = History(data.events).before(requests["user_id"], requests["time"].to_numpy())
-    bounds = _bounds(arguments, data, requests)
-    predictions = {MODEL: ranked, **others, **_baselines(arguments, data, requests, history), **bounds}
-    results = {
-        name: evaluate_ranking(rows, relevance, arguments.ks, arguments.metrics) for name, rows in predictions.items()
-    }
-    users = requests["user_id"].to_pylist()
-    options = {"level": arguments.level, "samples": arguments.samples, "seed": arguments.seed, "clusters": users}
-    systems = compare_systems(results, baselines=arguments.baselines, bounds=list(bounds), **options)
-    masks = build_slices(data, requests, relevance, history.lengths)
-    slices = {
-        name: slice_rows(result.per_request[arguments.primary], masks, **options) for name, result in results.items()
-    }
-    own = results[MODEL].values(arguments.primary)
-    pairs = {name: paired_bootstrap(own, results[name].values(arguments.primary), **options) for name in others}
-    record = {
-        "split": arguments.split,
-        "requests": requests.num_rows,
-        "requests_without_feedback": excluded,
-        "catalogue": data.items.num_rows,
-        "primary": arguments.primary,
-        "level": arguments.level,
-        "resampled": resampled(users, len(users)),
-        "systems": [as_dict(system.to_dict()) for system in systems],
-        "slices": {name: [as_dict(row) for row in rows] for name, rows in slices.items()},
-        "against": {name: as_dict(pair) for name, pair in pairs.items()},
-        "decoding": decoding,
-    }
+    bounds = evaluator.bounds() if arguments.upper_bound else {}
+    rows = {name: found[0] for name, found in ranked.items()} | compared
+    rows |= {**evaluator.baselines(arguments.baselines), **bounds}
+    results = {name: evaluator.measured(one) for name, one in rows.items()}
+    record = evaluator.compare(results, arguments.baselines, list(bounds))
+    record["decoding"] = ranked[MODEL][2]
+    means = {row["name"]: {m: one["value"] for m, one in row["metrics"].items()} for row in record["systems"]}
+    scores = ranked[MODEL][1]
     with write_folder(arguments.output_dir) as scratch:
         write_json(scratch / "metrics.json", record)
-        _write_predictions(scratch, predictions, scores, data, requests)
-        _write_per_request(scratch, results, requests)
-        write_json(scratch / "samples.json", _samples(arguments, data, requests, relevance, history, ranked, scores))
-        write_run(scratch, metrics={s.name: {m: e.value for m, e in s.metrics.items()} for s in systems})
-    print(f"{requests.num_rows:,} {arguments.split} requests, {data.items.num_rows:,} items, whole catalogue ranked")
+        _write_predictions(scratch, rows, scores, data, evaluator.requests)
+        _write_per_request(scratch, results, evaluator.requests)
+        write_json(scratch / "samples.json", _samples(arguments, evaluator, rows[MODEL], scores))
+        write_run(scratch, metrics=means)
+    _show(arguments, record)
+
+
+def _show(arguments: Arguments, record: dict[str, Any]) -> None:
+    from sidtune.metrics.report.html import console_table
+
+    print(f"{record['requests']:,} {arguments.split} requests, {record['catalogue']:,} items, whole catalogue ranked")
+    systems = [SystemRow.from_dict(row) for row in record["systems"]]
     cut = arguments.primary.partition("@")[2]  # one cut-off fits a terminal; all others are in metrics.json
-    shown = [name for name in systems[0].metrics if name.endswith(f"@{cut}")]
-    rich.print(console_table(systems, metrics=shown))
+    rich.print(console_table(systems, metrics=[name for name in systems[0].metrics if name.endswith(f"@{cut}")]))
     print(f"Intervals and tests resample {record['resampled']}; another seed of the training is not in them.")
     for name, pair in record["against"].items():
-        p_value = f"p = {pair['p_value']:.3f}"
-        print(f"{arguments.primary} against {name}: {difference(pair)}, {p_value}")
-
-
-def _choose(data: DataFolder, arguments: Arguments) -> tuple[pa.Table, int]:
-    """The requests to evaluate, and how many of the split have no feedback."""
-    every = data.requests[arguments.split]
-    requests = every.filter(pa.array(np.diff(relevance_of(every, data.items, arguments.labels).offsets) > 0))
-    excluded = every.num_rows - requests.num_rows
-    if not requests.num_rows:
-        raise DataError(
-            f"No request of the split '{arguments.split}' has feedback, so nothing can be measured; check labels."
-        )
-    chosen = drawn(requests.num_rows, arguments.max_requests, arguments.seed)
-    return requests.take(chosen).combine_chunks(), excluded
-
-
-def _rank_with_model(arguments: Arguments, model_dir: str, data: DataFolder, requests: pa.Table, state: Any):
-    import torch
-
-    from sidtune.decoding.items import BeamOutput, rank_items
-    from sidtune.decoding.retrieval.loading import load_retriever, prompts_of
-
-    retriever = load_retriever(model_dir, arguments.sids_dir, data, whole=True)
-    retriever.model.to(state.device)
-    mine = own_rows(requests.num_rows, state.process_index, state.num_processes)
-    prompts = prompts_of(retriever, data, requests.take(mine))
-    begin = time.time()
-    with tqdm(
-        total=len(prompts), desc="decoding", unit="request", disable=None if state.is_main_process else True
-    ) as bar:
-        beams = retriever.beams(prompts, arguments.num_beams, arguments.batch_size, progress=bar.update)
-    seconds = time.time() - begin
-    leaves, values = gathered(mine, beams.leaves.numpy(), beams.scores.numpy())
-    if leaves.max() >= retriever.trie.num_leaves or leaves.min() < -1:
-        raise SidtuneError("The decoder returned a SID outside the catalogue; this is a defect, please report it.")
-    found = BeamOutput(torch.from_numpy(leaves), torch.from_numpy(values))
-    rows, scores = rank_items(found, retriever.leaves, max(arguments.ks))
-    decoding = {
-        "num_beams": arguments.num_beams,
-        "requests_per_second": round(len(prompts) / max(seconds, 1e-9), 2),
-        "short_lists": int((rows[:, -1] < 0).sum()),
-    }
-    return rows, scores, decoding
-
-
-def _baselines(arguments: Arguments, data: DataFolder, requests: pa.Table, history: Any) -> dict[str, np.ndarray]:
-    events = training_events(data)
-    wanted = BaselineRequests.from_events(requests["query"], history, data.events, data.items)
-    return {
-        name: BASELINES.get(name)().fit(data.items, events, data.requests["train"]).rank(wanted, max(arguments.ks))
-        for name in tqdm(arguments.baselines, desc="baselines", disable=None)
-    }
-
-
-def _bounds(arguments: Arguments, data: DataFolder, requests: pa.Table) -> dict[str, np.ndarray]:
-    if not arguments.upper_bound or data.meta.get("reader") != "shop_world":
-        return {}
-    from sidtune.data_builders.shop_world.world import ShopWorld
-
-    world = ShopWorld.from_options(**data.meta["options"])
-    return {"oracle": world.oracle_ranking(world.request_rows(requests["request_id"]), max(arguments.ks))}
-
-
-def _compared(arguments: Arguments, requests: pa.Table, data: DataFolder) -> dict[str, np.ndarray]:
-    from sidtune.decoding.retrieval.model_folder import check_made_from
-
-    found = {}
-    rows = {item: row for row, item in enumerate(data.items["item_id"].to_pylist())}
-    for name, folder in arguments.compare_to.items():
-        path = Path(folder) / "predictions" / f"{MODEL}.parquet"
-        if not path.exists():
-            raise DataError(f"compare_to.{name}: {path} does not exist; name the folder of a finished evaluation.")
-        check_made_from(folder, data_dir=arguments.data_dir)
-        table = pq.read_table(path)
-        strange = [item for one in table["items"].to_pylist() for item in one if item not in rows]
-        if strange:
-            raise DataError(
-                f"compare_to.{name}: {path} ranks the item '{strange[0]}', which is not in {arguments.data_dir}, so they do "
-                "not belong together; evaluate that model on this data."
-            )
-        place = {request: n for n, request in enumerate(table["request_id"].to_pylist())}
-        asked, width = requests["request_id"].to_pylist(), max(arguments.ks)
-        missing = [request for request in asked if request not in place]
-        if missing:
-            raise DataError(
-                f"compare_to.{name}: it lacks {len(missing)} of the requests, first '{missing[0]}'; evaluate alike."
-            )
-        lists = table["items"].take([place[request] for request in asked]).to_pylist()
-        found[name] = np.array([([rows[i] for i in one] + [-1] * width)[:width] for one in lists], dtype=np.int64)
-    return found
+        print(f"{arguments.primary} against {name}: {difference(pair)}, p = {pair['p_value']:.3f}")
 
 
 def _write_predictions(
@@ -295,18 +186,19 @@ def _write_per_request(folder: Path, results: dict[str, RankingResult], requests
     pq.write_table(pa.table(columns), folder / "per_request.parquet")
 
 
-def _samples(arguments, data, requests, relevance, history, ranked, scores) -> list[dict[str, Any]]:
+def _samples(arguments: Arguments, evaluator: Any, ranked: np.ndarray, scores: np.ndarray) -> list[dict[str, Any]]:
     """Random requests with the model's answer, as a person wants to see them."""
     from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 
     sids = SemanticIds.from_pretrained(Path(arguments.sids_dir) / "sids").texts()
+    data, requests, relevance = evaluator.data, evaluator.requests, evaluator.relevance
     ids, titles = data.items["item_id"].to_pylist(), data.items["title"].to_pylist()
     title_of = dict(zip(ids, titles, strict=True))
     samples = []
     for row in drawn(requests.num_rows, arguments.sample_requests, arguments.seed).tolist():
         (request,) = requests.slice(row, 1).to_pylist()
         relevant = set(relevance.rows[relevance.offsets[row] : relevance.offsets[row + 1]].tolist())
-        past = data.events["item_id"].take(pa.array(history[row][-8:])).to_pylist()
+        past = data.events["item_id"].take(pa.array(evaluator.history[row][-8:])).to_pylist()
         answers = zip(ranked[row, :10].tolist(), scores[row, :10].tolist(), strict=True)
         samples.append(
             {

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from datasets import Dataset
 from tiny_pipeline import SHOP, TINY
+from trl import SFTConfig
 
-from sidtune.core.errors import DataError
+from sidtune.core.errors import ConfigError, DataError
 from sidtune.data_builders.tables.store import load_folder
+from sidtune.decoding.retrieval.evaluator import Evaluator
+from sidtune.decoding.retrieval.loading import prompts_of
+from sidtune.decoding.retrieval.model_folder import ModelFolder
+from sidtune.decoding.retrieval.retriever import SidRetriever
 from sidtune.decoding.trie import SidTrie
 from sidtune.recipes.steps import build_data, init_model, learn_sids
 from sidtune.tokenizers.sids.semantic_ids import SemanticIds
 from sidtune.tokenizers.vocabulary.extension import Vocabulary
+from sidtune.trainers.common.evaluation import EvaluateItems
 from sidtune.trainers.grpo.rollout_rewards import SidCatalogue
 from sidtune.trainers.rewards.gains import LeafFacts
+from sidtune.trainers.sft.trainer import SidSFTTrainer
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +42,14 @@ def test_the_examples_of_the_readme_train(shop, repo_root, monkeypatch):
     monkeypatch.chdir(shop)
     text = (repo_root / "trainers" / "README.md").read_text("utf-8")
     examples = [part.partition("```")[0] for part in text.split("```python\n")[1:]]
-    assert len(examples) == 4 and all(len(code.strip().splitlines()) <= 12 for code in examples)
+    assert len(examples) == 5 and all(len(code.strip().splitlines()) <= 12 for code in examples)
     names: dict = {}
     cpu = 'max_steps=2, use_cpu=True, bf16=False, report_to=[], save_strategy="no",'
     for code in examples:
         exec(code.replace("max_steps=2,", cpu), names)
     assert names["catalogue"].trie.num_leaves > 100
+    logs = [one for one in names["trainer"].state.log_history if "items_ndcg@10" in one]
+    assert [one["step"] for one in logs] == [1, 2] and all(0 <= one["items_recall@10"] <= 1 for one in logs)
 
 
 def test_the_example_of_the_models_runs(shop, repo_root, monkeypatch):
@@ -60,3 +71,34 @@ def test_a_catalogue_is_that_of_its_parts(shop):
     assert SidCatalogue.from_semantic_ids(sids, vocabulary).popularity_of_leaf is None
     with pytest.raises(DataError, match="do not belong together"):
         SidCatalogue.from_semantic_ids(sids.replaced(codes=sids.codes[::-1]), vocabulary)
+
+
+def test_evaluation_on_the_way_measures_the_model_and_changes_nothing(shop, tmp_path):
+    folder, data = str(shop / "runs" / "shop" / "model"), load_folder(shop / "runs" / "shop" / "data")
+    rows = [{"prompt": f"query: lamp {n}\nitem:", "completion": f" <a_{n % 8}><b_0><c_1>"} for n in range(32)]
+    evaluator = Evaluator(data, split="valid", max_requests=15, ks=(5, 10), num_beams=10)
+    ends, logs = [], []
+    for every in (None, 2):
+        quiet = {"use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no", "learning_rate": 1e-2}
+        args = SFTConfig(str(tmp_path / str(every)), max_steps=3, per_device_train_batch_size=8, **quiet)
+        trainer = SidSFTTrainer(folder, args, Dataset.from_list(rows))
+        if every:
+            trainer.add_callback(EvaluateItems(trainer, evaluator, folder, every=every))
+        trainer.train()
+        ends.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+        logs.append([one for one in trainer.state.log_history if "items_ndcg@10" in one])
+    assert torch.equal(*ends) and logs[0] == [] and [one["step"] for one in logs[1]] == [2, 3]
+    assert trainer.model.training
+    # By hand: the lists of the retriever, and NDCG of each from its definition.
+    opened = ModelFolder.open(folder, None, data)
+    parts = (opened.tokenizer, opened.vocabulary, opened.sids, opened.serializer, opened.settings)
+    retriever = SidRetriever(trainer.model, *parts)
+    lists, _ = retriever.rank(prompts_of(retriever, data, evaluator.requests), 10, 10)
+    wanted = []
+    for row in range(15):
+        relevant = set(evaluator.relevance.rows[slice(*evaluator.relevance.offsets[row : row + 2])].tolist())
+        gain = sum(1 / np.log2(k + 2) for k, item in enumerate(lists[row].tolist()) if item in relevant)
+        wanted.append(gain / sum(1 / np.log2(k + 2) for k in range(min(10, len(relevant)))))
+    assert logs[1][-1]["items_ndcg@10"] == pytest.approx(np.mean(wanted), abs=1e-9)
+    with pytest.raises(ConfigError, match="metrics among"):
+        EvaluateItems(trainer, evaluator, folder, metrics=["ndcg@7"])
