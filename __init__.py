@@ -73,6 +73,8 @@ if TYPE_CHECKING:
     from sidtune.tokenizers.sids.collision_cost import compare_collisions as compare_collisions
     from sidtune.tokenizers.sids.collisions import CollisionMethod as CollisionMethod
     from sidtune.tokenizers.sids.collisions import make_collisions as make_collisions
+    from sidtune.tokenizers.sids.learning import LearnedIds as LearnedIds
+    from sidtune.tokenizers.sids.learning import learn_semantic_ids as learn_semantic_ids
     from sidtune.tokenizers.sids.quality import SidQuality as SidQuality
     from sidtune.tokenizers.sids.quality import SidThresholds as SidThresholds
     from sidtune.tokenizers.sids.quality import sid_quality as sid_quality

@@ -18,6 +18,7 @@ from sidtune.recipes.steps import build_data, extend_sids, learn_sids
 from sidtune.tokenizers.encoders.base import load_encoder, make_encoder
 from sidtune.tokenizers.keywords.mining import PoolConfig, mine_pool
 from sidtune.tokenizers.quantizers.base import load_quantizer, make_quantizer
+from sidtune.tokenizers.sids import learning
 from sidtune.tokenizers.sids.learned import texts_of
 from sidtune.tokenizers.sids.query_codes import (
     CODER_FOLDER,
@@ -182,7 +183,7 @@ def test_what_cannot_share_a_code_space_is_refused(shop, tmp_path):
     data = load_folder(shop / "data")
     data.requests["train"] = data.requests["train"].slice(0, 0)
     with pytest.raises(DataError, match="have no query; leave queries: true out"):
-        learn_sids._queries(data)
+        learning._queries(data)
     with pytest.raises(DataError, match="no encoder and quantizer"):
         QueryCoder.from_pretrained(shop / "data")
     loaded = QueryCoder.from_pretrained(shop / "sids")

@@ -52,6 +52,17 @@ def test_the_examples_of_the_readme_train(shop, repo_root, monkeypatch):
     assert [one["step"] for one in logs] == [1, 2] and all(0 <= one["items_recall@10"] <= 1 for one in logs)
 
 
+def test_the_example_of_the_tokenizers_gives_the_folder_of_the_step(shop, repo_root, monkeypatch, tmp_path):
+    monkeypatch.chdir(shop)
+    code = (repo_root / "tokenizers" / "README.md").read_text("utf-8").split("```python\n")[1].partition("```")[0]
+    names: dict = {}
+    exec(code, names)
+    step, learned = shop / "runs" / "shop" / "sids", shop / "runs" / "shop" / "learned"
+    files = sorted(file.relative_to(learned) for file in learned.rglob("*") if file.is_file())
+    assert {"sids", "encoder", "quantizer"} <= {file.parts[0] for file in files} and len(files) > 6
+    assert all((step / file).read_bytes() == (learned / file).read_bytes() for file in files)
+
+
 def test_the_example_of_the_models_runs(shop, repo_root, monkeypatch):
     monkeypatch.chdir(shop)
     code = (repo_root / "models" / "README.md").read_text("utf-8").split("```python\n")[1].partition("```")[0]
