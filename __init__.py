@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from sidtune.core.errors import DataError as DataError
     from sidtune.core.errors import Problem as Problem
     from sidtune.core.errors import SidtuneError as SidtuneError
+    from sidtune.data_builders.impressions.build import impressions_of as impressions_of
+    from sidtune.data_builders.impressions.features import Feature as Feature
+    from sidtune.data_builders.impressions.table import Impressions as Impressions
     from sidtune.data_builders.post_ranking.schema import PostRankBatch as PostRankBatch
     from sidtune.data_builders.post_ranking.schema import PostRankRequest as PostRankRequest
     from sidtune.data_builders.post_ranking.schema import PostRankTable as PostRankTable

@@ -52,6 +52,14 @@ def test_the_examples_of_the_readme_train(shop, repo_root, monkeypatch):
     assert [one["step"] for one in logs] == [1, 2] and all(0 <= one["items_recall@10"] <= 1 for one in logs)
 
 
+def test_the_example_of_the_impressions_runs(shop, repo_root, monkeypatch):
+    monkeypatch.chdir(shop)
+    code = (repo_root / "data_builders" / "README.md").read_text("utf-8").partition("## Impressions")[2]
+    names: dict = {}
+    exec(code.split("```python\n")[1].partition("```")[0], names)
+    assert len(names["batch"]["label_click"]) == 1024
+
+
 def test_the_example_of_the_tokenizers_gives_the_folder_of_the_step(shop, repo_root, monkeypatch, tmp_path):
     monkeypatch.chdir(shop)
     code = (repo_root / "tokenizers" / "README.md").read_text("utf-8").split("```python\n")[1].partition("```")[0]
