@@ -100,6 +100,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """The "did you mean" half-sentence: names the closest of `known`, or lists them when none is close.
 
     Close is a slip of the pen (two of three letters in order, in any case), or one name inside the other; more would mislead.
+
+    >>> nearest("num_beem", ["num_beams", "seed"])
+    "did you mean 'num_beams'?"
+    >>> nearest("colour", ["num_beams", "seed"])
+    'known are: num_beams, seed.'
     """
     choices = sorted(known)
     plain, written = name.lower(), {choice.lower(): choice for choice in reversed(choices)}

@@ -68,6 +68,10 @@ def side_by_side(
 
     Returns:
         (B, width) places of the elements, 0 at padding, and the (B, width) mask of real ones.
+
+    >>> places, mask = side_by_side(np.array([0, 3, 4]), latest=2)
+    >>> places.tolist(), mask.tolist()
+    ([[1, 2], [3, 0]], [[True, True], [True, False]])
     """
     lists = np.arange(len(offsets) - 1) if lists is None else lists
     start, end = offsets[lists], offsets[lists + 1]
@@ -86,6 +90,9 @@ def pad(
     Args:
         fill: stands at padding. left: padding before the row, as decoders need it, or behind it.
         width: default the longest row.
+
+    >>> pad([[5, 6], [7]], fill=0)[0].tolist()
+    [[5, 6], [0, 7]]
     """
     width = max(map(len, rows), default=0) if width is None else width
     ids, mask = np.full((len(rows), width), fill, np.int64), np.zeros((len(rows), width), np.int64)

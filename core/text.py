@@ -105,7 +105,11 @@ for _kind, _pattern in (("int", _INT), ("float", _FLOAT)):
 
 
 def parse_yaml(text: str) -> Any:
-    """YAML as JSON-ready values. Raises ConfigError with the reason, from the YAMLError of what is no YAML."""
+    """YAML as JSON-ready values. Raises ConfigError with the reason, from the YAMLError of what is no YAML.
+
+    >>> parse_yaml("{rate: 1e-3, day: 2020-13-45, id: 007}")
+    {'rate': 0.001, 'day': '2020-13-45', 'id': '007'}
+    """
     try:
         value = yaml.load(text, Loader=_Loader)
         _count(value, {}, ())

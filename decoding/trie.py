@@ -48,6 +48,10 @@ class SidTrie(Published):
         child_start: (num_inner + 1,) int64, first child of each inner node.
         alive: None, or (num_nodes,) bool: nodes with an allowed leaf below (see `restrict`).
         token_ids: None, or (sum(level_sizes),) int64 token ids of all codes, level by level (see `bind`).
+
+    >>> trie = SidTrie.from_codes(np.array([[1, 0], [0, 2], [1, 1]]))
+    >>> trie.num_leaves, trie.leaf_codes(torch.arange(3)).tolist()
+    (3, [[0, 2], [1, 0], [1, 1]])
     """
 
     token_ids: Tensor | None = None

@@ -146,6 +146,9 @@ def evaluate_ranking(
     Raises:
         DataError: wrong shapes or types, a prediction row that names an item twice, a request without relevant items.
         ConfigError: a bad cut-off or an unknown metric.
+
+    >>> evaluate_ranking([[4, 7, 1]], [[7, 9]], ks=[3], metrics=["hr", "recall", "mrr"]).means()
+    {'hr@3': 1.0, 'recall@3': 0.5, 'mrr@3': 0.5}
     """
     check_metrics(ks, metrics)
     if empty not in ("refuse", "exclude"):

@@ -38,6 +38,9 @@ class Feature:
 
     Raises:
         ConfigError: an unknown kind or scope, or a size that does not fit.
+
+    >>> Feature("colour", "categorical", "item", size=2, values=("red", "blue"))
+    Feature(name='colour', kind='categorical', scope='item', size=2, levels=(), most=None, values=('red', 'blue'), sources=())
     """
 
     name: str

@@ -103,6 +103,9 @@ class Sanitizer:
             tokens and only tidies white space, control characters and angle brackets: for the texts a new tokenizer
             is trained on.
         cache_size: how many distinct texts are remembered.
+
+    >>> Sanitizer(None).clean("a  red\\tlamp\\x00", 40)
+    'a red lamp'
     """
 
     def __init__(self, tokenizer: Any, cache_size: int = 1 << 16) -> None:

@@ -48,6 +48,9 @@ def clean_html(text: str | None) -> str:
 
     Returns:
         The clean text, possibly empty. Time is linear in `len(text)`.
+
+    >>> clean_html("<p>A <b>2&quot;</b> pipe,<br>uses <2W</p>")
+    'A 2" pipe, uses <2W'
     """
     if not text:
         return ""

@@ -111,6 +111,10 @@ def paired_bootstrap(
 
     Args and errors as `bootstrap_interval`; `a` and `b` are (n,) values of the same requests in the same order, means over
     several trainings where there are, of which `seeds` holds the differences, one each.
+
+    >>> found = paired_bootstrap([1.0, 0.5, 0.8, 0.9] * 100, [0.9, 0.5, 0.6, 0.9] * 100)
+    >>> round(found.difference, 3), found.low > 0, found.p_value < 0.01
+    (0.075, True, True)
     """
     a, b = _check_values(a, "the first system"), _check_values(b, "the second system")
     if len(a) != len(b):
@@ -141,7 +145,11 @@ def check_bootstrap(level: float, samples: int) -> None:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm-Bonferroni adjusted p-values, in the order given: they control the family-wise error."""
+    """Holm-Bonferroni adjusted p-values, in the order given: they control the family-wise error.
+
+    >>> holm([0.01, 0.5, 0.02])
+    [0.03, 0.5, 0.04]
+    """
     values = np.asarray(p_values, dtype=np.float64)
     if values.ndim != 1 or not ((values >= 0) & (values <= 1)).all():
         raise DataError("p-values must be a list of numbers between 0 and 1; check them.")

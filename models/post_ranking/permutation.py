@@ -153,6 +153,10 @@ def parse_orders(tokens: Tensor, label_token_ids: Sequence[int], counts: Tensor,
     Args:
         tokens: (B, T) generated tokens; everything from the first end token on is ignored.
         label_token_ids: (L,). counts: (B,) candidates, at most L.
+
+    >>> found = parse_orders(torch.tensor([[12, 12, 10, 0]]), [10, 11, 12], torch.tensor([3]), end_token_id=0)
+    >>> found.order.tolist(), found.repeated.tolist(), found.missing.tolist()
+    ([[2, 0, 1]], [1], [1])
     """
     counts = torch.as_tensor(counts, device=tokens.device)
     labels = torch.as_tensor(label_token_ids, device=tokens.device)
@@ -218,7 +222,11 @@ def rank_in_windows(
 
 
 def borda(orders: Any) -> np.ndarray:
-    """The order by mean place over m orders (m, n) of the same list; equal means keep the incoming order."""
+    """The order by mean place over m orders (m, n) of the same list; equal means keep the incoming order.
+
+    >>> borda([[2, 0, 1], [2, 1, 0], [0, 2, 1]]).tolist()
+    [2, 0, 1]
+    """
     orders = np.asarray(orders)
     places = np.argsort(orders, axis=1, kind="stable")
     return np.argsort(places.sum(axis=0), kind="stable")

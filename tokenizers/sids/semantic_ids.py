@@ -75,6 +75,10 @@ class SemanticIds(Published):
     Raises:
         DataError: empty catalogue, duplicate ids, shapes that disagree, codes out of range, popularity not finite.
         ConfigError: level sizes that are no positive integers, more than 26 levels, or letters that do not fit them.
+
+    >>> sids = SemanticIds(["lamp", "desk", "pen"], [[1, 0], [1, 0], [0, 2]], (2, 3), popularity=[3, 9, 1])
+    >>> sids.text("lamp"), sids.parse("<a_0><b_2>"), sids.collisions().largest_group
+    ('<a_1><b_0>', (0, 2), 2)
     """
 
     def __init__(

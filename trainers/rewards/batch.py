@@ -215,6 +215,10 @@ def build_rewards(config: Mapping[str, Any], depth: int | None = None) -> Combin
 
     Raises:
         ConfigError: no reward, an unknown reward or option (with the nearest known name), a value of the wrong type or range.
+
+    >>> rewards = build_rewards({"list_ndcg": {"k": 10}, "hit": 0.5})
+    >>> rewards.names, rewards.weights.tolist()
+    (['list_ndcg', 'hit'], [1.0, 0.5])
     """
     if not isinstance(config, Mapping) or not config:
         raise ConfigError(f"rewards must map at least one reward to its weight or options, got {config!r}.")
