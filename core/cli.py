@@ -42,7 +42,6 @@ SHELLS = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs `sidtune WORD OPTIONS...`. A wrong word ends in one sentence that names the nearest command, and exit code 2."""
     words = list(sys.argv[1:] if argv is None else argv)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin slow each other down on a busy machine
     try:
         with one_sentence():
             if not words or words[0] in ("-h", "--help", "help"):

@@ -20,6 +20,7 @@ _CHATTY = (
 
 def quiet() -> None:
     """Lines of sidtune go to stderr; libraries are told to be quiet, before they are imported. For the start of a command."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin slow each other down on a busy machine
     console = logging.StreamHandler()
     handlers = [console]
     if LOGGED_VARIABLE in os.environ:  # standard output is the log of this step

@@ -51,3 +51,12 @@ def test_a_step_of_a_pipeline_writes_its_lines_into_its_log_and_only_warnings_on
 @pytest.mark.parametrize("word", ["a library's warning", "a library's word", "3/3"])
 def test_who_wants_it_hears_everything(word):
     assert word in "\n".join(run(SIDTUNE_VERBOSE="1")[1])
+
+
+def test_threads_that_wait_sleep_in_every_command_unless_told_otherwise():
+    """Also under a plain launcher, which starts a script without `sidtune`; before any library with threads is there."""
+    ask = "import os, sys\nfrom sidtune.core.console import quiet\nquiet()\nprint(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    clean = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    for given, wanted in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        done = subprocess.run([sys.executable, "-c", ask], env={**clean, **given}, capture_output=True, text=True)
+        assert done.stdout.split() == [wanted, "False"]
