@@ -55,7 +55,8 @@ def test_who_wants_it_hears_everything(word):
 
 def test_threads_that_wait_sleep_in_every_command_unless_told_otherwise():
     """Also under a plain launcher, which starts a script without `sidtune`; before any library with threads is there."""
-    ask = "import os, sys\nfrom sidtune.core.console import quiet\nquiet()\nprint(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    ask = "import os, sys\nfrom sidtune.core.console import quiet\nquiet()\n"
+    ask += "print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
     clean = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
     for given, wanted in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
         done = subprocess.run([sys.executable, "-c", ask], env={**clean, **given}, capture_output=True, text=True)
