@@ -1,16 +1,17 @@
 """Options of the simulated shop, with their checks; the model they parametrise stands in `shop_world`.
 
-Own design; no paper. Every field is a plain number, so a config can stand in YAML and in `meta.json` as it is.
+Own design; no paper. Every field is a plain number or a mapping of such, so a config can stand in YAML and in `meta.json` as it is.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sidtune.core.config import build, check_range, check_types
 from sidtune.core.errors import ConfigError
+from sidtune.data_builders.shop_world.dials import Phenomena
 from sidtune.data_builders.shop_world.words import BRANDS, DEPARTMENTS
 
 DAY = 86_400
@@ -60,6 +61,8 @@ class ShopWorldConfig:
         like_bias, like_taste, like_unknown_share: like given click, and the share of requests whose likes are null.
         order_bias, order_taste, order_quality, order_price, order_laptop: order given click.
         dwell_log_mean, dwell_taste, dwell_sigma: log-normal dwell in seconds given click, capped at 10^6 s.
+    Market:
+        phenomena: dials that are not 0, see `dials.Phenomena`.
     """
 
     seed: int = 0
@@ -131,11 +134,19 @@ class ShopWorldConfig:
     dwell_taste: float = 0.15
     dwell_sigma: float = 0.8
 
+    phenomena: dict = field(default_factory=dict)
+
     def __post_init__(self) -> None:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         check_types(type(self), values, "ShopWorld")
         self._check_ranges(values)
+        _ = self.dials
         self._check_limits()
+
+    @property
+    def dials(self) -> Phenomena:
+        """The phenomena as a checked dataclass."""
+        return build(Phenomena, self.phenomena, "phenomena")
 
     @property
     def n_leaves(self) -> int:

@@ -137,6 +137,9 @@ def make_requests(config: ShopWorldConfig, catalogue: ShopCatalogue, users: User
         logits = users.interest[where] + shift[:, catalogue.leaf_department]
         leaf[part] = pick(_softmax_weights(logits), draws.leaf[part])
         taste = users.taste[where] * config.query_taste
+        if users.by_department is not None:
+            own = users.by_department[(*where, catalogue.leaf_department[leaf[part]])]
+            taste[:, config.n_brands :] = own * config.query_taste
         asked[part] = _asked_value(config, catalogue, taste, kind[part], leaf[part], draws, part)
         brand[part] = _asked_brand(config, catalogue, taste, kind[part], leaf[part], draws.value[part])
     scope = np.where(kind <= BRAND, leaf, config.n_leaves + config.n_departments)

@@ -37,6 +37,8 @@ class Users:
         start (U,): share of the log's duration after which the user is there.
         requests (U,): number of requests.
         place_shift (4, D), daypart_shift (4, D): shift of the interest in a department by context, for everyone.
+        by_department (U, P, D, 15): the tastes in colours and styles and the wanted price level in each department, in the place of
+            those of `taste`; None where tastes are the same everywhere.
     """
 
     profile: np.ndarray
@@ -46,6 +48,7 @@ class Users:
     requests: np.ndarray
     place_shift: np.ndarray
     daypart_shift: np.ndarray
+    by_department: np.ndarray | None = None
 
 
 def make_users(config: ShopWorldConfig, catalogue: ShopCatalogue) -> Users:
@@ -82,7 +85,20 @@ def make_users(config: ShopWorldConfig, catalogue: ShopCatalogue) -> Users:
         requests=_requests_per_user(rng, config, late, start),
         place_shift=rng.normal(0.0, config.context_shift, (len(words.PLACES), D)),
         daypart_shift=rng.normal(0.0, config.context_shift, (len(words.DAYPARTS), D)),
+        by_department=_by_department(config, profile, taste[:, :, config.n_brands :], scale[config.n_brands :]),
     )
+
+
+def _by_department(
+    config: ShopWorldConfig, profile: np.ndarray, common: np.ndarray, scale: np.ndarray
+) -> np.ndarray | None:
+    """sqrt(1 - l) of the common tastes (U, P, 15) and sqrt(l) of tastes drawn alike for each department, see `dials.py`."""
+    part = config.dials.taste_by_department
+    if part == 0.0:
+        return None
+    rng, width = stream(config, "market-tastes"), len(scale)
+    own = [_latent(rng, config, profile, width, config.taste_drift) * scale for _ in range(config.n_departments)]
+    return np.sqrt(1.0 - part) * common[:, :, None] + np.sqrt(part) * np.stack(own, axis=2)
 
 
 def _latent(

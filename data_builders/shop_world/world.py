@@ -48,8 +48,10 @@ import pyarrow.compute as pc
 
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.data_builders.shop_world import words
-from sidtune.data_builders.shop_world.catalogue import N_COLOURS, item_ids, item_table, make_catalogue, numbered
+from sidtune.data_builders.shop_world.catalogue import N_COLOURS, item_ids, item_table, make_catalogue, numbered, stream
 from sidtune.data_builders.shop_world.config import ShopWorldConfig, config_from_options
+from sidtune.data_builders.shop_world.crowding import crowding
+from sidtune.data_builders.shop_world.examining import sampled_clicks
 from sidtune.data_builders.shop_world.logging_policy import (
     LOG_CHUNK,
     Log,
@@ -61,6 +63,7 @@ from sidtune.data_builders.shop_world.logging_policy import (
     log_draws,
     sigmoid,
 )
+from sidtune.data_builders.shop_world.phenomena import Tastes
 from sidtune.data_builders.shop_world.requests import make_requests, query_texts, request_draws
 from sidtune.data_builders.shop_world.tables import event_table, request_table
 from sidtune.data_builders.shop_world.users import make_users, user_table
@@ -90,6 +93,7 @@ class ShopWorld:
 
     def __init__(self, config: ShopWorldConfig | None = None) -> None:
         self.config = config = config or ShopWorldConfig()
+        self.phenomena = config.dials
         self.catalogue = make_catalogue(config)
         self.layouts = (
             PageLayout.make(config, config.search_oversampling),
@@ -143,13 +147,32 @@ class ShopWorld:
             rank[part] = layout.draw(draws.keys[part], size)
         item = np.take_along_axis(self.ranker.order[self.ranker.query_of[rows]], rank, axis=1)
         attraction, like_p, order_p, dwell_mean = self._feedback(rows, item)
-        click = draws.click < self.examination * attraction
+        click = self._clicks(rows, item, attraction, draws.order < order_p, draws.click)
         like = (click & (draws.like < like_p)).astype(np.int8)
         like[draws.like_known < self.config.like_unknown_share] = -1
         order = click & (draws.order < order_p)
         dwell = np.exp(np.minimum(dwell_mean + self.config.dwell_sigma * draws.dwell, LOG_DWELL_CAP))
         dwell[~click] = np.nan
         return item, click.astype(np.int8), like, order.astype(np.int8), dwell.astype(np.float32)
+
+    def _clicks(
+        self, rows: np.ndarray, items: np.ndarray, attraction: np.ndarray, orders: np.ndarray, coins: np.ndarray
+    ) -> np.ndarray:
+        """(n, k) clicks of the log on a chunk that begins at `rows[0]`; `coins` are those of the items."""
+        dials = self.phenomena
+        if not dials.new_readers:
+            return coins < self.examination * attraction
+        draw = stream(self.config, "market-log", int(rows[0]) // LOG_CHUNK)
+        kinds, look, stop = draw.random(len(rows)) < dials.cascade, draw.random(items.shape), draw.random(items.shape)
+        return sampled_clicks(
+            attraction * crowding(self.catalogue, items, dials), orders, self.examination, kinds, look, stop, coins,
+            stop_after_click=dials.stop_after_click, stop_after_order=dials.stop_after_order, fatigue=dials.click_fatigue,
+        )  # fmt: skip
+
+    @cached_property
+    def tastes(self) -> Tastes:
+        """Latents of the market's trade-offs."""
+        return Tastes.make(self.config, self.users.profile)
 
     def _feedback(self, rows: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """(attraction, P(like|click), P(order|click), mean of log dwell), each (n, k), of items (n, k) or (1, k)."""
@@ -159,8 +182,9 @@ class ShopWorld:
         attraction[catalogue.launch_period[items] > self.requests.period[rows, None]] = 0.0
         like = sigmoid(config.like_bias + config.like_taste * taste)
         fixed = config.order_quality * catalogue.quality - config.order_price * catalogue.price_level
+        trade = self.tastes.order_logit(self.phenomena, self.requests.user[rows], items, catalogue.price_level[items])
         laptop = config.order_laptop * (self.requests.device[rows, None] == _LAPTOP)
-        order = sigmoid(config.order_bias + config.order_taste * taste + fixed[items] + laptop)
+        order = sigmoid(config.order_bias + config.order_taste * taste + fixed[items] + laptop + trade)
         return attraction, like, order, config.dwell_log_mean + config.dwell_taste * taste
 
     def _taste(self, rows: np.ndarray, items: np.ndarray, users: np.ndarray | None = None) -> np.ndarray:
@@ -170,9 +194,17 @@ class ShopWorld:
         start = ((who * table.shape[1] + self.requests.period[rows]) * table.shape[2])[:, None]
         flat = table.ravel()
         brand, colour, style = self._column_of
-        total = flat[start + brand[items]] + flat[start + colour[items]] + flat[start + style[items]]
-        gap = self.catalogue.price_level[items] - flat[start + table.shape[2] - 1]
+        own, first = (flat, start) if self.users.by_department is None else self._own_tastes(rows, items, who)
+        total = flat[start + brand[items]] + own[first + colour[items]] + own[first + style[items]]
+        gap = self.catalogue.price_level[items] - own[first + table.shape[2] - 1]
         return total - self.config.price_taste * np.minimum(gap * gap, 9.0)
+
+    def _own_tastes(self, rows: np.ndarray, items: np.ndarray, who: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The flat tastes by department, and where those of each user, period and item's department would begin with brands."""
+        table = self.users.by_department
+        assert table is not None
+        place = (who * table.shape[1] + self.requests.period[rows])[:, None] * table.shape[2]
+        return table.ravel(), (place + self.catalogue.department[items]) * table.shape[3] - self.config.n_brands
 
     def _request_logit(self, rows: np.ndarray, items: np.ndarray, users: np.ndarray | None = None) -> np.ndarray:
         """(n, k) the logit without T: bias, quality, context, match, and interest where the scope is wide."""
@@ -187,6 +219,7 @@ class ShopWorld:
         leaf = np.broadcast_to(catalogue.leaf[items], (len(rows), items.shape[1]))
         logit = np.take_along_axis(per_leaf, leaf, axis=1)
         logit += config.click_bias + config.quality * catalogue.quality[items]
+        logit += self.tastes.click_logit(self.phenomena, items)
         for wanted, have, penalty in (
             (asked, catalogue.values, config.attribute_penalty),
             (brand, catalogue.brand[:, None], config.brand_penalty),
