@@ -15,6 +15,8 @@ METRICS = {
     "resampled?": str,
     "systems": list[SystemRow], "slices": dict[str, list[SliceRow]], "against?": dict[str, PairedResult],
     "decoding": {"num_beams": int, "requests_per_second": float},
+    "truth?": {"requests": int, "k": int, "systems": {...: {"click": float, "order": float, "regret": float}},
+               "kendall_tau?": float | None},
 }  # fmt: skip
 SAMPLES = [
     {

@@ -52,6 +52,7 @@ class Evaluator:
         labels: feedback that makes an item relevant when it is 1.
         num_beams, batch_size: beams per request, prompts decoded together.
         max_requests: a random part of the requests, drawn by `seed`; None for all.
+        feedback_only: leave out requests without feedback, of which nothing can be measured by the log.
         level, samples: of intervals, by bootstrap over users.
 
     Raises:
@@ -67,6 +68,7 @@ class Evaluator:
     num_beams: int = 20
     batch_size: int = 64
     max_requests: int | None = None
+    feedback_only: bool = True
     level: float = 0.95
     samples: int = 1000
     seed: int = 0
@@ -81,7 +83,7 @@ class Evaluator:
             )
         every = self.data.requests[self.split]
         has = np.diff(relevance_of(every, self.data.items, list(self.labels)).offsets) > 0
-        requests = every.filter(pa.array(has))
+        requests = every.filter(pa.array(has)) if self.feedback_only else every
         if not requests.num_rows:
             raise DataError(
                 f"No request of the split '{self.split}' has feedback, so nothing can be measured; check labels."
@@ -136,15 +138,6 @@ class Evaluator:
             .rank(wanted, self.places)
             for name in tqdm(names, desc="baselines", disable=None)
         }
-
-    def bounds(self) -> dict[str, np.ndarray]:
-        """`oracle`: the simulator's own upper bound, where the data is of `shop_world`."""
-        if self.data.meta.get("reader") != "shop_world":
-            return {}
-        from sidtune.data_builders.shop_world.world import ShopWorld
-
-        world = ShopWorld.from_options(**self.data.meta["options"])
-        return {"oracle": world.oracle_ranking(world.request_rows(self.requests["request_id"]), self.places)}
 
     def stored(self, folders: Mapping[str, str | Path], data_dir: str | Path) -> dict[str, np.ndarray]:
         """Item rows (R, places) of the models of other evaluations, by name.

@@ -55,6 +55,8 @@ class Arguments:
         labels: feedback that makes an item relevant when it is 1.
         baselines: names of baselines in `metrics/registry.py`.
         upper_bound: add the simulator's own upper bound when the data comes from `shop_world`.
+        truth_requests: in the simulated shop, random requests of the split, with feedback or not, on which the table also says what
+            each list earns in truth; 0 leaves that out.
         compare_to: evaluation folder of another run, name shown → path; its model enters the table.
         max_requests: evaluate a random part (null = all requests with feedback).
         batch_size: prompts decoded together.
@@ -77,6 +79,7 @@ class Arguments:
     labels: list[str] = field(default_factory=lambda: list(LABELS))
     baselines: list[str] = field(default_factory=lambda: ["popularity", "bm25", "item_knn"])
     upper_bound: bool = True
+    truth_requests: int = 300
     compare_to: dict[str, str] = field(default_factory=dict)
     max_requests: int | None = None
     batch_size: int = 64
@@ -90,7 +93,7 @@ class Arguments:
         check_labels(self.labels)
         check_bootstrap(self.level, self.samples)
         check_range(self, 1, "num_beams", "max_requests", "batch_size")
-        check_range(self, 0, "sample_requests", "seed", most=SEEDS)
+        check_range(self, 0, "sample_requests", "truth_requests", "seed", most=SEEDS)
         if self.num_beams < max(self.ks):
             raise ConfigError(
                 f"{self.num_beams} num_beams do not fill the {max(self.ks)} places of ks; raise num_beams."
@@ -122,25 +125,35 @@ def main(arguments: Arguments) -> None:
     # Several CPU processes form a group only when told that the CPU is meant.
     state = PartialState(cpu=not torch.accelerator.is_available())
     data = load_folder(arguments.data_dir)
-    evaluator = Evaluator(data, **{name: getattr(arguments, name) for name in _SHARED})
+    shared = {name: getattr(arguments, name) for name in _SHARED}
+    evaluator, world = Evaluator(data, **shared), _world(arguments, data)
+    everyone = None
+    if world is not None and arguments.truth_requests:
+        everyone = Evaluator(data, **{**shared, "max_requests": arguments.truth_requests}, feedback_only=False)
     compared = evaluator.stored(arguments.compare_to, arguments.data_dir)
     folders = {MODEL: arguments.model_dir, arguments.start_name: arguments.start_dir}
     folders = {name: folder for name, folder in folders.items() if folder is not None}
     for folder in folders.values():  # strangers are refused before anything is decoded
         ModelFolder.open(folder, arguments.sids_dir, data, whole=True)
-    ranked = {}
+    ranked, true = {}, {}
     for name, folder in folders.items():
         retriever = load_retriever(folder, arguments.sids_dir, data, whole=True)
         retriever.model.to(state.device)
         ranked[name] = evaluator.rank(retriever)
+        true[name] = None if everyone is None else everyone.rank(retriever)[0]
     if not state.is_main_process:
         return
-    bounds = evaluator.bounds() if arguments.upper_bound else {}
+    bounds = {}
+    if world is not None and arguments.upper_bound:
+        asked = world.request_rows(evaluator.requests["request_id"])
+        bounds = {"oracle": world.oracle_ranking(asked, evaluator.places)}
     rows = {name: found[0] for name, found in ranked.items()} | compared
     rows |= {**evaluator.baselines(arguments.baselines), **bounds}
     results = {name: evaluator.measured(one) for name, one in rows.items()}
     record = evaluator.compare(results, arguments.baselines, list(bounds))
     record["decoding"] = ranked[MODEL][2]
+    if everyone is not None:
+        record["truth"] = _truth(arguments, world, everyone, true, results)
     means = {row["name"]: {m: one["value"] for m, one in row["metrics"].items()} for row in record["systems"]}
     scores = ranked[MODEL][1]
     with write_folder(arguments.output_dir) as scratch:
@@ -152,7 +165,29 @@ def main(arguments: Arguments) -> None:
     _show(arguments, record)
 
 
+def _world(arguments: Arguments, data: DataFolder) -> Any:
+    """The simulated shop that the data comes from; None for other data."""
+    if data.meta.get("reader") != "shop_world" or not (arguments.upper_bound or arguments.truth_requests):
+        return None
+    from sidtune.data_builders.shop_world.world import ShopWorld
+
+    return ShopWorld.from_options(**data.meta["options"])
+
+
+def _truth(arguments: Arguments, world: Any, asked: Any, lists: dict, results: dict[str, RankingResult]) -> dict:
+    """What the lists of models and baselines earn in truth, beside the logged metric."""
+    from sidtune.metrics.online.truth import truth
+
+    rows, k = world.request_rows(asked.requests["request_id"]), min(10, max(arguments.ks), world.config.page_size)
+    shown = {**lists, **asked.baselines(arguments.baselines)}
+    if arguments.upper_bound:
+        shown["oracle"] = world.oracle_ranking(rows, k)
+    logged = {name: result.means()[arguments.primary] for name, result in results.items()}
+    return truth(world, rows, shown, k, logged)
+
+
 def _show(arguments: Arguments, record: dict[str, Any]) -> None:
+    from sidtune.metrics.online.truth import truth_lines
     from sidtune.metrics.report.html import console_table
 
     print(f"{record['requests']:,} {arguments.split} requests, {record['catalogue']:,} items, whole catalogue ranked")
@@ -160,6 +195,8 @@ def _show(arguments: Arguments, record: dict[str, Any]) -> None:
     cut = arguments.primary.partition("@")[2]  # one cut-off fits a terminal; all others are in metrics.json
     rich.print(console_table(systems, metrics=[name for name in systems[0].metrics if name.endswith(f"@{cut}")]))
     print(f"Intervals and tests resample {record['resampled']}; another seed of the training is not in them.")
+    for line in truth_lines(record["truth"], arguments.primary) if "truth" in record else ():
+        print(line)
     for name, pair in record["against"].items():
         print(f"{arguments.primary} against {name}: {difference(pair)}, p = {pair['p_value']:.3f}")
 

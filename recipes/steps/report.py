@@ -121,10 +121,13 @@ def report_data(arguments: Arguments) -> Any:
 
 
 def _notes(metrics: dict[str, Any]) -> list[str]:
+    from sidtune.metrics.online.truth import truth_lines
+
     return [
         f"{metrics['requests_without_feedback']:,} requests of the split have no positive feedback and are left out.",
         f"Intervals and tests resample {metrics.get('resampled', 'users')}; another seed of the training is not in them.",
         "Metrics are on items after expansion of shared SIDs; ties are broken by fixed rules, so a rerun gives the same numbers.",
+        *(truth_lines(metrics["truth"], metrics["primary"]) if "truth" in metrics else ()),
         *(
             f"{metrics['primary']} of the model against '{name}': {difference(pair)}, p = {pair['p_value']:.3f}."
             for name, pair in metrics.get("against", {}).items()

@@ -132,7 +132,7 @@ OTHER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "evaluate": (DATA | SIDS | MODEL | FEW, {
         "start_dir": "@model", "start_name": "x", "split": "valid", "num_beams": 7, "ks": [5, 6], "metrics": ["ndcg"],
         "primary": "hr@5", "labels": ["order"], "baselines": [], "upper_bound": False, "compare_to": {"other": "@eval"},
-        "max_requests": 19, "samples": 101, "level": 0.9, "sample_requests": 3, "seed": 1,
+        "truth_requests": 0, "max_requests": 19, "samples": 101, "level": 0.9, "sample_requests": 3, "seed": 1,
     }),
     "export_engine": (SIDS | MODEL, {"dtype": "float32", "max_sids": 1, "end_token": "never one token"}),
     "publish": (DATA | SIDS | MODEL | EVAL, {
