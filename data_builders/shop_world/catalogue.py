@@ -17,7 +17,7 @@ from sidtune.data_builders.tables.schema import SCHEMAS, table_from_columns
 N_COLOURS, N_STYLES = len(words.COLOURS), len(words.STYLES)
 VALUES = words.COLOURS + words.STYLES + words.MATERIALS
 STREAMS = {"catalogue": 0, "users": 1, "requests": 2, "log": 3, "market-items": 4, "market-users": 5, "market-tastes": 6,
-           "market-log": 7}  # fmt: skip
+           "market-log": 7, "market-scores": 8}  # fmt: skip
 
 
 def stream(config: ShopWorldConfig, name: str, *parts: int) -> np.random.Generator:

@@ -20,7 +20,7 @@ from sidtune.data_builders.shop_world.coins import coins as flipped
 from sidtune.data_builders.shop_world.coins import normals
 from sidtune.data_builders.shop_world.crowding import crowding
 from sidtune.data_builders.shop_world.examining import click_chances, sampled_clicks
-from sidtune.data_builders.shop_world.logging_policy import best
+from sidtune.data_builders.shop_world.logging_policy import best, sigmoid
 from sidtune.data_builders.shop_world.world import LOG_DWELL_CAP, ShopWorld
 
 VALUES = ("click", "order", "value", "money")
@@ -57,6 +57,20 @@ class Market:
         """
         attraction, like, order, dwell = self.world._feedback(rows, np.maximum(items, 0))
         return np.where(items < 0, 0.0, attraction), like, order, dwell
+
+    def scores(self, rows: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """(n, K) what an upstream ranker says of P(click | looked at): true where `score_distortion` is 0, else a lie by department.
+
+        Within a department the order is kept; lists that mix departments suffer.
+        """
+        true, part = self.feedback(rows, items)[0], self.phenomena.score_distortion
+        if part == 0.0:
+            return true
+        department = self.world.catalogue.department[np.maximum(items, 0)]
+        certain = (true <= 0.0) | (true >= 1.0)
+        logit = np.log(np.where(certain, 0.5, true) / (1.0 - np.where(certain, 0.5, true)))
+        lied = sigmoid(np.exp(part * self.tastes.slope[department]) * logit + part * self.tastes.shift[department])
+        return np.where(certain, true, lied)
 
     def serve(self, rows: Any, lists: Any, *, coins: int = 0, sample: bool = False) -> Served:
         """Shows a list to each request.

@@ -25,6 +25,7 @@ class Tastes:
 
     Attributes:
         bait (N,): standard normal. intent ξ, price ζ (U,): standard normal.
+        slope α, shift β (D,): evenly −.5 … .5 and −1.2 … .6 over the departments, in an order of their own each.
         buyer m (U,): +1 who buys, −1 who browses; half each, older ages more often the former.
     """
 
@@ -32,6 +33,8 @@ class Tastes:
     intent: np.ndarray
     price: np.ndarray
     buyer: np.ndarray
+    slope: np.ndarray
+    shift: np.ndarray
 
     @classmethod
     def make(cls, config: ShopWorldConfig, profile: np.ndarray) -> Tastes:
@@ -41,7 +44,9 @@ class Tastes:
         intent, price, coin = of_users.standard_normal(users), of_users.standard_normal(users), of_users.random(users)
         odds = np.where(profile[:, 0] >= 2, 0.5, -0.5)  # the age band shifts the log odds by 1
         buyer = np.where(coin < 1.0 / (1.0 + np.exp(-odds)), 1.0, -1.0)
-        return cls(of_items.standard_normal(config.n_items), intent, price, buyer)
+        lie, parts = stream(config, "market-scores"), config.n_departments
+        slope, shift = lie.permutation(np.linspace(-0.5, 0.5, parts)), lie.permutation(np.linspace(-1.2, 0.6, parts))
+        return cls(of_items.standard_normal(config.n_items), intent, price, buyer, slope, shift)
 
     def click_logit(self, dials: Phenomena, items: np.ndarray) -> np.ndarray | float:
         """What the logit of a click gains, in the shape of `items`; 0.0 without bait."""

@@ -71,6 +71,9 @@ def test_each_dial_at_zero_is_a_world_without_it_and_moves_something_at_one(worl
     base = dataclasses.replace(SHOP, click_fatigue=0.2)
     off, on = dataclasses.replace(base, **{dial: 0.0}), dataclasses.replace(base, **{dial: 1.0})
     name = "value" if dial == "value_spread" else "click"
+    if dial == "score_distortion":  # outcomes stay
+        assert (market(off).total(rows, shown) == market(on).total(rows, shown)).all()
+        return
     assert (market(off).total(rows, shown, name) != market(on).total(rows, shown, name)).any()
     plain, same = Market(world).serve(rows, shown).expected, market(Phenomena()).serve(rows, shown).expected
     assert all((plain[key] == same[key]).all() for key in plain)
@@ -321,3 +324,28 @@ def test_who_knows_the_department_gains_with_the_dial():
         blind.users = dataclasses.replace(world.users, taste=taste, by_department=None)
         gains.append(aware / Market(world).total(rows, Market(blind).ideal(rows, 10)).mean() - 1)
     assert 0.08 < gains[0] < 0.27 and 0.25 < gains[1] < 0.48 and gains[2] > 0.55 and gains == sorted(gains)
+
+
+def test_scores_that_lie_by_department_keep_the_order_inside_it():
+    """Sheet 3.11: the fields are off by more and more, a merged list loses little, and nothing at 0. The sheet's own figures are of
+    another assignment of the eight pairs of slope and shift to the departments."""
+    config = ShopWorldConfig(seed=0, n_items=800, n_users=300, n_requests=4000)
+    errors, lost = [], []
+    for part in (0.0, 0.25, 0.5, 1.0):
+        shop = market(Phenomena(score_distortion=part), config)
+        home = np.flatnonzero(shop.world.requests.kind == 5)[:200]
+        items = np.broadcast_to(np.arange(800), (len(home), 800))
+        true, said = shop.feedback(home, items)[0], shop.scores(home, items)
+        department = shop.world.catalogue.department
+        if part == 0.0:
+            np.testing.assert_array_equal(said, true)
+        for field in range(config.n_departments):
+            mine = department == field
+            order = np.argsort(-true[:3, mine], axis=1, kind="stable")
+            assert (np.diff(np.take_along_axis(said[:3, mine], order, axis=1), axis=1) <= 1e-15).all()
+        gaps = [abs((true - said)[:, department == field].sum()) for field in range(config.n_departments)]
+        errors.append(sum(gaps) / true.sum())
+        merged = np.argsort(-said, axis=1, kind="stable")[:, :10]
+        lost.append(1 - shop.total(home, merged).mean() / shop.total(home, shop.ideal(home, 10)).mean())
+    assert errors[0] == lost[0] == 0 and errors == sorted(errors) and lost == sorted(lost)
+    assert 0.03 < errors[1] < 0.12 and 0.15 < errors[3] < 0.4 and 0.003 < lost[3] < 0.08
