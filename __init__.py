@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from sidtune.data_builders.prompts.sanitizer import Sanitizer as Sanitizer
     from sidtune.data_builders.prompts.serializer import Serializer as Serializer
     from sidtune.data_builders.shop_world.config import ShopWorldConfig as ShopWorldConfig
+    from sidtune.data_builders.shop_world.dials import Phenomena as Phenomena
+    from sidtune.data_builders.shop_world.market import Market as Market
+    from sidtune.data_builders.shop_world.market import Served as Served
     from sidtune.data_builders.shop_world.world import ShopWorld as ShopWorld
     from sidtune.data_builders.tables.history import History as History
     from sidtune.data_builders.tables.history import TimeCut as TimeCut

@@ -327,8 +327,10 @@ def test_who_knows_the_department_gains_with_the_dial():
 
 
 def test_scores_that_lie_by_department_keep_the_order_inside_it():
-    """Sheet 3.11: the fields are off by more and more, a merged list loses little, and nothing at 0. The sheet's own figures are of
-    another assignment of the eight pairs of slope and shift to the departments."""
+    """Sheet 3.11: the fields are off by more and more, a merged list loses little, and nothing at 0.
+
+    The sheet's own figures are of another assignment of slopes and shifts to the departments.
+    """
     config = ShopWorldConfig(seed=0, n_items=800, n_users=300, n_requests=4000)
     errors, lost = [], []
     for part in (0.0, 0.25, 0.5, 1.0):

@@ -54,10 +54,11 @@ def test_the_examples_of_the_readme_train(shop, repo_root, monkeypatch):
 
 def test_the_example_of_the_impressions_runs(shop, repo_root, monkeypatch):
     monkeypatch.chdir(shop)
-    code = (repo_root / "data_builders" / "README.md").read_text("utf-8").partition("## Impressions")[2]
+    text = (repo_root / "data_builders" / "README.md").read_text("utf-8")
     names: dict = {}
-    exec(code.split("```python\n")[1].partition("```")[0], names)
-    assert len(names["batch"]["label_click"]) == 1024
+    for part in ("## Impressions", "## The market"):
+        exec(text.partition(part)[2].split("```python\n")[1].partition("```")[0], names)
+    assert len(names["batch"]["label_click"]) == 1024 and names["lists"].shape == (100, 10)
 
 
 def test_the_example_of_the_tokenizers_gives_the_folder_of_the_step(shop, repo_root, monkeypatch, tmp_path):
