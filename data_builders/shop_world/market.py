@@ -59,7 +59,7 @@ class Market:
         return np.where(items < 0, 0.0, attraction), like, order, dwell
 
     def scores(self, rows: np.ndarray, items: np.ndarray) -> np.ndarray:
-        """(n, K) what an upstream ranker says of P(click | looked at): true where `score_distortion` is 0, else a lie by department.
+        """(n, K) what an upstream ranker says of P(click | looked at): true where `score_distortion` is 0, else it lies.
 
         Within a department the order is kept; lists that mix departments suffer.
         """
