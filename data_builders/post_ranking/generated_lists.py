@@ -21,7 +21,7 @@ from sidtune.core.errors import DataError
 from sidtune.data_builders.post_ranking.columns import request_table
 from sidtune.data_builders.post_ranking.schema import PostRankField, PostRankTable
 from sidtune.data_builders.post_ranking.text_hashing import hashed_bag
-from sidtune.data_builders.shop_world.catalogue import item_table
+from sidtune.data_builders.shop_world.items import item_table
 from sidtune.data_builders.shop_world.world import ShopWorld
 from sidtune.data_builders.tables.history import History
 from sidtune.data_builders.tables.store import DataFolder

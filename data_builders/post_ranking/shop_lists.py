@@ -26,7 +26,7 @@ from sidtune.data_builders.post_ranking.columns import request_table
 from sidtune.data_builders.post_ranking.schema import PostRankField, PostRankTable
 from sidtune.data_builders.post_ranking.text_hashing import hashed_bag
 from sidtune.data_builders.shop_world import words
-from sidtune.data_builders.shop_world.catalogue import item_table, price_bucket
+from sidtune.data_builders.shop_world.items import item_table, price_bucket
 from sidtune.data_builders.shop_world.requests import query_texts
 from sidtune.data_builders.shop_world.sessions import ShopSessions
 from sidtune.data_builders.shop_world.users import PROFILE_NAMES, PROFILE_WORDS, user_ids

@@ -8,16 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 
 from sidtune.data_builders.shop_world import words
 from sidtune.data_builders.shop_world.config import ShopWorldConfig
-from sidtune.data_builders.tables.schema import SCHEMAS, table_from_columns
 
 N_COLOURS, N_STYLES = len(words.COLOURS), len(words.STYLES)
 VALUES = words.COLOURS + words.STYLES + words.MATERIALS
 STREAMS = {"catalogue": 0, "users": 1, "requests": 2, "log": 3, "market-items": 4, "market-users": 5, "market-tastes": 6,
-           "market-log": 7, "market-scores": 8}  # fmt: skip
+           "market-log": 7, "market-scores": 8, "market-words": 9, "market-blanks": 10}  # fmt: skip
 
 
 def stream(config: ShopWorldConfig, name: str, *parts: int) -> np.random.Generator:
@@ -171,60 +169,3 @@ def numbered(letter: str, count: int, width: int) -> np.ndarray:
     """`letter` + zero-padded number; the width grows with `count`, so that text order is number order."""
     width = max(width, len(str(max(count - 1, 0))))
     return np.char.add(letter, np.char.zfill(np.arange(count).astype(str), width)).astype(object)
-
-
-def price_bucket(price_level: np.ndarray) -> np.ndarray:
-    """0 budget, 1 mid-price, 2 premium: thirds of a standard normal."""
-    return np.digitize(price_level, [-0.43, 0.43])
-
-
-def item_table(config: ShopWorldConfig, catalogue: ShopCatalogue) -> pa.Table:
-    """The items table; counts are null (statistics are taken from the past when a split is made)."""
-    nouns = leaf_nouns(config)
-    bucket = price_bucket(catalogue.price_level)
-    titles, descriptions, categories, attributes = [], [], [], []
-    for i in range(config.n_items):
-        leaf, choice = catalogue.leaf[i], catalogue.text_choice[i]
-        department = words.DEPARTMENTS[catalogue.leaf_department[leaf]]
-        group = department.leaves[leaf % config.leaves_per_department][0]
-        values = {
-            "colour": words.COLOURS[catalogue.colour[i]],
-            "style": words.STYLES[catalogue.style[i]],
-            "material": words.MATERIALS[catalogue.material[i]],
-            "size": department.sizes[catalogue.size[i]],
-        }
-        fields = {
-            **values,
-            "brand": words.BRANDS[catalogue.brand[i]],
-            "model": words.MODELS[choice[0] % len(words.MODELS)],
-            "noun": nouns[leaf][choice[1] % 3],
-            "canonical": nouns[leaf][0],
-            "group": group,
-            "department": department.names[0],
-            "price": words.PRICE_PHRASES[bucket[i]],
-            **{name.capitalize(): value.capitalize() for name, value in values.items()},
-        }
-        titles.append(_fill(words.TITLES, choice[2], fields))
-        sentences = [
-            _fill(words.CATEGORY_SENTENCES, choice[3], fields),
-            _fill(words.MATERIAL_SENTENCES, choice[4], fields),
-            _fill(words.PRICE_SENTENCES, choice[5], fields),
-        ]
-        turn = choice[6] % 3
-        descriptions.append(" ".join(sentences[turn:] + sentences[:turn]))
-        categories.append([department.names[0], group, nouns[leaf][0]])
-        attributes.append([{"name": name, "value": value} for name, value in values.items()])
-    columns = {
-        "item_id": item_ids(config),
-        "title": titles,
-        "description": descriptions,
-        "brand": pa.array(words.BRANDS).take(pa.array(catalogue.brand)),
-        "category": categories,
-        "attributes": pa.array(attributes, type=SCHEMAS["items"].arrow_schema.field("attributes").type),
-        "price": catalogue.price,
-    }
-    return table_from_columns("items", columns, config.n_items)
-
-
-def _fill(templates: tuple[str, ...], choice: int, fields: dict[str, str]) -> str:
-    return templates[choice % len(templates)].format(**fields)

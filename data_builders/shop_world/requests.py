@@ -14,6 +14,7 @@ import pyarrow as pa
 from sidtune.data_builders.shop_world import words
 from sidtune.data_builders.shop_world.catalogue import N_COLOURS, N_STYLES, VALUES, ShopCatalogue, leaf_nouns, stream
 from sidtune.data_builders.shop_world.config import DAY, ShopWorldConfig
+from sidtune.data_builders.shop_world.paraphrases import ASKED, LEAVES
 from sidtune.data_builders.shop_world.users import Users
 
 PLAIN, ATTRIBUTE, BRAND, DEPARTMENT, ATTRIBUTE_ONLY, HOME, BROWSE = range(7)
@@ -30,6 +31,7 @@ PLACE = np.array(
 DEVICE = np.array([[0.50, 0.20, 0.30], [0.40, 0.05, 0.55], [0.92, 0.06, 0.02], [0.75, 0.15, 0.10]])
 ASKED_SORT = np.array([0.45, 0.35, 0.20])  # colour, style, material
 QUERY_CHUNK = 16_384
+SYNONYMS = 3  # of a noun; numbers from here on are paraphrases
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Requests:
         leaf: the leaf that prompted the request. Feedback depends on it only through `scope`.
         scope: row of `ShopCatalogue.relation`: a leaf, C + department, or C + D when the request names no category.
         asked: number into `VALUES`, -1 for none. brand: asked brand, -1 for none.
-        noun, order: which synonym and which word order are typed.
+        noun, order: which synonym (from `SYNONYMS` on: which paraphrase) and which word order are typed.
     """
 
     user: np.ndarray
@@ -145,9 +147,19 @@ def make_requests(config: ShopWorldConfig, catalogue: ShopCatalogue, users: User
     scope = np.where(kind <= BRAND, leaf, config.n_leaves + config.n_departments)
     named = (kind == DEPARTMENT) | (kind == BROWSE)
     scope = np.where(named, config.n_leaves + catalogue.leaf_department[leaf], scope)
-    noun = (draws.noun * 3).astype(np.int64)
+    noun = _typed_noun(config, kind, draws)
     order = (draws.order * 3).astype(np.int64)
     return Requests(user, time, period, place, daypart, device, kind, leaf, scope, asked, brand, noun, order)
+
+
+def _typed_noun(config: ShopWorldConfig, kind: np.ndarray, draws: RequestDraws) -> np.ndarray:
+    """Which synonym, or with probability `lexical_gap` which paraphrase (departments have none)."""
+    noun, share = (draws.noun * SYNONYMS).astype(np.int64), config.dials.lexical_gap
+    if not share:
+        return noun
+    rng = stream(config, "market-words")
+    hard = (rng.random(len(noun)) < share) & (kind != DEPARTMENT)
+    return np.where(hard, SYNONYMS + rng.integers(0, 2, len(noun)), noun)
 
 
 def _softmax_weights(logits: np.ndarray) -> np.ndarray:
@@ -194,7 +206,7 @@ def _asked_brand(
 def query_texts(config: ShopWorldConfig, requests: Requests) -> pa.Array:
     """(R,) query texts, null for recommendations; each distinct query is composed once."""
     parts = (requests.kind, requests.leaf, requests.asked + 1, requests.brand + 1, requests.noun, requests.order)
-    shape = (len(KINDS), config.n_leaves, len(VALUES) + 1, config.n_brands + 1, 3, 3)
+    shape = (len(KINDS), config.n_leaves, len(VALUES) + 1, config.n_brands + 1, SYNONYMS + 2, 3)
     _, first, inverse = np.unique(np.ravel_multi_index(parts, shape), return_index=True, return_inverse=True)
     distinct = np.stack(parts, axis=1)[first] - np.array([0, 0, 1, 1, 0, 0])
     nouns = leaf_nouns(config)
@@ -207,18 +219,18 @@ def _query_text(
 ) -> str | None:
     if kind >= HOME:
         return None
-    if kind == ATTRIBUTE_ONLY:
-        return VALUES[asked]
     noun, order = how
+    value = "" if asked < 0 else VALUES[asked] if noun < SYNONYMS else ASKED[VALUES[asked]][noun - SYNONYMS]
+    if kind == ATTRIBUTE_ONLY:
+        return value
     if kind == DEPARTMENT:
         return words.DEPARTMENTS[leaf // config.leaves_per_department].names[noun]
-    name = nouns[leaf][noun]
+    name = nouns[leaf][noun] if noun < SYNONYMS else LEAVES[nouns[leaf][0]][noun - SYNONYMS]
     if kind == PLAIN:
         return name
     if kind == ATTRIBUTE:
-        value = VALUES[asked]
-        in_words = f"{name} in {value}" if asked < N_COLOURS else f"{name}, {value}"
-        return (f"{value} {name}", f"{name} {value}", in_words)[order]
+        in_words = f"{name} in {value}" if asked < N_COLOURS and noun < SYNONYMS else f"{name}, {value}"
+        return (f"{value} {name}", f"{name} {value}", in_words)[order] if noun < SYNONYMS else in_words
     return (f"{words.BRANDS[brand]} {name}", f"{name} {words.BRANDS[brand]}", f"{name} by {words.BRANDS[brand]}")[order]
 
 

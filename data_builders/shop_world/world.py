@@ -48,10 +48,11 @@ import pyarrow.compute as pc
 
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.data_builders.shop_world import words
-from sidtune.data_builders.shop_world.catalogue import N_COLOURS, item_ids, item_table, make_catalogue, numbered, stream
+from sidtune.data_builders.shop_world.catalogue import N_COLOURS, item_ids, make_catalogue, numbered, stream
 from sidtune.data_builders.shop_world.config import ShopWorldConfig, config_from_options
 from sidtune.data_builders.shop_world.crowding import crowding
 from sidtune.data_builders.shop_world.examining import sampled_clicks
+from sidtune.data_builders.shop_world.items import item_table
 from sidtune.data_builders.shop_world.logging_policy import (
     LOG_CHUNK,
     Log,
