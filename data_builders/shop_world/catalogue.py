@@ -15,7 +15,8 @@ from sidtune.data_builders.shop_world.config import ShopWorldConfig
 N_COLOURS, N_STYLES = len(words.COLOURS), len(words.STYLES)
 VALUES = words.COLOURS + words.STYLES + words.MATERIALS
 STREAMS = {"catalogue": 0, "users": 1, "requests": 2, "log": 3, "market-items": 4, "market-users": 5, "market-tastes": 6,
-           "market-log": 7, "market-scores": 8, "market-words": 9, "market-blanks": 10}  # fmt: skip
+           "market-log": 7, "market-scores": 8, "market-words": 9, "market-blanks": 10,
+           "market-noise": 11}  # fmt: skip
 
 
 def stream(config: ShopWorldConfig, name: str, *parts: int) -> np.random.Generator:

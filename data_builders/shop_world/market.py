@@ -21,6 +21,7 @@ from sidtune.data_builders.shop_world.coins import normals
 from sidtune.data_builders.shop_world.crowding import crowding
 from sidtune.data_builders.shop_world.examining import click_chances, sampled_clicks
 from sidtune.data_builders.shop_world.logging_policy import best, sigmoid
+from sidtune.data_builders.shop_world.noise import TINY, noise_share
 from sidtune.data_builders.shop_world.world import LOG_DWELL_CAP, ShopWorld
 
 VALUES = ("click", "order", "value", "money")
@@ -32,8 +33,9 @@ class Served:
     """What n lists of K places earn.
 
     Attributes:
-        expected: `click`, `order`, `like`, `dwell` (seconds), `money`, `value` and `examined` → (n, K), exact.
-        drawn: the first five of them as they came out, where asked for.
+        expected: `click`, `wanted` (clicks without the noise of a feed), `order`, `like`, `dwell` (seconds), `money`, `value` and
+            `examined` → (n, K), exact.
+        drawn: the first six of them as they came out, where asked for.
     """
 
     expected: dict[str, np.ndarray]
@@ -97,6 +99,7 @@ class Market:
     def _serve(self, rows: np.ndarray, lists: np.ndarray, seed: int, sample: bool) -> tuple[dict, dict]:
         world, dials = self.world, self.phenomena
         attraction, like, order, dwell = self.feedback(rows, lists)
+        share = noise_share(world, rows, attraction)
         attraction = attraction * crowding(world.catalogue, lists, dials)
         stops = {"stop_after_click": dials.stop_after_click, "stop_after_order": dials.stop_after_order}
         click, looked = click_chances(
@@ -105,28 +108,33 @@ class Market:
         price = world.catalogue.price[np.maximum(lists, 0)]
         of_click, of_order = self.tastes.values(dials, world.requests.user[rows])
         spread = world.config.dwell_sigma
+        mean_dwell = np.exp(np.minimum(dwell + spread**2 / 2, LOG_DWELL_CAP))
         expected = {
             "click": click,
             "order": click * order,
             "like": click * like,
-            "dwell": click * np.exp(np.minimum(dwell + spread**2 / 2, LOG_DWELL_CAP)),
+            "wanted": click * (1.0 - share),
+            "dwell": click * ((1.0 - share) * mean_dwell + share * np.exp(-dials.noise_dwell) * mean_dwell),
             "money": click * order * price,
-            "value": click * (of_click[:, None] + of_order[:, None] * order),
+            "value": click * ((1.0 - share) * of_click[:, None] + of_order[:, None] * order),
             "examined": looked,
         }
         if not sample:
             return expected, {}
         key, places = rows[:, None], np.arange(lists.shape[1])[None, :]
         held = np.maximum(lists, 0)
-        bought = flipped(seed, "order", key, held) < order
+        noise, meant = flipped(seed, "noise", key, held) < share, np.maximum(1.0 - share, TINY)
+        bought = (flipped(seed, "order", key, held) < order / meant) & ~noise
         clicked = sampled_clicks(
             attraction, bought, world.examination, flipped(seed, "examiner", rows) < dials.cascade,
             flipped(seed, "examination", key, places), flipped(seed, "stop", key, places),
             flipped(seed, "attraction", key, held), fatigue=dials.click_fatigue, **stops,
         )  # fmt: skip
-        seconds = np.exp(np.minimum(dwell + spread * normals(seed, "watch", key, held), LOG_DWELL_CAP))
-        liked = clicked & (flipped(seed, "like", key, held) < like)
-        drawn = {"click": clicked, "order": clicked & bought, "like": liked}
+        seconds = np.exp(
+            np.minimum(dwell - dials.noise_dwell * noise + spread * normals(seed, "watch", key, held), LOG_DWELL_CAP)
+        )
+        liked = clicked & (flipped(seed, "like", key, held) < like / meant) & ~noise
+        drawn = {"click": clicked, "wanted": clicked & ~noise, "order": clicked & bought, "like": liked}
         return expected, {**drawn, "dwell": clicked * seconds, "money": (clicked & bought) * price}
 
     def _checked(self, rows: Any, lists: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -162,7 +170,7 @@ class Market:
             "click": np.ones(order.shape),
             "order": order,
             "money": order * self.world.catalogue.price[items],
-            "value": of_click[:, None] + of_order[:, None] * order,
+            "value": (1.0 - noise_share(self.world, rows, attraction)) * of_click[:, None] + of_order[:, None] * order,
         }[value]
         return np.broadcast_to(attraction * weight, (len(rows), items.shape[1]))
 

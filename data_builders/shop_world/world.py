@@ -64,6 +64,7 @@ from sidtune.data_builders.shop_world.logging_policy import (
     log_draws,
     sigmoid,
 )
+from sidtune.data_builders.shop_world.noise import TINY, mean_of_feed, mixed, noise_share
 from sidtune.data_builders.shop_world.phenomena import Tastes
 from sidtune.data_builders.shop_world.requests import make_requests, query_texts, request_draws
 from sidtune.data_builders.shop_world.tables import event_table, request_table
@@ -133,28 +134,50 @@ class ShopWorld:
     @cached_property
     def log(self) -> Log:
         """The logged pages and feedback, in chunks of `LOG_CHUNK` requests with a random stream each."""
-        n, pool = self.config.n_requests, self.ranker.order.shape[1]
-        parts = []
-        for chunk, first in enumerate(range(0, n, LOG_CHUNK)):
-            rows = np.arange(first, min(first + LOG_CHUNK, n))
-            parts.append(self._log_chunk(rows, log_draws(self.config, chunk, len(rows), pool)))
+        pool = self.ranker.order.shape[1]
+        parts = [
+            self._log_chunk(rows, log_draws(self.config, chunk, len(rows), pool))
+            for chunk, rows in enumerate(self._log_rows())
+        ]
         return Log(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
+    def _log_rows(self) -> list[np.ndarray]:
+        n = self.config.n_requests
+        return [np.arange(first, min(first + LOG_CHUNK, n)) for first in range(0, n, LOG_CHUNK)]
+
     def _log_chunk(self, rows: np.ndarray, draws: LogDraws) -> tuple[np.ndarray, ...]:
+        item, dials = self._pages(rows, draws), self.phenomena
+        attraction, like_p, order_p, dwell_mean = self._feedback(rows, item)
+        meant, noise = np.ones(1), np.zeros(1, dtype=bool)
+        if dials.feed_noise:
+            share = noise_share(self, rows, attraction)
+            noise = stream(self.config, "market-noise", int(rows[0]) // LOG_CHUNK).random(item.shape) < share
+            meant = np.maximum(1.0 - share, TINY)
+        ordered = (draws.order < order_p / meant) & ~noise
+        click = self._clicks(rows, item, attraction, ordered, draws.click)
+        like = (click & (draws.like < like_p / meant) & ~noise).astype(np.int8)
+        like[draws.like_known < self.config.like_unknown_share] = -1
+        log_dwell = dwell_mean - dials.noise_dwell * noise + self.config.dwell_sigma * draws.dwell
+        dwell = np.exp(np.minimum(log_dwell, LOG_DWELL_CAP))
+        dwell[~click] = np.nan
+        return item, click.astype(np.int8), like, (click & ordered).astype(np.int8), dwell.astype(np.float32)
+
+    def _pages(self, rows: np.ndarray, draws: LogDraws) -> np.ndarray:
+        """(n, page_size) item rows that the production system showed."""
         size = self.config.page_size
         rank = np.empty((len(rows), size), dtype=np.int64)
         for layout, wanted in zip(self.layouts, (False, True), strict=True):
             part = self.requests.is_recommendation[rows] == wanted
             rank[part] = layout.draw(draws.keys[part], size)
-        item = np.take_along_axis(self.ranker.order[self.ranker.query_of[rows]], rank, axis=1)
-        attraction, like_p, order_p, dwell_mean = self._feedback(rows, item)
-        click = self._clicks(rows, item, attraction, draws.order < order_p, draws.click)
-        like = (click & (draws.like < like_p)).astype(np.int8)
-        like[draws.like_known < self.config.like_unknown_share] = -1
-        order = click & (draws.order < order_p)
-        dwell = np.exp(np.minimum(dwell_mean + self.config.dwell_sigma * draws.dwell, LOG_DWELL_CAP))
-        dwell[~click] = np.nan
-        return item, click.astype(np.int8), like, order.astype(np.int8), dwell.astype(np.float32)
+        return np.take_along_axis(self.ranker.order[self.ranker.query_of[rows]], rank, axis=1)
+
+    @cached_property
+    def noise_level(self) -> float:
+        """ā of `feed_noise`."""
+        pool = self.ranker.order.shape[1]
+        draws = (log_draws(self.config, chunk, len(rows), pool) for chunk, rows in enumerate(self._log_rows()))
+        pages = ((rows, self._pages(rows, one)) for rows, one in zip(self._log_rows(), draws, strict=True))
+        return mean_of_feed(self, pages)
 
     def _clicks(
         self, rows: np.ndarray, items: np.ndarray, attraction: np.ndarray, orders: np.ndarray, coins: np.ndarray
@@ -179,14 +202,23 @@ class ShopWorld:
         """(attraction, P(like|click), P(order|click), mean of log dwell), each (n, k), of items (n, k) or (1, k)."""
         config, catalogue = self.config, self.catalogue
         taste = self._taste(rows, items)
-        attraction = sigmoid(self._request_logit(rows, items) + taste)
-        attraction[catalogue.launch_period[items] > self.requests.period[rows, None]] = 0.0
+        attraction = mixed(self, rows, self.alone(rows, items, taste))
         like = sigmoid(config.like_bias + config.like_taste * taste)
         fixed = config.order_quality * catalogue.quality - config.order_price * catalogue.price_level
         trade = self.tastes.order_logit(self.phenomena, self.requests.user[rows], items, catalogue.price_level[items])
         laptop = config.order_laptop * (self.requests.device[rows, None] == _LAPTOP)
         order = sigmoid(config.order_bias + config.order_taste * taste + fixed[items] + laptop + trade)
+        if self.phenomena.feed_noise:  # a click that was not meant brings neither
+            meant = 1.0 - noise_share(self, rows, attraction)
+            like, order = like * meant, order * meant
         return attraction, like, order, config.dwell_log_mean + config.dwell_taste * taste
+
+    def alone(self, rows: np.ndarray, items: np.ndarray, taste: np.ndarray | None = None) -> np.ndarray:
+        """(n, k) P(click | looked at) by what the item is, 0 before its launch; `taste` where it is known already."""
+        taste = self._taste(rows, items) if taste is None else taste
+        attraction = sigmoid(self._request_logit(rows, items) + taste)
+        attraction[self.catalogue.launch_period[items] > self.requests.period[rows, None]] = 0.0
+        return attraction
 
     def _taste(self, rows: np.ndarray, items: np.ndarray, users: np.ndarray | None = None) -> np.ndarray:
         """(n, k) the personal part T of the logit; `users` (n,) puts other users in the place of the real ones."""
@@ -262,7 +294,7 @@ class ShopWorld:
                 who = np.full(len(part), other)
                 total += sigmoid(self._request_logit(part, items, who) + self._taste(part, items, who))
             off_sale = self.catalogue.launch_period[items] > self.requests.period[part, None]
-            return np.where(off_sale, 0.0, total / n_others)
+            return mixed(self, part, np.where(off_sale, 0.0, total / n_others))
 
         return self._dense(rows, mean)
 

@@ -70,11 +70,12 @@ def test_each_dial_at_zero_is_a_world_without_it_and_moves_something_at_one(worl
     rows, shown = lists
     base = dataclasses.replace(SHOP, click_fatigue=0.2)
     off, on = dataclasses.replace(base, **{dial: 0.0}), dataclasses.replace(base, **{dial: 1.0})
-    name = "value" if dial == "value_spread" else "click"
+    name = {"value_spread": "value", "noise_dwell": "dwell"}.get(dial, "click")
     if dial in ("score_distortion", "lexical_gap", "missing_attributes"):  # outcomes stay
         assert (market(off).total(rows, shown) == market(on).total(rows, shown)).all()
         return
-    assert (market(off).total(rows, shown, name) != market(on).total(rows, shown, name)).any()
+    outcome = [market(one).serve(rows, shown).expected[name] for one in (off, on)]
+    assert (outcome[0] != outcome[1]).any()
     plain, same = Market(world).serve(rows, shown).expected, market(Phenomena()).serve(rows, shown).expected
     assert all((plain[key] == same[key]).all() for key in plain)
 
@@ -140,7 +141,7 @@ def test_what_is_drawn_becomes_what_is_expected(world, lists, dials):
     shop, (rows, shown) = market(dials), lists
     expected = shop.serve(rows, shown).expected
     found = [shop.serve(rows, shown, coins=seed, sample=True).drawn for seed in range(150)]
-    for name in ("click", "order", "like", "money"):
+    for name in ("click", "wanted", "order", "like", "dwell", "money"):
         draws = np.array([one[name].sum() for one in found])
         assert abs(draws.mean() - expected[name].sum()) < 4 * draws.std(ddof=1) / math.sqrt(len(draws))
     again = shop.serve(rows[::-1], shown[::-1], coins=3, sample=True).drawn
