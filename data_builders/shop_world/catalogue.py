@@ -37,7 +37,7 @@ class ShopCatalogue:
         leaf, brand, colour, style, material (N,): numbers; `material` and `style` count within their own lists.
         size (N,): position in the department's sizes.
         price_level (N,): z, about standard normal within a leaf. price (N,): in units of money.
-        quality (N,): standard normal. popularity (N,): rank ** -zipf_exponent. popularity_rank (N,): from 0.
+        quality (N,): standard normal. popularity_rank (N,): from 0.
         launch_period (N,): drift period from whose start the item is on sale.
     """
 
@@ -56,7 +56,6 @@ class ShopCatalogue:
     price_level: np.ndarray
     price: np.ndarray
     quality: np.ndarray
-    popularity: np.ndarray
     popularity_rank: np.ndarray
     launch_period: np.ndarray
     text_choice: np.ndarray
@@ -81,6 +80,8 @@ def make_catalogue(config: ShopWorldConfig) -> ShopCatalogue:
     number = {name: n for n, name in enumerate(dict.fromkeys(names))}
     leaf_group = np.array([number[name] for name in names])
     leaf_weight = rng.lognormal(0.0, 0.5, C)
+    if config.query_zipf:
+        leaf_weight = (1.0 + np.argsort(np.argsort(-leaf_weight))) ** -config.query_zipf
     leaf_weight /= leaf_weight.sum()
     brand_departments = _brand_departments(n_brands, D)
     brand_tier = rng.standard_normal(n_brands)
@@ -118,7 +119,6 @@ def make_catalogue(config: ShopWorldConfig) -> ShopCatalogue:
         price_level=price_level,
         price=price,
         quality=quality,
-        popularity=(1.0 + popularity_rank) ** -config.zipf_exponent,
         popularity_rank=popularity_rank,
         launch_period=launch_period,
         text_choice=rng.integers(0, 1 << 30, (N, 7)),

@@ -18,6 +18,7 @@ DAY = 86_400
 _SHARES = """
 popularity_quality launch_share profile_share late_user_share interest_drift taste_drift recommendation_share browse_share
 attribute_query_share brand_query_share department_query_share attribute_only_share like_unknown_share
+activity_floor
 """
 _LARGEST_WEIGHT = 100.0
 _MOST_LATENTS = 500_000_000
@@ -34,13 +35,13 @@ class ShopWorldConfig:
         n_departments, leaves_per_department: how much of the fixed category tree is used (at most 8 and 8).
         brands_per_department: even number; each brand sells in two departments when there are at least two.
     Catalogue:
-        zipf_exponent: popularity = rank ** -zipf_exponent.
         popularity_quality: correlation of latent quality with the score that is ranked into popularity.
         launch_share: share of items launched during the log, at the start of a drift period.
     Users:
         profile_share: share of the variance of tastes that the profile explains.
         late_user_share: share of users who arrive in the last 5-40 % of the log (cold users).
         activity_sigma: log-standard deviation of user activity above the common floor.
+        activity_floor: the floor, as a share of the mean number of requests of a user.
         drift_days, interest_drift, taste_drift: length of a period, and the share of the personal variance of
             interests and tastes that is renewed from one period to the next (0 = no drift).
         department_interest, leaf_interest: standard deviations of the interest logits.
@@ -49,6 +50,7 @@ class ShopWorldConfig:
         recommendation_share: share of requests with a null query; of these, `browse_share` are on a department's page.
         attribute_query_share, brand_query_share, department_query_share, attribute_only_share: shares of searches of
             these forms; the rest is the plain category noun.
+        query_zipf: how often a leaf is wanted falls as its rank ** -query_zipf; 0: the log-normal weights, the same ranks.
         query_taste: how sharply the asked attribute or brand follows the user's taste.
     Production ranker:
         page_size, exploration_slots, exploration_pool, ranked_tiers, search_oversampling, recommendation_oversampling:
@@ -75,13 +77,13 @@ class ShopWorldConfig:
     leaves_per_department: int = 8
     brands_per_department: int = 8
 
-    zipf_exponent: float = 0.8
     popularity_quality: float = 0.5
     launch_share: float = 0.1
 
     profile_share: float = 0.4
     late_user_share: float = 0.1
     activity_sigma: float = 0.7
+    activity_floor: float = 0.6
     drift_days: int = 10
     interest_drift: float = 0.2
     taste_drift: float = 0.05
@@ -95,6 +97,7 @@ class ShopWorldConfig:
     brand_query_share: float = 0.1
     department_query_share: float = 0.08
     attribute_only_share: float = 0.04
+    query_zipf: float = 0.0
     query_taste: float = 1.0
 
     page_size: int = 20
@@ -174,7 +177,7 @@ class ShopWorldConfig:
         check_range(self, 0, "seed", "exploration_slots", "exploration_pool", most=2**63)
         check_range(self, 0, "start_time", most=10**11)
         check_range(self, 0, "context_shift", "examination_decay", "dwell_sigma", most=_LARGEST_WEIGHT)
-        check_range(self, 0, "zipf_exponent", "activity_sigma", most=5)
+        check_range(self, 0, "query_zipf", "activity_sigma", most=5)
         forms = ("attribute_query_share", "brand_query_share", "department_query_share", "attribute_only_share")
         if sum(values[name] for name in forms) > 1.0:
             raise ConfigError(f"ShopWorld: {', '.join(forms)} must add up to at most 1; lower one of them.")
@@ -205,5 +208,9 @@ class ShopWorldConfig:
 
 
 def config_from_options(options: dict[str, Any]) -> ShopWorldConfig:
-    """A checked config from reader options; ConfigError names an unknown key's nearest known one."""
+    """A checked config from reader options; ConfigError names an unknown key's nearest known one.
+
+    `zipf_exponent`, which nothing ever read, is passed over: data made with it is the same without.
+    """
+    options = {name: value for name, value in options.items() if name != "zipf_exponent"}
     return build(ShopWorldConfig, options, "The options of the shop_world reader")

@@ -21,7 +21,7 @@ from sidtune.data_builders.shop_world.coins import normals
 from sidtune.data_builders.shop_world.crowding import crowding
 from sidtune.data_builders.shop_world.examining import click_chances, sampled_clicks
 from sidtune.data_builders.shop_world.logging_policy import best, sigmoid
-from sidtune.data_builders.shop_world.noise import TINY, noise_share
+from sidtune.data_builders.shop_world.noise import TINY
 from sidtune.data_builders.shop_world.world import LOG_DWELL_CAP, ShopWorld
 
 VALUES = ("click", "order", "value", "money")
@@ -99,7 +99,7 @@ class Market:
     def _serve(self, rows: np.ndarray, lists: np.ndarray, seed: int, sample: bool) -> tuple[dict, dict]:
         world, dials = self.world, self.phenomena
         attraction, like, order, dwell = self.feedback(rows, lists)
-        share = noise_share(world, rows, attraction)
+        share = world.noise_share(rows, attraction)
         attraction = attraction * crowding(world.catalogue, lists, dials)
         stops = {"stop_after_click": dials.stop_after_click, "stop_after_order": dials.stop_after_order}
         click, looked = click_chances(
@@ -170,7 +170,7 @@ class Market:
             "click": np.ones(order.shape),
             "order": order,
             "money": order * self.world.catalogue.price[items],
-            "value": (1.0 - noise_share(self.world, rows, attraction)) * of_click[:, None] + of_order[:, None] * order,
+            "value": (1.0 - self.world.noise_share(rows, attraction)) * of_click[:, None] + of_order[:, None] * order,
         }[value]
         return np.broadcast_to(attraction * weight, (len(rows), items.shape[1]))
 

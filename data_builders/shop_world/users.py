@@ -122,8 +122,8 @@ def _latent(
 def _requests_per_user(
     rng: np.random.Generator, config: ShopWorldConfig, late: np.ndarray, start: np.ndarray
 ) -> np.ndarray:
-    """A floor of 60 % of the mean for users who are there from the start; the rest by log-normal activity."""
-    floor = np.where(late, 0, int(0.6 * config.n_requests / config.n_users))
+    """A floor (`activity_floor` of the mean) for users who are there from the start; the rest by log-normal activity."""
+    floor = np.where(late, 0, int(config.activity_floor * config.n_requests / config.n_users))
     activity = rng.lognormal(0.0, config.activity_sigma, config.n_users) * (1.0 - start)
     return floor + rng.multinomial(config.n_requests - int(floor.sum()), activity / activity.sum())
 

@@ -64,7 +64,7 @@ from sidtune.data_builders.shop_world.logging_policy import (
     log_draws,
     sigmoid,
 )
-from sidtune.data_builders.shop_world.noise import TINY, mean_of_feed, mixed, noise_share
+from sidtune.data_builders.shop_world.noise import TINY, mixed, noise_share
 from sidtune.data_builders.shop_world.phenomena import Tastes
 from sidtune.data_builders.shop_world.requests import make_requests, query_texts, request_draws
 from sidtune.data_builders.shop_world.tables import event_table, request_table
@@ -150,7 +150,7 @@ class ShopWorld:
         attraction, like_p, order_p, dwell_mean = self._feedback(rows, item)
         meant, noise = np.ones(1), np.zeros(1, dtype=bool)
         if dials.feed_noise:
-            share = noise_share(self, rows, attraction)
+            share = self.noise_share(rows, attraction)
             noise = stream(self.config, "market-noise", int(rows[0]) // LOG_CHUNK).random(item.shape) < share
             meant = np.maximum(1.0 - share, TINY)
         ordered = (draws.order < order_p / meant) & ~noise
@@ -173,11 +173,26 @@ class ShopWorld:
 
     @cached_property
     def noise_level(self) -> float:
-        """ā of `feed_noise`."""
-        pool = self.ranker.order.shape[1]
-        draws = (log_draws(self.config, chunk, len(rows), pool) for chunk, rows in enumerate(self._log_rows()))
-        pages = ((rows, self._pages(rows, one)) for rows, one in zip(self._log_rows(), draws, strict=True))
-        return mean_of_feed(self, pages)
+        """ā of `feed_noise`: the mean attraction of what logged feed pages showed, weighed by examination."""
+        total, looks, pool = 0.0, 0.0, self.ranker.order.shape[1]
+        for chunk, rows in enumerate(self._log_rows()):
+            feed = self.requests.is_recommendation[rows]
+            items = self._pages(rows, log_draws(self.config, chunk, len(rows), pool))[feed]
+            attraction = self._alone(rows[feed], items, self._taste(rows[feed], items))
+            total += float((self.examination * attraction).sum())
+            looks += float((self.examination * (attraction > 0.0)).sum())
+        return total / looks if looks else 0.0
+
+    def _mixed(self, rows: np.ndarray, attraction: np.ndarray) -> np.ndarray:
+        part = self.phenomena.feed_noise
+        return mixed(attraction, self.requests.is_recommendation[rows], part, self.noise_level) if part else attraction
+
+    def noise_share(self, rows: np.ndarray, attraction: np.ndarray) -> np.ndarray:
+        """(n, k) P(noise | click) of items of that attraction, which holds its noise already; see `noise.py`."""
+        part = self.phenomena.feed_noise
+        if not part:
+            return np.zeros_like(attraction)
+        return noise_share(attraction, self.requests.is_recommendation[rows], part, self.noise_level)
 
     def _clicks(
         self, rows: np.ndarray, items: np.ndarray, attraction: np.ndarray, orders: np.ndarray, coins: np.ndarray
@@ -202,20 +217,19 @@ class ShopWorld:
         """(attraction, P(like|click), P(order|click), mean of log dwell), each (n, k), of items (n, k) or (1, k)."""
         config, catalogue = self.config, self.catalogue
         taste = self._taste(rows, items)
-        attraction = mixed(self, rows, self.alone(rows, items, taste))
+        attraction = self._mixed(rows, self._alone(rows, items, taste))
         like = sigmoid(config.like_bias + config.like_taste * taste)
         fixed = config.order_quality * catalogue.quality - config.order_price * catalogue.price_level
         trade = self.tastes.order_logit(self.phenomena, self.requests.user[rows], items, catalogue.price_level[items])
         laptop = config.order_laptop * (self.requests.device[rows, None] == _LAPTOP)
         order = sigmoid(config.order_bias + config.order_taste * taste + fixed[items] + laptop + trade)
         if self.phenomena.feed_noise:  # a click that was not meant brings neither
-            meant = 1.0 - noise_share(self, rows, attraction)
+            meant = 1.0 - self.noise_share(rows, attraction)
             like, order = like * meant, order * meant
         return attraction, like, order, config.dwell_log_mean + config.dwell_taste * taste
 
-    def alone(self, rows: np.ndarray, items: np.ndarray, taste: np.ndarray | None = None) -> np.ndarray:
-        """(n, k) P(click | looked at) by what the item is, 0 before its launch; `taste` where it is known already."""
-        taste = self._taste(rows, items) if taste is None else taste
+    def _alone(self, rows: np.ndarray, items: np.ndarray, taste: np.ndarray) -> np.ndarray:
+        """(n, k) P(click | looked at) by what the item is, 0 before its launch."""
         attraction = sigmoid(self._request_logit(rows, items) + taste)
         attraction[self.catalogue.launch_period[items] > self.requests.period[rows, None]] = 0.0
         return attraction
@@ -294,7 +308,7 @@ class ShopWorld:
                 who = np.full(len(part), other)
                 total += sigmoid(self._request_logit(part, items, who) + self._taste(part, items, who))
             off_sale = self.catalogue.launch_period[items] > self.requests.period[part, None]
-            return mixed(self, part, np.where(off_sale, 0.0, total / n_others))
+            return self._mixed(part, np.where(off_sale, 0.0, total / n_others))
 
         return self._dense(rows, mean)
 

@@ -168,7 +168,7 @@ def _grid(
     metrics, lines = _chosen(_metrics(rows), wanted), []
     for row in rows:
         cells = [row.metrics.get(metric) for metric in metrics]
-        label = f"{row.name} (upper bound)" if row.kind == "bound" else row.name
+        label = f"{row.name} (bound)" if row.kind == "bound" else row.name
         lines.append([label, *("–" if cell is None else show(cell) for cell in cells)])
     return ["system", *metrics], lines
 

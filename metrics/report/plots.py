@@ -74,7 +74,7 @@ def metric_plot(systems: Sequence[SystemRow], metric: str, level: float) -> str:
             if estimate.low is not None and estimate.high is not None:
                 axes.plot([estimate.low, estimate.high], [place, place], color=colour, linewidth=2.4, alpha=0.55)
             axes.plot([estimate.value], [place], "o", color=colour, markersize=6.5)
-        names = [short(row.name) + (" (upper bound)" if row.kind == "bound" else "") for row, _ in rows]
+        names = [short(row.name) + (" (bound)" if row.kind == "bound" else "") for row, _ in rows]
         axes.set_yticks(range(len(rows)), names)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.grid(False, axis="y")

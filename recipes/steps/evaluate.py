@@ -1,4 +1,4 @@
-"""Evaluates a model on items, over the whole catalogue, beside its baselines and (in the simulated shop) the upper bound.
+"""Evaluates a model on items, over the whole catalogue, beside its baselines and, in the simulated shop, what is best for the log.
 
     sidtune evaluate --config recipes/quickstart/evaluate.yaml --data_dir runs/quickstart/data \\
         --sids_dir runs/quickstart/sids --model_dir runs/quickstart/sft --output_dir runs/quickstart/eval
@@ -37,6 +37,8 @@ _SHARED = (
     "split", "ks", "metrics", "primary", "labels", "num_beams", "batch_size", "max_requests", "level", "samples", "seed",
 )  # fmt: skip
 
+BEST_FOR_LOG = "best_for_log"
+
 
 @dataclass
 class Arguments:
@@ -54,7 +56,8 @@ class Arguments:
         primary: metric of slices and paired tests.
         labels: feedback that makes an item relevant when it is 1.
         baselines: names of baselines in `metrics/registry.py`.
-        upper_bound: add the simulator's own upper bound when the data comes from `shop_world`.
+        upper_bound: when the data comes from `shop_world`, add the list that is best for the log: it knows every chance of a logged
+            click, so no metric of the log can be higher on average. What is best for the user is `ideal`, in the truth.
         truth_requests: in the simulated shop, random requests of the split, with feedback or not, on which the table also says what
             each list earns in truth; 0 leaves that out.
         compare_to: evaluation folder of another run, name shown → path; its model enters the table.
@@ -102,7 +105,7 @@ class Arguments:
             BASELINES.get(name)
         if self.start_dir is None and self.start_name != "start":
             raise ConfigError("start_name names the model of start_dir, and there is none; leave it out.")
-        if self.start_dir is not None and self.start_name in (MODEL, "oracle", *self.baselines, *self.compare_to):
+        if self.start_dir is not None and self.start_name in (MODEL, BEST_FOR_LOG, *self.baselines, *self.compare_to):
             raise ConfigError(f"start_name '{self.start_name}' is the name of another system; choose another one.")
 
 
@@ -146,7 +149,7 @@ def main(arguments: Arguments) -> None:
     bounds = {}
     if world is not None and arguments.upper_bound:
         asked = world.request_rows(evaluator.requests["request_id"])
-        bounds = {"oracle": world.oracle_ranking(asked, evaluator.places)}
+        bounds = {BEST_FOR_LOG: world.oracle_ranking(asked, evaluator.places)}
     rows = {name: found[0] for name, found in ranked.items()} | compared
     rows |= {**evaluator.baselines(arguments.baselines), **bounds}
     results = {name: evaluator.measured(one) for name, one in rows.items()}
@@ -181,7 +184,7 @@ def _truth(arguments: Arguments, world: Any, asked: Any, lists: dict, results: d
     rows, k = world.request_rows(asked.requests["request_id"]), min(10, max(arguments.ks), world.config.page_size)
     shown = {**lists, **asked.baselines(arguments.baselines)}
     if arguments.upper_bound:
-        shown["oracle"] = world.oracle_ranking(rows, k)
+        shown[BEST_FOR_LOG] = world.oracle_ranking(rows, k)
     logged = {name: result.means()[arguments.primary] for name, result in results.items()}
     return truth(world, rows, shown, k, logged)
 

@@ -11,6 +11,7 @@ import pytest
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.data_builders.shop_world import words
 from sidtune.data_builders.shop_world.catalogue import VALUES, leaf_nouns
+from sidtune.data_builders.shop_world.config import config_from_options
 from sidtune.data_builders.shop_world.world import ShopWorld, ShopWorldConfig, read
 from sidtune.data_builders.tables.schema import SCHEMAS
 from sidtune.data_builders.tables.validate import validate_tables
@@ -116,10 +117,26 @@ def test_queries_say_the_scope(small: ShopWorld) -> None:
     assert len({re.sub(r"[^ ,]+", "x", q) for q in asked}) > 2, "word order varies"
 
 
-def test_popularity_is_long_tailed() -> None:
+def test_popular_items_are_the_better_ones() -> None:
     c = ShopWorld().catalogue
-    assert np.array_equal(np.sort(c.popularity)[::-1], (1.0 + np.arange(2000)) ** -0.8)
-    assert np.corrcoef(np.argsort(np.argsort(c.popularity)), c.quality)[0, 1] > 0.3
+    assert sorted(c.popularity_rank) == list(range(2000))
+    assert np.corrcoef(-c.popularity_rank, c.quality)[0, 1] > 0.3
+
+
+def test_demand_falls_with_the_rank_of_a_leaf_and_activity_with_the_floor() -> None:
+    """`query_zipf` is the slope of what is wanted; `activity_floor` the least that an early user asks."""
+    options = {"n_items": 600, "n_users": 400, "n_requests": 40_000, "department_interest": 0.0, "leaf_interest": 0.0}
+    plain, steep = (ShopWorld.from_options(query_zipf=z, context_shift=0.0, **options) for z in (0.0, 1.5))
+    assert (np.argsort(plain.catalogue.leaf_weight) == np.argsort(steep.catalogue.leaf_weight)).all()
+    wanted = np.sort(np.bincount(steep.requests.leaf, minlength=64))[::-1][:20]
+    slope = np.polyfit(np.log(1 + np.arange(20)), np.log(wanted), 1)[0]
+    assert abs(slope + 1.5) < 0.1
+    low = ShopWorld.from_options(activity_floor=0.1, **options).users
+    early = low.start == 0
+    assert low.requests[early].min() >= 10 and low.requests.sum() == 40_000
+    assert np.log(low.requests[early]).std() > 1.3 * np.log(plain.users.requests[early]).std()
+    same = config_from_options({"zipf_exponent": 1.2})  # of older data; read by nothing, then as now
+    assert same == ShopWorldConfig()
 
 
 # ---------------------------------------------------------------- tables

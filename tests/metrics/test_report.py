@@ -183,7 +183,7 @@ def test_report_shows_what_it_was_given(tmp_path):
     for part in (
         "12,345",
         "▲",
-        "(upper bound)",
+        "(bound)",
         "50.0%",
         "75.0%",
         "<a_1><b_2>",
@@ -265,7 +265,7 @@ def test_markdown_table():
         "| system | hr@5 | mrr@5 |",
         "|---|---:|---:|",
         "| a\\|b [x] | 0.5000 [0.4000, 0.6000] ▲ | – |",
-        "| c (upper bound) | – | 0.2500 |",
+        "| c (bound) | – | 0.2500 |",
     ]
     assert markdown_table(ROWS, ["mrr@5"]).splitlines()[0] == "| system | mrr@5 |"
     with pytest.raises(ConfigError, match="did you mean 'mrr@5'"):

@@ -125,7 +125,7 @@ def test_the_card_holds_table_revision_and_command(finished):
     assert (
         results[0]["dataset"]["revision"] == fingerprint(finished / "data") and fingerprint(finished / "data") in text
     )
-    assert "upper bound" in text and "Seed: 0" in text
+    assert "best_for_log" in text and "Seed: 0" in text
 
 
 def test_the_bundle_carries_no_setting_that_cuts_sids_and_no_path_of_this_machine(finished):
