@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from sidtune.core.errors import ConfigError, DataError, nearest
+from sidtune.core.truth_guard import check_truth
 from sidtune.data_builders.shop_world.coins import coins as flipped
 from sidtune.data_builders.shop_world.coins import normals
 from sidtune.data_builders.shop_world.crowding import crowding
@@ -57,6 +58,10 @@ class Market:
 
         `items` (n, K) or (1, K); −1 is an empty place, which draws nothing.
         """
+        check_truth()
+        return self._feedback(rows, items)
+
+    def _feedback(self, rows: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         attraction, like, order, dwell = self.world._feedback(rows, np.maximum(items, 0))
         return np.where(items < 0, 0.0, attraction), like, order, dwell
 
@@ -65,7 +70,7 @@ class Market:
 
         Within a department the order is kept; lists that mix departments suffer.
         """
-        true, part = self.feedback(rows, items)[0], self.phenomena.score_distortion
+        true, part = self._feedback(rows, items)[0], self.phenomena.score_distortion
         if part == 0.0:
             return true
         department = self.world.catalogue.department[np.maximum(items, 0)]

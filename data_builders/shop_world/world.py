@@ -47,6 +47,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sidtune.core.errors import ConfigError, DataError
+from sidtune.core.truth_guard import check_truth
 from sidtune.data_builders.shop_world import words
 from sidtune.data_builders.shop_world.catalogue import N_COLOURS, item_ids, make_catalogue, numbered, stream
 from sidtune.data_builders.shop_world.config import ShopWorldConfig, config_from_options
@@ -289,6 +290,7 @@ class ShopWorld:
 
     def attraction_of(self, rows: Sequence[int] | np.ndarray, items: np.ndarray) -> np.ndarray:
         """(n, k) attraction of chosen item rows (n, k), for scoring lists without the whole catalogue."""
+        check_truth()
         rows, items = self._rows(rows), np.asarray(items)
         fits = items.ndim == 2 and len(items) in (1, len(rows)) and np.issubdtype(items.dtype, np.integer)
         if not fits or (items.size and not (items.min() >= 0 and items.max() < self.config.n_items)):
@@ -386,6 +388,7 @@ class ShopWorld:
         return [rows[first : first + step] for first in range(0, len(rows), step)]
 
     def _dense(self, rows: Any, score: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+        check_truth()
         rows = self._rows(rows)
         items = np.arange(self.config.n_items)[None, :]
         out = np.empty((len(rows), self.config.n_items))

@@ -18,6 +18,7 @@ import torch
 from sidtune.core.errors import SidtuneError
 from sidtune.core.finite import broken_step, first_broken
 from sidtune.core.resume import last_complete_checkpoint
+from sidtune.core.truth_guard import no_truth
 
 _FEWEST_SCALE = 1.0  # fp16: below this loss scale an overflow is no longer a matter of scale
 
@@ -57,7 +58,8 @@ class FiniteSteps:
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().train(*args, **kwargs)
+        with no_truth():
+            result = super().train(*args, **kwargs)
         self.check_weights()
         return result
 
