@@ -21,9 +21,10 @@ from sidtune.data_builders.shop_world.coins import coins as flipped
 from sidtune.data_builders.shop_world.coins import normals
 from sidtune.data_builders.shop_world.crowding import crowding
 from sidtune.data_builders.shop_world.examining import click_chances, sampled_clicks
+from sidtune.data_builders.shop_world.logged import LOG_DWELL_CAP
 from sidtune.data_builders.shop_world.logging_policy import best, sigmoid
 from sidtune.data_builders.shop_world.noise import TINY
-from sidtune.data_builders.shop_world.world import LOG_DWELL_CAP, ShopWorld
+from sidtune.data_builders.shop_world.world import ShopWorld
 
 VALUES = ("click", "order", "value", "money")
 _CHUNK = 8192  # lists at a time, so that what is gathered stays in the cache

@@ -49,23 +49,19 @@ import pyarrow.compute as pc
 from sidtune.core.errors import ConfigError, DataError
 from sidtune.core.truth_guard import check_truth
 from sidtune.data_builders.shop_world import words
-from sidtune.data_builders.shop_world.catalogue import N_COLOURS, item_ids, make_catalogue, numbered, stream
+from sidtune.data_builders.shop_world.catalogue import N_COLOURS, item_ids, make_catalogue, numbered
 from sidtune.data_builders.shop_world.config import ShopWorldConfig, config_from_options
-from sidtune.data_builders.shop_world.crowding import crowding
-from sidtune.data_builders.shop_world.examining import sampled_clicks
 from sidtune.data_builders.shop_world.items import item_table
+from sidtune.data_builders.shop_world.logged import level_of_noise, logged
 from sidtune.data_builders.shop_world.logging_policy import (
-    LOG_CHUNK,
     Log,
-    LogDraws,
     PageLayout,
     Ranker,
     best,
     examination,
-    log_draws,
     sigmoid,
 )
-from sidtune.data_builders.shop_world.noise import TINY, mixed, noise_share
+from sidtune.data_builders.shop_world.noise import mixed, noise_share
 from sidtune.data_builders.shop_world.phenomena import Tastes
 from sidtune.data_builders.shop_world.requests import make_requests, query_texts, request_draws
 from sidtune.data_builders.shop_world.tables import event_table, request_table
@@ -75,7 +71,6 @@ from sidtune.data_builders.tables.schema import Tables
 
 __all__ = ["ShopWorld", "ShopWorldConfig", "read"]
 _CHUNK_CELLS = 1 << 21
-LOG_DWELL_CAP = float(np.log(1e6))
 _LAPTOP = words.DEVICES.index("laptop")
 
 
@@ -135,54 +130,12 @@ class ShopWorld:
     @cached_property
     def log(self) -> Log:
         """The logged pages and feedback, in chunks of `LOG_CHUNK` requests with a random stream each."""
-        pool = self.ranker.order.shape[1]
-        parts = [
-            self._log_chunk(rows, log_draws(self.config, chunk, len(rows), pool))
-            for chunk, rows in enumerate(self._log_rows())
-        ]
-        return Log(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
-
-    def _log_rows(self) -> list[np.ndarray]:
-        n = self.config.n_requests
-        return [np.arange(first, min(first + LOG_CHUNK, n)) for first in range(0, n, LOG_CHUNK)]
-
-    def _log_chunk(self, rows: np.ndarray, draws: LogDraws) -> tuple[np.ndarray, ...]:
-        item, dials = self._pages(rows, draws), self.phenomena
-        attraction, like_p, order_p, dwell_mean = self._feedback(rows, item)
-        meant, noise = np.ones(1), np.zeros(1, dtype=bool)
-        if dials.feed_noise:
-            share = self.noise_share(rows, attraction)
-            noise = stream(self.config, "market-noise", int(rows[0]) // LOG_CHUNK).random(item.shape) < share
-            meant = np.maximum(1.0 - share, TINY)
-        ordered = (draws.order < order_p / meant) & ~noise
-        click = self._clicks(rows, item, attraction, ordered, draws.click)
-        like = (click & (draws.like < like_p / meant) & ~noise).astype(np.int8)
-        like[draws.like_known < self.config.like_unknown_share] = -1
-        log_dwell = dwell_mean - dials.noise_dwell * noise + self.config.dwell_sigma * draws.dwell
-        dwell = np.exp(np.minimum(log_dwell, LOG_DWELL_CAP))
-        dwell[~click] = np.nan
-        return item, click.astype(np.int8), like, (click & ordered).astype(np.int8), dwell.astype(np.float32)
-
-    def _pages(self, rows: np.ndarray, draws: LogDraws) -> np.ndarray:
-        """(n, page_size) item rows that the production system showed."""
-        size = self.config.page_size
-        rank = np.empty((len(rows), size), dtype=np.int64)
-        for layout, wanted in zip(self.layouts, (False, True), strict=True):
-            part = self.requests.is_recommendation[rows] == wanted
-            rank[part] = layout.draw(draws.keys[part], size)
-        return np.take_along_axis(self.ranker.order[self.ranker.query_of[rows]], rank, axis=1)
+        return logged(self)
 
     @cached_property
     def noise_level(self) -> float:
-        """ā of `feed_noise`: the mean attraction of what logged feed pages showed, weighed by examination."""
-        total, looks, pool = 0.0, 0.0, self.ranker.order.shape[1]
-        for chunk, rows in enumerate(self._log_rows()):
-            feed = self.requests.is_recommendation[rows]
-            items = self._pages(rows, log_draws(self.config, chunk, len(rows), pool))[feed]
-            attraction = self._alone(rows[feed], items, self._taste(rows[feed], items))
-            total += float((self.examination * attraction).sum())
-            looks += float((self.examination * (attraction > 0.0)).sum())
-        return total / looks if looks else 0.0
+        """ā of `feed_noise`, see `noise.py`."""
+        return level_of_noise(self)
 
     def _mixed(self, rows: np.ndarray, attraction: np.ndarray) -> np.ndarray:
         part = self.phenomena.feed_noise
@@ -194,20 +147,6 @@ class ShopWorld:
         if not part:
             return np.zeros_like(attraction)
         return noise_share(attraction, self.requests.is_recommendation[rows], part, self.noise_level)
-
-    def _clicks(
-        self, rows: np.ndarray, items: np.ndarray, attraction: np.ndarray, orders: np.ndarray, coins: np.ndarray
-    ) -> np.ndarray:
-        """(n, k) clicks of the log on a chunk that begins at `rows[0]`; `coins` are those of the items."""
-        dials = self.phenomena
-        if not dials.new_readers:
-            return coins < self.examination * attraction
-        draw = stream(self.config, "market-log", int(rows[0]) // LOG_CHUNK)
-        kinds, look, stop = draw.random(len(rows)) < dials.cascade, draw.random(items.shape), draw.random(items.shape)
-        return sampled_clicks(
-            attraction * crowding(self.catalogue, items, dials), orders, self.examination, kinds, look, stop, coins,
-            stop_after_click=dials.stop_after_click, stop_after_order=dials.stop_after_order, fatigue=dials.click_fatigue,
-        )  # fmt: skip
 
     @cached_property
     def tastes(self) -> Tastes:

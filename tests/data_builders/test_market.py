@@ -58,7 +58,7 @@ def test_with_all_dials_off_it_is_the_shop_of_the_golden_figures(seed):
 
 def test_with_all_dials_off_nothing_new_is_asked(world, lists, monkeypatch):
     rows, shown = lists
-    for name in ("crowding.alike", "examining._cascade", "world.sampled_clicks"):
+    for name in ("crowding.alike", "examining._cascade", "logged.sampled_clicks"):
         monkeypatch.setattr(f"sidtune.data_builders.shop_world.{name}", None, raising=False)
     served = Market(world).serve(rows, shown)
     attraction = world.attraction_of(rows, shown)

@@ -77,7 +77,7 @@ def test_equals_the_loop_implementation(changes: dict) -> None:
 
 
 def test_loop_comparison_crosses_a_chunk_border(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sidtune.data_builders.shop_world.world.LOG_CHUNK", 64)
+    monkeypatch.setattr("sidtune.data_builders.shop_world.logged.LOG_CHUNK", 64)
     monkeypatch.setattr("sidtune.benchmarks.shop_world.LOG_CHUNK", 64)
     monkeypatch.setattr("sidtune.data_builders.shop_world.requests.QUERY_CHUNK", 50)
     monkeypatch.setattr("sidtune.data_builders.shop_world.logging_policy.RANK_CELLS", 1000)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from sidtune.benchmarks import market_dials
 from sidtune.metrics.report.readme_table import publish, signed
 from sidtune.recipes.next_item import table as next_item
 from sidtune.recipes.steps import ablation, seeds
@@ -21,6 +22,7 @@ SPEC.loader.exec_module(BENCHMARK)
 RECIPES = {
     ("README.md", "results"): ("recipes/quickstart/results.json", seeds.markdown),
     ("recipes/quickstart/README.md", "results"): ("recipes/quickstart/results.json", seeds.markdown),
+    ("data_builders/README.md", "results"): ("benchmarks/results/market_dials.json", market_dials.markdown),
     ("recipes/amazon_office/README.md", "results"): ("recipes/amazon_office/results.json", seeds.markdown),
     ("recipes/crs/README.md", "results"): ("recipes/crs/results_shop.json", ablation.markdown),
     ("recipes/crs/office.md", "results"): ("recipes/crs/results_office.json", ablation.markdown),
