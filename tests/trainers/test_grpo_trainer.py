@@ -242,7 +242,7 @@ def test_hits_by_level_are_those_of_the_best_target():
     rows = [{"target_leaves": t, "target_gains": [1.0, 5.0][-len(t) :] if t else []} for t in targets]
     leaves = torch.tensor([[1], [7], [0], [3]])  # codes (0, 1), (2, 1), (0, 0), (1, 0)
     rollout = Rollout([[9]] * 4, [[1]] * 4, [[0]] * 4, leaves, torch.zeros(4, 1))
-    rewarding.score(rollout, rows, 4, gather=None, process=0)
+    rewarding.score(rollout, rows)
     assert rewarding.matches().tolist() == [[1, 0], [0, 1], [1, 1], [-1, -1]]
     rewards = torch.tensor([0.2, 0.2, 0.2, 0.2, 1.0, torch.nan, 0.0, 0.0])
     twice = rewarding.matches().repeat(2, 1)
